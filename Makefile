@@ -1,0 +1,43 @@
+# One environment for everything; `make demo` is the place to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format app api soak clean
+
+$(VENV)/base: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/base requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/base          ## train on the sample stories, then write one
+	$(BIN)/python train.py --preset sample
+	$(BIN)/python generate.py --prompt "The old house stood" --max-tokens 250
+
+test: $(VENV)/dev           ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/dev           ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(wildcard *.py) ui sagemaker lambda benchmarks
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+app: $(VENV)/base           ## the app in a browser
+	$(BIN)/streamlit run app.py
+
+api: $(VENV)/base           ## the server on 127.0.0.1:8000
+	$(BIN)/python api.py
+
+soak: $(VENV)/dev           ## five minutes of killing and resuming a training run
+	$(BIN)/python -m pytest tests/test_resume.py -k kill --soak 300
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

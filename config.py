@@ -1,0 +1,463 @@
+"""Configuration: what a model is, how it is trained, how it writes.
+
+Every script takes its flags from the models below. Values are laid over each other in this order:
+a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
+
+    python train.py --preset story-small --train.lr 3e-4
+    python train.py --preset victorian --config my.toml --model.n-layer 6
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parent
+PRESET_DIR = ROOT / "presets"
+GPT2_TOKENS = 50257  # ids of the GPT-2 tokenizer, end-of-text included
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work together; the message lists every fault, each with its remedy."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = list(faults)
+        super().__init__("\n".join(f"- {fault}" for fault in self.faults))
+
+
+class Strict(BaseModel):
+    """Base of all settings: frozen, and an unknown key is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def raise_faults(settings: Any) -> Any:
+    """For validators: the settings themselves, or a ValueError with all their faults."""
+    found = settings.faults()
+    if found:
+        raise ValueError("\n".join(found))
+    return settings
+
+
+class ModelConfig(Strict):
+    """The shape of the network (GPT-2: Radford et al. 2019, section 2.3)."""
+
+    n_layer: int = Field(4, ge=1, le=200)
+    """Transformer blocks."""
+    n_head: int = Field(4, ge=1, le=256)
+    """Attention heads; must divide n_embd."""
+    n_embd: int = Field(192, ge=8, le=16384)
+    """Channels of the residual stream."""
+    block_size: int = Field(256, ge=8, le=131072)
+    """Context length in tokens."""
+    vocab_size: int = Field(0, ge=0, le=1_000_000)
+    """Rows of the token embedding; 0 takes the tokenizer's size. Rows beyond the tokenizer only pad."""
+    vocab_used: int = Field(0, ge=0, le=1_000_000)
+    """Ids the tokenizer has; set from the data. Ids at or above it can never be produced."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of activations zeroed in training (embeddings, attention weights, both residual branches)."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms (never in the head)."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """Learned position table (GPT-2), or the fixed one of Vaswani et al. 2017, section 3.5."""
+    tied_head: bool = True
+    """The output head shares the token embedding's weights."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        return raise_faults(self)
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def tokens(self) -> int:
+        """Ids that can be produced: `vocab_used`, or all rows where it is not set."""
+        return self.vocab_used or self.vocab_size
+
+    def faults(self) -> list[str]:
+        """Every fault of this shape, each naming the flag, the value and the remedy."""
+        found = []
+        if self.n_embd % self.n_head:
+            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            best = min(near, key=lambda h: abs(h - self.n_head))
+            found.append(
+                f"--model.n-head {self.n_head} does not divide --model.n-embd {self.n_embd}: try --model.n-head {best}"
+            )
+        if self.positions == "sinusoidal" and self.n_embd % 2:
+            found.append(
+                f"--model.n-embd {self.n_embd} is odd: sinusoidal positions need an even number, "
+                f"try --model.n-embd {self.n_embd + 1}"
+            )
+        if self.vocab_size and self.vocab_used > self.vocab_size:
+            found.append(
+                f"--model.vocab-size {self.vocab_size} is smaller than the tokenizer's {self.vocab_used} ids: "
+                f"use --model.vocab-size 0 to take the tokenizer's size"
+            )
+        return found
+
+
+class DataConfig(Strict):
+    """What `prepare_data.py` does with the texts of this preset, and where they come from."""
+
+    source: str = ""
+    """`pg19`, `tinystories`, `tinyshakespeare`, `sample`, a hub data set's name, or empty for one's own files."""
+    tokenizer: Literal["gpt2", "bpe", "char"] = "bpe"
+    """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
+    vocab_size: int = Field(4096, ge=257, le=65536)
+    """Size of a trained bpe vocabulary (ignored by gpt2 and char)."""
+    val_fraction: float = Field(0.1, gt=0.0, lt=1.0)
+    """Share of documents (of a single document: its end) held out for validation."""
+    shard_tokens: int = Field(100_000_000, ge=1024)
+    """Tokens a shard file."""
+    unwrap: bool = True
+    """Join hard-wrapped lines of Gutenberg-style texts into paragraphs."""
+    strip_licence: bool = True
+    """Remove Project Gutenberg headers and licences where a text carries them."""
+
+
+class TrainConfig(Strict):
+    """How the weights are fitted. Every interval is in optimizer steps; 0 switches it off."""
+
+    batch_size: int = Field(16, ge=0)
+    """Sequences in one forward pass on one device (micro-batch); 0 finds the largest that fits."""
+    tokens_per_step: int = Field(0, ge=0)
+    """Tokens in one optimizer step over all devices, by gradient accumulation; 0: one micro-batch a device."""
+    max_steps: int = Field(0, ge=0)
+    """Optimizer steps; 0: given by epochs or max_tokens."""
+    epochs: float = Field(0.0, ge=0.0)
+    """Passes over the training text; 0: given by max_steps or max_tokens."""
+    max_tokens: int = Field(0, ge=0)
+    """Training tokens; 0: given by max_steps or epochs."""
+    max_minutes: float = Field(0.0, ge=0.0)
+    """Stop and save after this much wall-clock time; 0: no limit."""
+    lr: float = Field(1e-3, gt=0.0, le=10.0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0.0)
+    """Learning rate of the last step (cosine, onecycle, wsd)."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "onecycle", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate; wsd: warm up, hold, then decay linearly over the last decay_fraction."""
+    decay_fraction: float = Field(0.4, gt=0.0, le=1.0)
+    """Share of the steps that wsd spends decaying."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon on the hidden matrices, AdamW on the rest."""
+    muon_lr: float = Field(0.02, gt=0.0)
+    """Peak learning rate of Muon's matrices."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """AdamW's first decay rate."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """AdamW's second decay rate."""
+    eps: float = Field(1e-8, gt=0.0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled weight decay of matrices; biases and LayerNorms are not decayed."""
+    grad_clip: float = Field(1.0, ge=0.0)
+    """Largest gradient norm; 0: no clipping."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the processor multiplies it natively, else fp16 on older GPUs, else fp32."""
+    seed: int = Field(1337, ge=0)
+    """Seed of initialisation, data order and dropout."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA, and elsewhere off."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N, mps or xla."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """auto: ddp under torchrun, none otherwise."""
+    log_interval: int = Field(10, ge=1)
+    """Steps between log lines."""
+    eval_interval: int = Field(250, ge=0)
+    """Steps between validation passes."""
+    eval_tokens: int = Field(0, ge=0)
+    """Validation tokens a pass, always the same ones; 0: all of them."""
+    sample_interval: int = Field(0, ge=0)
+    """Steps between samples."""
+    each_epoch: bool = False
+    """Also evaluate, sample and report the average loss at the end of every epoch."""
+    sample_prompt: str = ""
+    """What samples start from."""
+    sample_tokens: int = Field(120, ge=1)
+    """Tokens a sample."""
+    checkpoint_interval: int = Field(0, ge=0)
+    """Steps between checkpoints, besides those on the timer."""
+    checkpoint_minutes: float = Field(10.0, ge=0.0)
+    """Minutes between checkpoints; 0: no timer."""
+    keep_last: int = Field(1, ge=1)
+    """Checkpoints kept besides the best one."""
+    patience: int = Field(0, ge=0)
+    """Stop after this many validation passes without improvement; 0: never."""
+    min_improvement: float = Field(0.0, ge=0.0)
+    """Smallest fall of the validation loss, in nats, that counts as an improvement for patience."""
+    target_loss: float = Field(0.0, ge=0.0)
+    """Stop when the running average of the training loss falls below this; 0: never."""
+    skip_bad_steps: int = Field(0, ge=0)
+    """Steps with a non-finite loss or gradient that may be skipped before training stops."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (the package must be installed)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        return raise_faults(self)
+
+    def faults(self) -> list[str]:
+        """Every fault among these values, each naming the flag, the value and the remedy."""
+        found = []
+        if self.min_lr > self.lr:
+            found.append(f"--train.min-lr {self.min_lr:g} exceeds --train.lr {self.lr:g}: lower it")
+        if not (self.max_steps or self.epochs or self.max_tokens or self.max_minutes):
+            found.append(
+                "no end is set: give --train.max-steps, --train.epochs, --train.max-tokens or --train.max-minutes"
+            )
+        known = self.max_steps or self.epochs or self.max_tokens
+        if self.max_minutes and not known and self.schedule != "constant":
+            found.append(
+                f"--train.schedule {self.schedule} needs to know its last step: give --train.max-steps, "
+                f"or --train.schedule constant with --train.max-minutes alone"
+            )
+        return found
+
+
+class GenerationParams(Strict):
+    """How a text is sampled: the REST body, the flags and the sliders' bounds.
+
+    Order of application: repetition penalty over prompt and output, temperature, top-k, top-p, min-p
+    (as `transformers` does).
+    """
+
+    max_tokens: int = Field(200, ge=0, le=100_000)
+    """New tokens at most."""
+    temperature: float = Field(1.3, ge=0.0, le=2.0)
+    """Below 1 safer, above 1 more surprising; 0 always takes the likeliest token."""
+    top_k: int = Field(50, ge=0, le=100)
+    """Keep only the k likeliest tokens; 0: all."""
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    """Keep the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020); 1: all."""
+    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    repetition_penalty: float = Field(1.2, gt=0.0, le=10.0)
+    """Divide (or multiply, below zero) the logits of tokens already seen (Keskar et al. 2019); 1: none."""
+    n: int = Field(1, ge=1, le=128)
+    """Samples of the same prompt."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Makes the text reproducible; none: a new one each time."""
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field((), max_length=16)
+    """Strings that end the text; they are not part of it."""
+    keep: int = Field(0, ge=0)
+    """Tokens of the opening that stay in view when the story outgrows the context."""
+
+
+class Config(Strict):
+    """One preset: everything needed to prepare data, train and sample."""
+
+    description: str = ""
+    """One line for tables and --help."""
+    data_folder: str = ""
+    """In a run's config.toml: the prepared texts it was trained on."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig(max_steps=1000)
+    generation: GenerationParams = GenerationParams()
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, in alphabetical order."""
+    return sorted(path.stem for path in PRESET_DIR.glob("*.toml"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; a missing or malformed file is a ConfigError that names it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"{path}: {error}"]) from None
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The raw tables of one preset, by name or by path to a `.toml` file."""
+    path = Path(name) if name.endswith(".toml") else PRESET_DIR / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError([f"--preset {name}: unknown; choose one of {', '.join(preset_names())}"])
+    return read_toml(path)
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """Each fault of a pydantic error in one line: flag, value, what is allowed."""
+    lines = []
+    for fault in error.errors():
+        flag = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
+        if fault["type"] == "value_error":
+            text = str(fault["ctx"]["error"])
+            lines += text.split("\n")
+        elif fault["type"] == "extra_forbidden":
+            lines.append(f"{flag}: unknown setting")
+        else:
+            lines.append(f"--{flag} {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return lines
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def build(kind: type[M], values: dict[str, Any]) -> M:
+    """Validate `values` as `kind`; all faults at once in one ConfigError."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe_faults(error)) from None
+
+
+def load_config(preset: str = "sample", *files: Path | str, values: dict[str, Any] | None = None) -> Config:
+    """A preset with TOML files and then `values` (nested tables) laid over it.
+
+    Raises ConfigError with every fault at once.
+    """
+    tables = preset_values(preset)
+    for file in files:
+        tables = merge(tables, read_toml(Path(file)))
+    return build(Config, merge(tables, values or {}))
+
+
+def bounds(field: FieldInfo) -> str:
+    """A field's limits as text, like `0 to 2`; empty where it has none."""
+    limits = {
+        name: getattr(part, name) for part in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(part, name)
+    }
+    low = f"{limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
+    high = f"{limits['le']:g}" if "le" in limits else f"below {limits['lt']:g}" if "lt" in limits else ""
+    if low and high:
+        return f"{low} to {high}"
+    return f"{low} or more" if "ge" in limits else low or (f"up to {high}" if high else "")
+
+
+def _flags(kind: type[BaseModel]) -> type:
+    """A dataclass with the fields of `kind` and none of its checks: flags are parsed first and checked all at once."""
+    import tyro
+
+    fields = []
+    for name, field in kind.model_fields.items():
+        annotation: Any = field.annotation
+        default: Any = field.get_default(call_default_factory=True)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            nested = _flags(annotation)
+            fields.append((name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        limits = bounds(field)
+        help_text = f"{field.description or ''}{f' [{limits}]' if limits else ''}"
+        annotation = Annotated[annotation, tyro.conf.arg(help=help_text.replace("%", "%%"))]
+        fields.append((name, annotation, dataclasses.field(default=default)))
+    made = dataclasses.make_dataclass(kind.__name__, fields)
+    made.__doc__ = kind.__doc__
+    return made
+
+
+def _filled(kind: type, values: dict[str, Any]) -> Any:
+    """An instance of a class made by `_flags` whose defaults are `values`."""
+    given = {}
+    for field in dataclasses.fields(kind):
+        if field.name in values:
+            value = values[field.name]
+            given[field.name] = _filled(field.type, value) if isinstance(value, dict) else value  # type: ignore[arg-type]
+    return kind(**given)
+
+
+def parse_flags(
+    kind: type[M], argv: Sequence[str] | None, *, defaults: dict[str, Any] | None = None, description: str | None = None
+) -> M:
+    """Command-line flags as `kind`, over `defaults` (nested tables as from TOML).
+
+    `--help` prints every flag with its default and bounds. A flag that does not exist or cannot be read ends the
+    program with code 2; values out of bounds raise ConfigError with every fault at once.
+    """
+    import tyro
+
+    flags = _flags(kind)
+    checked = build(kind, defaults or {}).model_dump()
+    parsed = tyro.cli(
+        flags,
+        args=list(sys.argv[1:] if argv is None else argv),
+        default=_filled(flags, checked),
+        description=description or kind.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return build(kind, dataclasses.asdict(parsed))
+
+
+def flag_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed."""
+    for at, word in enumerate(argv):
+        if word == f"--{name}" and at + 1 < len(argv):
+            return argv[at + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def run_main(body: Callable[[], int]) -> int:
+    """Run a script's body: 2 with the message on standard error for bad settings, 1 for a named failure."""
+    try:
+        return body()
+    except ConfigError as error:
+        print(f"error: {error.faults[0]}" if len(error.faults) == 1 else f"errors:\n{error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def to_toml(config: BaseModel) -> str:
+    """The settings as TOML that `read_toml` and `--config` accept; None values are left out."""
+
+    def value(item: Any) -> str:
+        if isinstance(item, bool):
+            return "true" if item else "false"
+        if isinstance(item, str):
+            return _toml_string(item)
+        if isinstance(item, (list, tuple)):
+            return "[" + ", ".join(value(part) for part in item) + "]"
+        if isinstance(item, float) and math.isinf(item):
+            return "inf" if item > 0 else "-inf"
+        return repr(item)
+
+    plain, tables = [], []
+    for key, item in config.model_dump().items():
+        if isinstance(item, dict):
+            rows = [f"{name} = {value(part)}" for name, part in item.items() if part is not None]
+            tables.append(f"\n[{key}]\n" + "\n".join(rows) + "\n")
+        elif item is not None:
+            plain.append(f"{key} = {value(item)}\n")
+    return "".join(plain + tables)
+
+
+def _toml_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    for raw, code in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
+        escaped = escaped.replace(raw, code)
+    return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'

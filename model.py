@@ -1,0 +1,348 @@
+"""GPT-2 in plain PyTorch: the one model behind training, generation, the server and the app.
+
+    >>> model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=100))
+    >>> loss = model(ids, targets)           # training: mean cross-entropy in nats a token
+    >>> logits = model(ids)                  # every position at once
+    >>> cache = model.new_cache(slots=1)     # writing: prefill once, then one token a step
+    >>> logits = model.prefill([5, 17, 3], cache, slot=0)
+
+Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+Letters: B batch, T time, C channels (n_embd), H heads, D head size (C/H), V rows of the embedding,
+N ids the tokenizer has (N <= V; rows between N and V only pad the matrix and stay zero), S cache slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import ModelConfig
+
+IGNORE = -1  # targets with this value take no part in the loss
+
+
+def sinusoids(length: int, channels: int) -> Tensor:
+    """Fixed position table [length, channels] (Vaswani et al. 2017, section 3.5): sine in even, cosine in odd columns."""
+    rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(10_000.0) / channels))
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * rate[None, :]
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention spelled out: the reference that scaled_dot_product_attention is tested against.
+
+    q, k, v are [B, H, T, D]; returns [B, H, T, D]. Holds the whole [B, H, T, T] matrix in memory.
+    """
+    T = q.size(-2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [B, H, T, T]
+    scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return cast(Tensor, weights @ v)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `x @ weight.T` without ever holding all logits.
+
+    Rows are taken in chunks; each chunk's gradients are formed while its logits are at hand, so nothing is computed
+    twice and the peak is one chunk of float32 logits instead of B*T*V. Gradients are kept unscaled and multiplied by
+    the incoming gradient in backward: that keeps fp16 with a loss scaler as exact as the plain form.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, used: int, dtype: torch.dtype, chunk: int
+    ) -> Tensor:
+        """x [M, C], weight [V, C], targets [M]; `used` is N. Returns the summed loss, float32."""
+        train = any(ctx.needs_input_grad[:2])
+        rows = weight if weight.is_cuda else weight[:used]  # GPUs want the aligned matrix, CPUs the smaller one
+        narrow, table = x.to(dtype), rows.to(dtype)
+        total = torch.zeros((), device=x.device, dtype=torch.float32)
+        grad_x = torch.empty_like(narrow) if train else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        for start in range(0, x.size(0), chunk):
+            part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
+            logits = part @ table.t()  # [chunk, V or N]
+            logp = logits[:, :used].float().log_softmax(dim=-1)
+            counted = wanted != IGNORE
+            index = wanted.clamp(min=0)[:, None]
+            total -= (logp.gather(1, index)[:, 0] * counted).sum()
+            if grad_x is None or grad_weight is None:
+                continue
+            slope = logp.exp_()  # softmax minus one-hot, in place
+            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))
+            slope *= counted[:, None]
+            thin = slope.to(dtype)
+            torch.mm(thin, table[:used], out=grad_x[start : start + chunk])
+            if dtype == torch.float32:
+                grad_weight[:used].addmm_(thin.t(), part)
+            else:
+                grad_weight[:used] += thin.t() @ part
+        if train:
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scaled_x = grad_x * grads[0].to(grad_x.dtype) if grad_x.dtype == torch.float32 else grad_x.float() * grads[0]
+        return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows of logits held at once: about 64 MB of float32 on a CPU, 1 GB on an accelerator."""
+    return max(128, (1 << 24 if device.type == "cpu" else 1 << 28) // vocab)
+
+
+class KVCache:
+    """Keys and values of what each slot has read, for writing one token a step.
+
+    `keys[layer]` and `values[layer]` are [S, H, block_size, D], allocated once. `length[slot]` tokens of a slot count.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (slots, config.n_head, config.block_size, config.head_size)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = [0] * slots
+
+    def reset(self, slot: int) -> None:
+        """Forget what the slot has read."""
+        self.length[slot] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Let `target` continue from what `source` has read (samples of one prompt share its prefill)."""
+        held = self.length[source]
+        for store in (*self.keys, *self.values):
+            store[target, :, :held] = store[source, :, :held]
+        self.length[target] = held
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.head_size, self.dropout = config.n_head, config.head_size, config.dropout
+        self.plain = False  # the reference implementation, for comparison
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        dropout = self.dropout if self.training else 0.0
+        if self.plain:
+            y = plain_attention(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def prefill(self, x: Tensor, keys: Tensor, values: Tensor, held: int) -> Tensor:
+        """x [T, C] after `held` tokens of one slot, whose keys and values [H, block_size, D] are extended."""
+        T, C = x.shape
+        q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
+        keys[:, held : held + T], values[:, held : held + T] = k, v
+        mask = None
+        if held:  # is_causal aligns the mask at the top left, so rows after a prefix need an explicit one
+            mask = torch.ones(T, held + T, dtype=torch.bool, device=x.device).tril(held)
+        past = (keys[:, : held + T], values[:, : held + T])
+        y = F.scaled_dot_product_attention(q[None], past[0][None], past[1][None], attn_mask=mask, is_causal=not held)
+        return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
+
+    def decode(self, x: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """x [S, C], one new token for each of `slots`; keys and values are the layer's whole [S, H, block_size, D].
+
+        Attention goes row by row: a row's result may not depend on the lengths of its neighbours.
+        """
+        S, C = x.shape
+        q, k, v = self.c_attn(x).view(S, 3, self.n_head, 1, self.head_size).unbind(1)  # each [S, H, 1, D]
+        rows = []
+        for row, (slot, held) in enumerate(zip(slots, lengths, strict=True)):
+            keys[slot, :, held], values[slot, :, held] = k[row, :, 0], v[row, :, 0]
+            past = (keys[slot : slot + 1, :, : held + 1], values[slot : slot + 1, :, : held + 1])
+            rows.append(F.scaled_dot_product_attention(q[row : row + 1], *past))  # [1, H, 1, D]
+        return cast(Tensor, self.c_proj(torch.cat(rows).reshape(S, C)))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times wider inside, with GPT-2's tanh GELU (Hendrycks & Gimpel 2016) between."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return cast(Tensor, x + self.mlp(self.ln_2(x)))
+
+
+class TiedHead(nn.Module):
+    """The output head of a tied model: it owns nothing and reads the embedding's weight, so the tie cannot break."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not registered: the weight is counted and saved once
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.__dict__["embedding"].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, pre-norm blocks, a final LayerNorm and a (tied) head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("vocab_size 0: set it to the tokenizer's size before the model is built")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head: nn.Module = (
+            TiedHead(self.wte) if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), residual projections N(0, 0.02/sqrt(2 n_layer)), padding rows zero."""
+        if self.wte.weight.is_meta:
+            return
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=residual if name.endswith("c_proj.weight") else 0.02)
+            else:
+                nn.init.constant_(parameter, 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
+        if self.config.positions == "sinusoidal":
+            self.positions = sinusoids(self.config.block_size, self.config.n_embd).to(self.wte.weight.device)
+        for matrix in {id(w): w for w in (self.wte.weight, cast(Tensor, self.lm_head.weight))}.values():
+            matrix[self.config.tokens :] = 0.0
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        table = self.wpe.weight if self.config.positions == "learned" else cast(Tensor, self.positions)
+        return table[start:stop]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [..., C] -> float32 logits [..., N]: ids that only pad the vocabulary do not appear at all."""
+        weight = cast(Tensor, self.lm_head.weight)
+        rows = weight if weight.is_cuda else weight[: self.config.tokens]
+        return F.linear(x, rows)[..., : self.config.tokens].float()
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> logits [B, T, N]; with targets [B, T] the mean loss in nats a token, float32.
+
+        Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError.
+        """
+        B, T = ids.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}: pass fewer")
+        x = F.dropout(self.wte(ids) + self._positions(0, T), self.config.dropout, self.training)  # [B, T, C]
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is None:
+            return self._logits(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
+        weight = cast(Tensor, self.lm_head.weight)
+        total = LinearCrossEntropy.apply(x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows)
+        return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))
+
+    def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `slots` texts at once: 2 * n_layer * slots * block_size * n_embd numbers."""
+        return KVCache(self.config, slots, self.wte.weight.device, dtype or self.wte.weight.dtype)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int) -> Tensor:
+        """Read T tokens into a slot behind what it holds; returns the logits [N] after the last one."""
+        held, T = cache.length[slot], len(ids)
+        if not T or held + T > self.config.block_size:
+            raise ValueError(f"{held} + {T} tokens do not fit 1..{self.config.block_size}: pass the end of the text")
+        x = self.wte(torch.as_tensor(ids, device=self.wte.weight.device)) + self._positions(held, held + T)  # [T, C]
+        for layer, block in enumerate(self.h):
+            block = cast(Block, block)
+            x = x + block.attn.prefill(block.ln_1(x), cache.keys[layer][slot], cache.values[layer][slot], held)
+            x = x + block.mlp(block.ln_2(x))
+        cache.length[slot] = held + T
+        return self._logits(self.ln_f(x[-1]))
+
+    @torch.inference_mode()
+    def decode(self, ids: Sequence[int], cache: KVCache, slots: Sequence[int]) -> Tensor:
+        """One new token for each of `slots`; returns logits [len(slots), N]."""
+        lengths = [cache.length[slot] for slot in slots]
+        if max(lengths) >= self.config.block_size:
+            raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text anew")
+        device = self.wte.weight.device
+        table = self._positions(0, self.config.block_size)
+        x = self.wte(torch.tensor(ids, device=device)) + table[torch.tensor(lengths, device=device)]  # [S, C]
+        for layer, block in enumerate(self.h):
+            block = cast(Block, block)
+            x = x + block.attn.decode(block.ln_1(x), cache.keys[layer], cache.values[layer], slots, lengths)
+            x = x + block.mlp(block.ln_2(x))
+        for slot in slots:
+            cache.length[slot] += 1
+        return self._logits(self.ln_f(x))
+
+    def use_plain_attention(self, plain: bool = True) -> None:
+        """Switch every block to the reference attention (slow; for comparison) or back."""
+        for block in self.h:
+            cast(Block, block).attn.plain = plain
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, the tied weight counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def report(self) -> list[tuple[str, int, int]]:
+        """(component, parameters, bytes) of every part and, last, of the whole."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        names = {"wte": "token embedding", "wpe": "position embedding", "lm_head": "output head", "ln_f": "LayerNorm"}
+        for name, parameter in self.named_parameters():
+            top = name.split(".")[0]
+            inner = {"attn": "attention", "mlp": "MLP"}.get(name.split(".")[2], "LayerNorm") if top == "h" else ""
+            groups.setdefault(inner or names[top], []).append(parameter)
+        rows = [
+            (name, sum(p.numel() for p in ps), sum(p.numel() * p.element_size() for p in ps))
+            for name, ps in groups.items()
+        ]
+        return [*rows, ("total", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+
+    def flops_per_token(self) -> float:
+        """Training cost of a token in FLOPs: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B), embeddings looked up free."""
+        c = self.config
+        matrices = self.num_parameters() - (c.block_size * c.n_embd if c.positions == "learned" else 0)
+        matrices -= 0 if c.tied_head else c.vocab_size * c.n_embd
+        return 6.0 * matrices + 12.0 * c.n_layer * c.n_embd * c.block_size
