@@ -1,0 +1,393 @@
+"""Model folders and training state on disk: saving (also in the background), loading, finding the newest.
+
+    >>> save_model("models/mine", model, tokenizer, card={"data": "three novels"}, generation=GenerationParams())
+    >>> model, tokenizer = load_model("runs/sample/best")          # ours, or a GPT-2 saved by transformers
+    >>> model, tokenizer = load_model(fetch_model("openai-community/gpt2"), block_size=2048)
+    >>> state = load_training(newest_checkpoint("runs/sample"))
+
+A model folder is a Hugging Face model (`gpt2_format.py`), a checkpoint is a model folder with the training state beside
+the weights. `storage.py` keeps each whole, whatever happens while it is written. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import GenerationParams, ModelConfig, build
+from gpt2_format import (
+    as_trained,
+    export_state,
+    extend_positions,
+    folder_tokenizer,
+    generation_config,
+    gpt2_config,
+    import_state,
+    model_card,
+    parse_config,
+    read_model_config,
+    unwrapped,
+)
+from storage import (
+    SUMS,
+    CheckpointError,
+    discard,
+    faults,
+    pack,
+    present,
+    read_json,
+    read_tensors,
+    recover,
+    replacing,
+    unpack,
+    write_sums,
+    write_tensors,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model import GPT
+    from tokenizer import Tokenizer
+
+__all__ = [
+    "AsyncSaver",
+    "CheckpointError",
+    "export_state",
+    "extend_positions",
+    "fetch_model",
+    "find_model",
+    "import_state",
+    "load_model",
+    "load_training",
+    "newest_checkpoint",
+    "prune_checkpoints",
+    "read_model_config",
+    "save_model",
+    "save_training",
+    "unwrapped",
+]
+
+WEIGHTS = "model.safetensors"
+STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
+CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2")
+
+
+def _job(
+    folder: Path | str,
+    model: Any,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any] | None,
+    card: Mapping[str, Any],
+    generation: GenerationParams,
+    weights: Mapping[str, Tensor] | None,
+    hold: Callable[[Tensor], Tensor],
+) -> Callable[[], None]:
+    """What writes the folder when it is called; `hold` is applied to each tensor now."""
+    core = unwrapped(model)
+    if tokenizer.vocab_size != core.config.tokens:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {core.config.tokens:,}: "
+            "save the tokenizer that the model was trained with"
+        )
+    facts = {"parameters": core.num_parameters(), **copy.deepcopy(dict(card))}
+    held = {name: hold(tensor) for name, tensor in export_state(model, weights).items()}
+    texts = {
+        "config.json": gpt2_config(core.config, tokenizer, facts),
+        "generation_config.json": generation_config(generation, tokenizer.eot),
+        "README.md": model_card(Path(folder).name, core.config, tokenizer, facts),
+    }
+    if state is None:
+        return partial(_write, folder, held, tokenizer, texts, None, None)
+    texts[STATE_REST], tensors = pack(state)
+    training = {name: hold(tensor) for name, tensor in tensors.items()}
+    return partial(_write, folder, held, tokenizer, texts, training, state.get("step"))
+
+
+def _write(
+    folder: Path | str,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    texts: Mapping[str, Any],
+    training: Mapping[str, Tensor] | None,
+    step: int | None,
+) -> None:
+    with replacing(folder, group=None if training is None else "last") as draft:
+        sums = {WEIGHTS: write_tensors(draft / WEIGHTS, weights, hashed=training is not None)}
+        tokenizer.save(draft)
+        for name, content in texts.items():
+            write_text(draft / name, content)
+        if training is not None:
+            sums[STATE_TENSORS] = write_tensors(draft / STATE_TENSORS, training)
+            write_sums(draft, step, sums)
+
+
+def save_model(
+    folder: Path | str,
+    model: Any,
+    tokenizer: Tokenizer,
+    *,
+    card: Mapping[str, Any],
+    generation: GenerationParams,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the model folder of the design, whole or not at all, in place of an older one of that name.
+
+    model: a GPT, wrapped or not. card: what `model_card` takes, JSON values only. weights: see `export_state`.
+    Raises CheckpointError for a tokenizer of another size, OSError for a full disk.
+    """
+    _job(folder, model, tokenizer, None, card, generation, weights, lambda tensor: tensor)()
+
+
+def save_training(
+    folder: Path | str,
+    model: Any,
+    tokenizer: Tokenizer,
+    *,
+    state: Mapping[str, Any],
+    card: Mapping[str, Any],
+    generation: GenerationParams,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint: a model folder, the training state beside it, and the sha256 of every file.
+
+    state: tensors, numbers, text, None, and dicts, lists and tuples of those; an int `step` in it orders checkpoints.
+    The weights are in the model folder, exactly, and need not be in `state`.
+    """
+    _job(folder, model, tokenizer, state, card, generation, weights, lambda tensor: tensor)()
+
+
+class AsyncSaver:
+    """Saves in the background: `submit` copies everything to CPU memory and returns, a thread writes.
+
+        >>> with AsyncSaver() as saver:
+        ...     saver.submit("runs/x/last", model, tokenizer, state=state, card=card, generation=generation)
+
+    At most `pending` copies wait or are being written; beyond that `submit` blocks. An error of the thread is raised
+    once, by the next `submit` or `wait`. Leaving the block waits, and so does the interpreter's end.
+    """
+
+    def __init__(self, pending: int = 1):
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = pending
+        self._jobs: list[Future[None]] = []
+
+    def submit(
+        self,
+        folder: Path | str,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        card: Mapping[str, Any],
+        generation: GenerationParams,
+        state: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        then: Callable[[], object] | None = None,
+    ) -> None:
+        """As `save_training`, or as `save_model` without `state`; `then` is called in the thread when the folder stands."""
+        self._drain(self._pending - 1)
+        job = _job(folder, model, tokenizer, state, card, generation, weights, _held)
+        self._jobs.append(self._pool.submit(_in_turn, job, then))
+
+    def wait(self) -> None:
+        """Block until all is on the disk; raises the first error that was not raised yet."""
+        self._drain(0)
+
+    def _drain(self, left: int) -> None:
+        while self._jobs and (len(self._jobs) > left or self._jobs[0].done()):
+            error = self._jobs[0].exception()
+            del self._jobs[0]
+            if error is not None:
+                raise error
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+def _in_turn(job: Callable[[], None], then: Callable[[], object] | None) -> None:
+    job()
+    if then is not None:
+        then()
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """A contiguous copy in CPU memory that shares nothing with `tensor`."""
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors`, or of the pieces that its index names."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder / WEIGHTS)
+    if index.is_file():
+        pieces = sorted({Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
+        return {name: tensor for piece in pieces for name, tensor in read_tensors(folder / piece).items()}
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt")):
+        raise CheckpointError(
+            f"{folder} has its weights in a pickle, which can run any code and is not opened here; convert it with "
+            f"transformers, if you trust it: GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
+        )
+    raise CheckpointError(f"{folder / WEIGHTS}: no such file; copy the folder again")
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    block_size: int | None = None,
+    dropout: float | None = None,
+) -> tuple[GPT, Tokenizer]:
+    """The model, in evaluation mode, and its tokenizer: a folder of ours or a GPT-2 saved by transformers.
+
+    dtype: of the parameters, float32 if None, whatever the file holds. block_size: another context, see
+    `extend_positions`; dropout: another rate (both for fine-tuning). Raises CheckpointError naming file and remedy.
+    """
+    import torch
+
+    from model import GPT, sinusoids
+
+    folder = present(folder)
+    raw = read_json(folder / "config.json")
+    config = parse_config(raw, folder / "config.json")
+    tokenizer = folder_tokenizer(folder, raw)
+    if tokenizer.vocab_size > config.tokens:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model only {config.tokens:,}: "
+            "save the tokenizer that the model was trained with"
+        )
+    if tokenizer.vocab_size < config.tokens:  # rows that only pad, in a folder that does not say so
+        config = config.model_copy(update={"vocab_used": tokenizer.vocab_size})
+    weights = _read_weights(folder)
+    config = as_trained(config, weights)
+    try:
+        state = import_state(weights, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+    if block_size and block_size != config.block_size and "wpe.weight" in state:
+        state["wpe.weight"] = extend_positions(state["wpe.weight"], block_size)
+    asked = {"block_size": block_size or config.block_size, "dropout": config.dropout if dropout is None else dropout}
+    config = build(ModelConfig, {**config.model_dump(), **asked})
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(state, assign=True)
+    if config.positions == "sinusoidal":
+        model.positions = sinusoids(config.block_size, config.n_embd)
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+
+
+def load_training(folder: Path | str, verify: bool = True) -> Any:
+    """The training state of a checkpoint, tensors on the CPU, once every file's sha256 has been compared.
+
+    verify: False where `newest_checkpoint` has just compared them, which takes seconds for a large model. Raises
+    CheckpointError naming each file that is missing or damaged.
+    """
+    folder = present(folder)
+    wrong = faults(folder) if verify else []
+    if wrong:
+        raise CheckpointError(f"{'; '.join(wrong)}: resume from another checkpoint of the run, or train anew")
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / STATE_TENSORS).items()}
+    return unpack(read_json(folder / STATE_REST), tensors)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The folders of training state in a run, newest first by the time and step in their `checksums.json`."""
+    found = []
+    for path in run.iterdir() if run.is_dir() else ():
+        if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
+            try:
+                sums = read_json(path / SUMS)
+                rank = (float(sums["saved"]), int(sums["step"] or 0))
+            except (CheckpointError, KeyError, TypeError, ValueError):
+                rank = (path.stat().st_mtime, 0)
+            found.append((rank, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(run: Path | str, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run folder (`last`, `last-000123`, or one left by an interrupted exchange).
+
+    Every file's sha256 is compared; what is damaged is told to `say` (standard error if None) and passed over.
+    """
+    for path in _checkpoints(Path(run)):
+        wrong = faults(path)
+        if not wrong:
+            return path
+        (say or _complain)(f"{path} is passed over: {'; '.join(wrong)}")
+    return None
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def prune_checkpoints(run: Path | str, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints of a run folder, and what dead processes left half written."""
+    recover(Path(run), lambda name: CHECKPOINT_NAME.fullmatch(name) is not None)
+    for path in _checkpoints(Path(run))[max(1, keep) :]:
+        discard(path)
+
+
+def _model_in(place: Path) -> Path | None:
+    """The model folder that `place` is, or of a run folder its best, else its newest checkpoint."""
+    for folder in (present(place), present(place / "best"), present(place / "last"), *_checkpoints(place)):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
+    """A model folder: `path` itself or the best of the run folder `path`; None: the newest run's, else of `models/`.
+
+    Raises CheckpointError that says how to make one.
+    """
+    make = "train one with `python train.py --preset sample`"
+    if path is not None:
+        found = _model_in(Path(path))
+        if found is None:
+            raise CheckpointError(f"--model {path}: no model there (no config.json, best/ or last/): {make}")
+        return found
+    for parent in (Path(root) / "runs", Path(root) / "models"):
+        models = [_model_in(place) for place in parent.iterdir() if place.is_dir()] if parent.is_dir() else []
+        if newest := [model for model in models if model is not None]:
+            return max(newest, key=lambda model: (model / "config.json").stat().st_mtime)
+    raise CheckpointError(f"no model in {Path(root) / 'runs'} or {Path(root) / 'models'}: {make}")
+
+
+def fetch_model(name: Path | str) -> Path:
+    """A model folder on the disk: `name` as in `find_model`, or a GPT-2 of the Hugging Face hub, downloaded once.
+
+    Hub names are `owner/name`, or `gpt2` and its sizes. Only JSON, text and safetensors files are fetched.
+    """
+    path = Path(name)
+    ours = len(path.parts) > 1 and (path.parts[0] in ("runs", "models") or path.parent.is_dir())
+    if ours or present(path).exists() or not HUB_NAME.fullmatch(str(name)):
+        return find_model(path)
+    import huggingface_hub
+
+    try:
+        allowed = ["*.json", "*.safetensors", "*.txt"]
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=["*/*"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{name}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}): "
+            "check the name and the network, or download the model elsewhere and pass its folder"
+        ) from error

@@ -1,0 +1,161 @@
+"""Cleaning of plain texts: line ends, Project Gutenberg licences, hard-wrapped lines, and where a long text may be cut.
+
+Everything works on UTF-8 bytes, a piece of a text at a time, at several hundred MB/s.
+
+    python -c "import cleaning; print(cleaning.find_layout(open('book.txt', 'rb').read()))"
+    python prepare_data.py --input book.txt --no-unwrap --out data/book
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+TAB, NEWLINE, SPACE, QUOTE, APOSTROPHE, DASH, SMALL_A, SMALL_Z = b"\t\n \"'-az"
+MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+LICENCE_WINDOW = 65536  # bytes at either end of a file that may hold licence text
+WORD = 24  # longer words are taken as this long
+LAYOUT_SAMPLE = 1 << 17  # bytes of a text that its layout is judged by
+
+HEADER = re.compile(
+    rb"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT).{0,400}?\*\*\*[^\n]*\n", re.DOTALL | re.IGNORECASE
+)
+SMALL_PRINT_END = re.compile(rb"\*END ?\*? ?THE SMALL PRINT![^\n]*\n")
+FOOTER = re.compile(
+    rb"^(?:\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)"
+    rb"|End of (?:the |this )?Project Gutenberg(?:'s|\xe2\x80\x99s| E))",
+    re.MULTILINE | re.IGNORECASE,
+)
+# A character that is no white space, by its UTF-8 bytes; lead bytes that also begin Unicode spaces are left out.
+SOLID = rb"(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe4-\xef][\x80-\xbf]{2}|\xe3(?:\x80[\x81-\xbf]|[\x81-\xbf][\x80-\xbf])|[\xf0-\xf4][\x80-\xbf]{3})"
+PARAGRAPH_CUT = re.compile(SOLID + rb"(?=\r?\n[ \t]*\r?\n)")
+WORD_CUT = re.compile(SOLID + rb"(?=[\r\n ])")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text's lines are broken. width 0: not wrapped, or not so that joining is safe."""
+
+    width: int = 0
+    """Characters that a full line holds."""
+    blocks: bool = True
+    """Blank lines part the paragraphs; otherwise only a line that ends early does."""
+
+
+def normalise_newlines(data: bytes) -> bytes:
+    """CRLF and lone CR as LF."""
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+
+
+def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
+    """Where a text of `size` bytes begins and ends without Project Gutenberg's header and licence.
+
+    `head` and `tail` are its first and last LICENCE_WINDOW bytes. (0, size) where it carries none. Knows the START and
+    END OF THE PROJECT GUTENBERG EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
+    """
+    offset = size - len(tail)
+    footers = [offset + found.start() for found in FOOTER.finditer(tail)]
+    headers = [found.end() for found in HEADER.finditer(head)]
+    headers += [found.end() for found in SMALL_PRINT_END.finditer(head) if not any(f < found.start() for f in footers)]
+    start = max(headers, default=0)
+    stop = min((footer for footer in footers if footer >= start), default=size)
+    if start:
+        text = head[start:]
+        start += len(text) - len(text.lstrip())
+    if stop < size:
+        text = tail[: stop - offset]
+        stop -= len(text) - len(text.rstrip())
+    return min(start, stop), stop
+
+
+def find_layout(sample: bytes) -> Layout:
+    """The layout of a text, judged by its first LAYOUT_SAMPLE bytes.
+
+    Wrapped prose has mostly full lines, and lines inside a paragraph mostly begin with a small letter. Verse, plays,
+    lists and texts with one line a paragraph fail one or the other, and so do texts of fewer than 20 lines.
+    """
+    data = _trim(normalise_newlines(sample))
+    starts, _, lengths = _lines(data[: data.rfind(b"\n")])
+    filled = lengths[lengths > 0]
+    inner = starts[1:][(lengths[:-1] > 0) & (lengths[1:] > 0)]
+    if len(filled) < 20 or len(inner) < 10:
+        return Layout()
+    width = int(np.percentile(filled, 98))
+    full = np.mean(filled >= 0.75 * width)
+    firsts = [data[at : at + 4].decode("utf-8", "ignore")[:1] for at in inner[:: 1 + len(inner) // 500].tolist()]
+    small = np.mean([first.islower() for first in firsts])
+    if not 40 <= width <= 120 or full < 0.5 or small < 0.5:
+        return Layout()
+    return Layout(width, blocks=bool((len(lengths) - len(filled)) > 0.05 * len(lengths)))
+
+
+def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
+    """Join the hard-wrapped lines of `data` (LF line ends) into paragraphs; also how many line breaks went.
+
+    Where blank lines part paragraphs, all lines of one are joined if three in four are long; short lines (verse,
+    addresses, lists) and indented ones stay. Otherwise two lines are joined where the second one's first word would not
+    have fit on the first. A line that ends in a dash or hyphen is joined without a space.
+    """
+    if not layout.width:
+        return data, 0
+    data = _trim(data)
+    starts, stops, lengths = _lines(data)
+    buffer = np.frombuffer(data + b"\n\n\n", dtype=np.uint8).copy()
+    first, last = buffer[starts[1:]], buffer[np.maximum(stops[:-1] - 1, 0)]
+    may_join = (lengths[:-1] > 0) & (lengths[1:] > 0) & (first != SPACE) & (first != TAB)
+    if layout.blocks:
+        block = np.cumsum(lengths == 0)[:-1]
+        breaks = np.bincount(block, weights=may_join)
+        long = np.bincount(block, weights=may_join & (lengths[:-1] >= 0.7 * layout.width))
+        joined = may_join & (long >= 0.75 * breaks)[block]
+    else:
+        turn = ((last == QUOTE) | (last == APOSTROPHE)) & ((first == QUOTE) | (first == APOSTROPHE))
+        small = (first >= SMALL_A) & (first <= SMALL_Z) & (lengths[:-1] >= 0.6 * layout.width)
+        joined = may_join & small & ~turn
+        unsure = np.flatnonzero(may_join & ~small & ~turn & (lengths[:-1] + WORD >= layout.width))
+        ahead = buffer[np.minimum(starts[1:][unsure, None] + np.arange(WORD + 1), len(buffer) - 1)]
+        word = np.argmax((ahead == SPACE) | (ahead == NEWLINE), axis=1)
+        joined[unsure] = lengths[unsure] + 1 + np.where(word, word, WORD) > layout.width
+    at = stops[:-1][joined]
+    buffer[at] = SPACE
+    before, before2 = buffer[at - 1], buffer[np.maximum(at - 2, 0)]
+    before3 = buffer[np.maximum(at - 3, 0)]
+    dash_before = (before == DASH) & (before2 != SPACE) & ~((before2 == DASH) & (before3 == SPACE))
+    dash_after = (buffer[at + 1] == DASH) & (buffer[at + 2] == DASH) & (buffer[at + 3] > DASH)
+    text = buffer[: len(data)].tobytes()
+    drop = [-1, *at[dash_before | dash_after].tolist(), len(text)]
+    return b"".join([text[a + 1 : b] for a, b in pairwise(drop)]), len(at)
+
+
+def cut_after(window: bytes, layout: Layout) -> int | None:
+    """Where in `window` a long text may be cut so that its pieces, cleaned and encoded apart, give what the whole gives.
+
+    GPT-2's pre-tokenizer always splits between white space and what stands before it; wrapped lines need the end of a
+    paragraph besides. None where `window` has no such place.
+    """
+    found = PARAGRAPH_CUT.search(window)
+    if found is None and not layout.width:
+        found = WORD_CUT.search(window)
+    return found.end() if found else None
+
+
+def _trim(data: bytes) -> bytes:
+    """`data` without blanks before line ends."""
+    if b" \n" not in data and b"\t\n" not in data:
+        return data
+    *lines, end = data.split(b"\n")
+    return b"\n".join([*[line.rstrip(b" \t") for line in lines], end])
+
+
+def _lines(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start and stop of each line in bytes, and its length in characters."""
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    ends = np.flatnonzero(buffer == NEWLINE)
+    starts, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [len(data)]])
+    if data.isascii():
+        return starts, stops, stops - starts
+    inner = np.flatnonzero((buffer & 0xC0) == 0x80)  # bytes of a character beyond its first
+    return starts, stops, stops - starts - (np.searchsorted(inner, stops) - np.searchsorted(inner, starts))

@@ -1,0 +1,261 @@
+"""Token shards on disk -> batches for the model, in an order that depends on nothing but a seed.
+
+    data = TokenData.open(Path("data/novels"))
+    sampler = Windows(len(data.train), block_size=256, seed=1337)
+    x, y = data.train.batch(sampler.starts(first=0, count=16), 256)     # each [16, 256] int64
+
+The position in the data is one integer, the number of windows used so far: window number `i` of a run is always the
+same, on any number of devices, so saving the position is saving that integer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prepare_data import Manifest, Split
+
+REMAP_BYTES = 32 << 20  # a mapping is dropped after this much reading, so that read pages do not pile up in memory
+
+
+class DataError(ValueError):
+    """Prepared data that cannot be used; the message names the file and the remedy."""
+
+
+class TokenStream:
+    """The tokens of one split: its shard files read as one sequence through memory maps."""
+
+    def __init__(self, files: list[Path], lengths: list[int], dtype: str):
+        self.files, self.dtype = files, np.dtype(dtype).newbyteorder("<")
+        self.ends = np.cumsum([0, *lengths])  # shard k holds tokens ends[k] .. ends[k+1]-1
+        self._maps: dict[int, np.memmap] = {}
+        self._read = 0
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _shard(self, number: int) -> np.memmap:
+        if number not in self._maps:
+            self._maps[number] = np.memmap(self.files[number], dtype=self.dtype, mode="r")
+        return self._maps[number]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 as a new array; a range may cross shards."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start}..{stop} lie outside 0..{len(self)}")
+        out = np.empty(stop - start, dtype=self.dtype)
+        number = int(np.searchsorted(self.ends, start, side="right")) - 1
+        done = start
+        while done < stop:
+            first, last = int(self.ends[number]), int(self.ends[number + 1])
+            upto = min(stop, last)
+            out[done - start : upto - start] = self._shard(number)[done - first : upto - first]
+            done, number = upto, number + 1
+        self._read += out.nbytes
+        if self._read > REMAP_BYTES:
+            self._maps.clear()
+            self._read = 0
+        return out
+
+    def batch(self, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+        """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x."""
+        rows = np.stack([self.read(int(start), int(start) + block_size + 1) for start in starts])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A prepared folder: its manifest and both splits."""
+
+    folder: Path
+    manifest: Manifest
+    train: TokenStream
+    val: TokenStream
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = False) -> TokenData:
+        """Open what `prepare_data.py` wrote. Sizes are checked here, the largest id by the manifest; `verify` also
+        checks every sha256.
+
+        Raises DataError naming the shard that is missing, truncated or altered.
+        """
+        manifest = Manifest.load(folder)
+        streams = [
+            cls._stream(folder, manifest, split, verify) for split in (manifest.splits.train, manifest.splits.val)
+        ]
+        return cls(folder, manifest, streams[0], streams[1])
+
+    @staticmethod
+    def _stream(folder: Path, manifest: Manifest, split: Split, verify: bool) -> TokenStream:
+        width = np.dtype(manifest.dtype).itemsize
+        remedy = "prepare the data again with prepare_data.py"
+        files = [folder / shard.file for shard in split.shards]
+        for path, shard in zip(files, split.shards, strict=True):
+            if not path.is_file():
+                raise DataError(f"{path}: this shard is missing; {remedy}")
+            if path.stat().st_size != shard.tokens * width:
+                raise DataError(
+                    f"{path}: {path.stat().st_size:,} bytes, but {shard.tokens:,} tokens take {shard.tokens * width:,}: "
+                    f"the shard is truncated or altered; {remedy}"
+                )
+            if verify:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != shard.sha256:
+                    raise DataError(f"{path}: its sha256 is not the manifest's: the shard was altered; {remedy}")
+        return TokenStream(files, [shard.tokens for shard in split.shards], manifest.dtype)
+
+
+class Windows:
+    """Shuffled windows of block_size + 1 tokens without replacement: each epoch covers the whole text.
+
+    An epoch's windows lie block_size apart from a random phase, the first and last moved to the ends of the text, and
+    are visited in a random order; both are drawn from (seed, epoch) alone. Window `i` of a run is the
+    `i % per_epoch`-th of epoch `i // per_epoch`, so any rank can compute its own without talking to others.
+    """
+
+    def __init__(self, tokens: int, block_size: int, seed: int):
+        if tokens < block_size + 1:
+            raise DataError(
+                f"{tokens} tokens of text are fewer than one window of {block_size} + 1: "
+                f"add text or train with --model.block-size {max(8, tokens // 4)}"
+            )
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.per_epoch = -(-(tokens - 1) // block_size) + (1 if tokens > block_size + 1 else 0)
+        self._epoch = -1
+        self._starts = np.empty(0, dtype=np.int64)
+
+    def _load(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            phase = int(generator.integers(self.block_size))
+            steps = np.arange(self.per_epoch, dtype=np.int64) * self.block_size + phase - self.block_size
+            starts = np.clip(steps, 0, self.tokens - 1 - self.block_size)
+            generator.shuffle(starts)
+            self._epoch, self._starts = epoch, starts
+        return self._starts
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """First tokens of windows number first..first+count-1 of the run, int64 [count]; may cross epochs."""
+        out = []
+        while count:
+            epoch, at = divmod(first, self.per_epoch)
+            part = self._load(epoch)[at : at + count]
+            out.append(part)
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(out)
+
+
+def training_batches(
+    stream: TokenStream,
+    windows: Windows,
+    *,
+    batch_size: int,
+    micro_steps: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless micro-batches (x, y), each [batch_size, T], of this rank, from window number `first` on.
+
+    An optimizer step takes `world * micro_steps * batch_size` windows; rank r takes the r-th run of
+    `micro_steps * batch_size` of them, so the ranks' windows are disjoint and together are those of one process.
+    On CUDA a thread reads ahead into pinned memory and the transfer overlaps with computing.
+    """
+    share = micro_steps * batch_size
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        step_first = first
+        while True:
+            for micro in range(micro_steps):
+                at = step_first + rank * share + micro * batch_size
+                yield stream.batch(windows.starts(at, batch_size), windows.block_size)
+            step_first += world * share
+
+    if device is None or device.type != "cuda":
+        for x, y in read():
+            yield (x, y) if device is None else (x.to(device), y.to(device))
+        return
+    with prefetched(read, lambda pair: (pair[0].pin_memory(), pair[1].pin_memory())) as ready:
+        for x, y in ready:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+class prefetched:
+    """Run an endless iterator in a thread, a few items ahead; leaving the context ends the thread."""
+
+    def __init__(
+        self,
+        source: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+        finish: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
+        depth: int = 4,
+    ):
+        self.source, self.finish = source, finish
+        self.items: queue.Queue[tuple[Tensor, Tensor] | BaseException] = queue.Queue(depth)
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+
+    def _put(self, item: tuple[Tensor, Tensor] | BaseException) -> None:
+        while not self.over.is_set():
+            try:
+                return self.items.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _work(self) -> None:
+        try:
+            for item in self.source():
+                self._put(self.finish(item))
+                if self.over.is_set():
+                    return
+        except BaseException as error:  # handed to the reader, which raises it
+            self._put(error)
+
+    def __enter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.thread.start()
+
+        def ready() -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                item = self.items.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+
+        return ready()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join(timeout=5)
+
+
+def validation_batches(
+    stream: TokenStream, block_size: int, batch_size: int, limit: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The fixed validation pass: consecutive windows from the start, every token predicted once.
+
+    x and y are [<= batch_size, T]; the last window is shorter and comes alone. `limit` ends the pass after that many
+    predicted tokens (0: all). Ranks take every world-th batch; their sums add up to the same pass.
+    """
+    last = len(stream) - 1 if not limit else min(limit, len(stream) - 1)
+    if last < 1:
+        raise DataError("the validation split has fewer than two tokens: raise --val-fraction or add text")
+    whole = last // block_size
+    batches: list[np.ndarray] = []
+    if whole:
+        starts = np.arange(whole, dtype=np.int64) * block_size
+        batches = np.split(starts, range(batch_size, whole, batch_size))
+    for number, part in enumerate(batches):
+        if number % world == rank:
+            yield stream.batch(part, block_size)
+    if last > whole * block_size and len(batches) % world == rank:
+        yield stream.batch(np.array([whole * block_size]), last - whole * block_size)

@@ -1,0 +1,116 @@
+"""Optimizers and learning-rate schedules.
+
+optimizer = Optimizer(model, train_config)
+optimizer.set_lr(lr_scale(step, total, train_config))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import TrainConfig
+
+
+def lr_scale(step: int, total: int, train: TrainConfig) -> float:
+    """Share of the peak learning rate at update number `step` of 0..total-1.
+
+    The first update has a rate above 0, the last one of the warm-up (`warmup_steps - 1`) the peak, the last of all
+    `min_lr` (except `constant`). onecycle rises from a 25th of the peak along a cosine (Smith & Topin 2018).
+    """
+    low = train.min_lr / train.lr
+    peak = max(
+        0, (min(train.warmup_steps, total) if total else train.warmup_steps) - 1
+    )  # the update at which the peak is reached
+    if step < peak:
+        if train.schedule == "onecycle":
+            return 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * step / peak))
+        return (step + 1) / (peak + 1)
+    if train.schedule == "constant" or total - 1 <= peak:
+        return 1.0
+    if train.schedule == "wsd":
+        first = max(peak, total - 1 - max(1, round(train.decay_fraction * total)))
+        return 1.0 if step <= first else low + (1 - low) * (total - 1 - step) / (total - 1 - first)
+    done = (step - peak) / (total - 1 - peak)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(model: nn.Module, train: TrainConfig) -> tuple[dict[str, nn.Parameter], ...]:
+    """(Muon's, decayed, undecayed) parameters by name: disjoint, together all of them.
+
+    Matrices are decayed, vectors (biases, LayerNorms) are not. Muon takes the matrices inside the blocks only.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = {n: p for n, p in named.items() if train.optimizer == "muon" and p.dim() == 2 and n.startswith("h.")}
+    decayed = {n: p for n, p in named.items() if n not in muon and p.dim() >= 2}
+    plain = {n: p for n, p in named.items() if n not in muon and n not in decayed}
+    return muon, decayed, plain
+
+
+class Optimizer:
+    """AdamW, or Muon on the hidden matrices beside AdamW on the rest, behind one face.
+
+    Muon: Jordan et al. 2024, as in `torch.optim.Muon`; its rate is `muon_lr` under the same schedule.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainConfig):
+        muon, decayed, plain = parameter_groups(model, train)
+        self.names = {id(p): name for group in (muon, decayed, plain) for name, p in group.items()}
+        groups = [
+            {"params": list(decayed.values()), "weight_decay": train.weight_decay},
+            {"params": list(plain.values()), "weight_decay": 0.0},
+        ]
+        device = next(model.parameters()).device.type
+        sharded = type(next(model.parameters()).data).__name__ == "DTensor"
+        adam = torch.optim.AdamW(
+            groups,
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            fused=device in ("cuda", "cpu") and not sharded,
+        )
+        self.parts: list[torch.optim.Optimizer] = [adam]
+        if muon:
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError("--train.optimizer muon needs torch 2.9 or newer: update torch or use adamw")
+            self.parts.append(
+                torch.optim.Muon(list(muon.values()), lr=train.muon_lr, weight_decay=train.weight_decay, momentum=0.95)
+            )
+        self.peaks = [train.lr, train.muon_lr]
+
+    def set_lr(self, scale: float) -> None:
+        """Set every rate to `scale` times its peak."""
+        for part, peak in zip(self.parts, self.peaks, strict=False):
+            for group in part.param_groups:
+                group["lr"] = peak * scale
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The moments by parameter name: {name: {"exp_avg": …, "exp_avg_sq": …, "step": …}}."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for part in self.parts:
+            for parameter, state in part.state.items():
+                found[self.names[id(parameter)]] = {key: torch.as_tensor(value) for key, value in state.items()}
+        return found
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restore what `state_dict` gave; a parameter that is missing raises ValueError."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    name = self.names[id(parameter)]
+                    if name not in state:
+                        raise ValueError(
+                            f"the checkpoint has no optimizer state for {name}: resume with the optimizer it was trained with"
+                        )
+                    part.state[parameter] = {
+                        key: value.to(parameter.device if value.dim() or part.defaults.get("fused") else "cpu").clone()
+                        for key, value in state[name].items()
+                    }

@@ -1,0 +1,345 @@
+"""What a training run will need, before its first step: parameters, memory, speed, time and cost.
+
+    python train.py --preset story-small --plan
+    python train.py --preset victorian --plan p4d.24xlarge --price-per-hour 22
+
+On this machine a few real steps are taken in a process of their own and measured; for another machine the speed comes
+from its data sheet and a stated utilisation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import ROOT, Config, ConfigError, ModelConfig, TrainConfig, build
+
+if TYPE_CHECKING:
+    import torch
+
+    from train import TrainArgs
+
+MFU = 0.40  # share of the data sheet's rate assumed for GPUs that cannot be measured here
+GPU_MEMORY = {
+    "H200": 141,
+    "H100": 80,
+    "B200": 180,
+    "A100-80": 80,
+    "A100": 40,
+    "A10G": 24,
+    "L40S": 48,
+    "L4": 24,
+    "V100": 16,
+    "T4": 16,
+}
+INSTANCES = {  # AWS instance: (GPUs, name in the tables)
+    "p4d.24xlarge": (8, "A100"),
+    "p4de.24xlarge": (8, "A100-80"),
+    "p5.48xlarge": (8, "H100"),
+    "p5en.48xlarge": (8, "H200"),
+    "p6-b200.48xlarge": (8, "B200"),
+    "g4dn.xlarge": (1, "T4"),
+    "g5.xlarge": (1, "A10G"),
+    "g5.48xlarge": (8, "A10G"),
+    "g6.xlarge": (1, "L4"),
+    "g6e.xlarge": (1, "L40S"),
+}
+CORPUS_TOKENS = {
+    "pg19": 2_900_000_000,
+    "tinystories": 470_000_000,
+    "tinyshakespeare": 301_000,
+}  # until they are prepared
+RUNTIME_BYTES = {"cpu": 450_000_000, "cuda": 1_500_000_000}  # Python, torch and its libraries before any tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a training step needs on one device, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def memory_needed(
+    model: ModelConfig, train: TrainConfig, batch: int, precision: str, device: str, shards: int = 1
+) -> Memory:
+    """Estimate for one device at micro-batch `batch`; `shards` divides weights, gradients and moments (FSDP)."""
+    import torch
+
+    from model import GPT, chunk_rows
+
+    with torch.device("meta"):
+        count = GPT(model).num_parameters()
+    C, T, H, V = model.n_embd, model.block_size, model.n_head, model.vocab_size
+    wide = 4 if precision == "fp32" else 2
+    tokens = batch * T
+    # kept for backward a token and block: two LayerNorm inputs (float32), their outputs, q k v, attention and its
+    # output, both sides of the GELU
+    kept = 2 * 4 * C + wide * (2 * C + 3 * C + C + 4 * C + 4 * C) + (4 * H if precision != "fp32" else 0)
+    if model.dropout:
+        kept += 2 * C + (2 * wide * H * T + H * T if device == "cpu" else 0)  # masks; CPUs hold the attention matrix
+    rows = min(tokens, chunk_rows(V, torch.device(device)))
+    moments = 1.35 if train.optimizer == "muon" else 2
+    copies = 2 if precision != "fp32" else 0  # autocast keeps narrow copies of the matrices
+    return Memory(
+        weights=(4 + copies) * count // shards,
+        gradients=(4 * count + 4 * V * C) // shards,  # and the head's share while it is formed
+        optimizer=int(4 * moments * count) // shards,
+        activations=tokens * (model.n_layer * kept + 6 * 4 * C),
+        logits=rows * V * (4 + 4 + wide),
+        runtime=RUNTIME_BYTES.get(device, 1_000_000_000),
+    )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes this process may use: free GPU memory, or what the system and the container leave."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for name, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, current = Path("/sys/fs/cgroup") / name, Path("/sys/fs/cgroup") / used
+        if limit.is_file() and current.is_file() and limit.read_text().strip().isdigit():
+            free = min(free, int(limit.read_text()) - int(current.read_text()))
+    return free
+
+
+def fitting_batch(
+    model: ModelConfig, train: TrainConfig, world: int, limit: int, precision: str, device: str, shards: int = 1
+) -> int:
+    """Largest micro-batch (a power of two, at most 64 on a CPU) within `limit` bytes that divides tokens_per_step; 0: none."""
+    found = 0
+    for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        once = batch * model.block_size * world
+        divides = not train.tokens_per_step or train.tokens_per_step % once == 0
+        if device == "cpu" and batch > 64:
+            break
+        if divides and memory_needed(model, train, batch, precision, device, shards).total <= 0.9 * limit:
+            found = batch
+    return found
+
+
+def largest_batch(
+    model: ModelConfig, train: TrainConfig, block: int, world: int, device: torch.device, precision: str
+) -> int:
+    """What `--train.batch-size 0` stands for on this device. Raises ConfigError where not even 1 fits."""
+    room = available_memory(device)
+    found = fitting_batch(model, train, world, room, precision, device.type)
+    if not found:
+        raise ConfigError([too_large(model, train, 1, room, precision, device.type, world)])
+    return found
+
+
+def too_large(
+    model: ModelConfig, train: TrainConfig, batch: int, room: int, precision: str, device: str, world: int
+) -> str:
+    """The refusal: what is needed, what is there, and flags that would fit."""
+    need = memory_needed(model, train, batch, precision, device).total
+    text = f"--train.batch-size {batch} at --model.block-size {model.block_size} needs about {gigabytes(need)}, {gigabytes(room)} are there: "
+    fits = fitting_batch(model, train, world, room, precision, device)
+    if fits:
+        return text + f"try --train.batch-size {fits}"
+    for block in (1024, 512, 256, 128, 64):
+        smaller = model.model_copy(update={"block_size": block})
+        if block < model.block_size and fitting_batch(
+            smaller, train.model_copy(update={"tokens_per_step": 0}), 1, room, precision, device
+        ):
+            return text + f"try --model.block-size {block} --train.batch-size 1"
+    if world > 1:
+        return text + "try --train.parallel fsdp, or a smaller --model.n-embd"
+    return text + f"try --model.n-layer {max(1, model.n_layer // 2)} --model.n-embd {max(64, model.n_embd // 2)}"
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in readable units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> dict[str, float]:
+    """Take a few real steps in a process of their own: {"seconds" a micro-step, "update_s" a step's rest, "bytes"}.
+
+    Raises ConfigError where the process runs out of memory.
+    """
+    job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "plan.py")], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
+        raise ConfigError([f"the trial steps at --train.batch-size {batch} failed: {reason[0]}: try a smaller one"])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def trial(job: dict[str, Any]) -> dict[str, float]:
+    """The measured process: steps as the training loop takes them, on random tokens."""
+    import resource
+    import time
+
+    import torch
+
+    from devices import Team, pick_device
+    from model import GPT
+    from optim import Optimizer
+    from train import take_step
+
+    config = build(Config, job["config"])
+    device = pick_device(config.train.device)
+    team = Team(0, 1, "none", device)
+    model = GPT(config.model).to(device)
+    optimizer = Optimizer(model, config.train)
+    scaler = torch.amp.GradScaler(device.type, enabled=job["precision"] == "fp16")
+    shape = (job["batch"], config.model.block_size)
+
+    def batches() -> Any:
+        while True:
+            x = torch.randint(0, config.model.tokens, shape)
+            yield x.to(device), x.roll(1).to(device)
+
+    source = batches()
+    timings: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(job["steps"]):
+        for micro in (1, 2) if number else (1,):
+            began = time.perf_counter()
+            take_step(model, optimizer, scaler, source, micro, config.train, job["precision"], team)
+            if number:
+                timings[micro].append(time.perf_counter() - began)
+    once, twice = min(timings[1]), min(timings[2])
+    peak = (
+        torch.cuda.max_memory_reserved(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    seconds = max(twice - once, 0.3 * once)
+    return {"seconds": seconds, "update_s": max(0.0, once - seconds), "bytes": float(peak)}
+
+
+def corpus_tokens(args: TrainArgs, config: Config) -> int:
+    """Training tokens of the data that would be used; a published figure where it is not prepared yet."""
+    from prepare_data import Manifest
+    from runs import default_data
+
+    folder = args.data or default_data(args.preset)
+    if (folder / "manifest.json").is_file():
+        return Manifest.load(folder).splits.train.tokens
+    return CORPUS_TOKENS.get(config.data.source, 0)
+
+
+def vocabulary(args: TrainArgs, config: Config) -> ModelConfig:
+    """The model's settings with the vocabulary the data has, or will have at most."""
+    from config import GPT2_TOKENS
+    from prepare_data import Manifest
+    from runs import default_data
+
+    folder = args.data or default_data(args.preset)
+    if (folder / "manifest.json").is_file():
+        used = Manifest.load(folder).tokenizer.vocab_size
+    else:
+        used = {"gpt2": GPT2_TOKENS, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
+    return build(
+        ModelConfig, config.model.model_dump() | {"vocab_size": config.model.vocab_size or used, "vocab_used": used}
+    )
+
+
+def main_plan(args: TrainArgs, config: Config) -> int:
+    """Print the plan on standard output. Raises ConfigError where the run cannot fit."""
+    import torch
+
+    from devices import device_name, peak_flops, pick_device, pick_precision
+    from model import GPT
+    from runlog import duration
+    from runs import default_data
+    from train import micro_steps, total_steps
+
+    model, train = vocabulary(args, config), config.train
+    config = config.model_copy(update={"model": model})
+    with torch.device("meta"):
+        shape = GPT(model)
+    print(f"{args.preset}: {config.description}")
+    for name, count, size in shape.report():
+        print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+    here = args.plan == "here"
+    if here:
+        device = pick_device(train.device)
+        precision, warning = pick_precision(train.precision, device)
+        world, room, kind, label = 1, available_memory(device), device.type, device_name(device)
+        if warning:
+            print(f"note: {warning}")
+    else:
+        world, gpu = INSTANCES.get(args.plan, (1, args.plan.upper()))
+        match = next((key for key in GPU_MEMORY if key in gpu or gpu in key), None)
+        if match is None:
+            known = ", ".join([*INSTANCES, *GPU_MEMORY])
+            raise ConfigError([f"--plan {args.plan}: unknown; choose `here` or one of {known}"])
+        precision = "bf16" if train.precision == "auto" else train.precision
+        room, kind, label = int(GPU_MEMORY[match] * 0.95e9), "cuda", f"{world} x {match} ({args.plan})"
+    shards = world if train.parallel == "fsdp" else 1
+    batch = train.batch_size or fitting_batch(model, train, world, room, precision, kind, shards)
+    need = memory_needed(model, train, max(1, batch), precision, kind, shards)
+    if not batch or need.total > room:
+        raise ConfigError([too_large(model, train, max(1, batch), room, precision, kind, world)])
+    micro = micro_steps(train, batch, model.block_size, world)
+    tokens_per_step = micro * batch * world * model.block_size
+    corpus = corpus_tokens(args, config)
+    per_epoch = max(1, math.ceil(corpus / model.block_size))
+    steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
+    print(f"on {label}, {precision}: micro-batch {batch} x {micro} accumulated = {tokens_per_step:,} tokens a step")
+    if here:
+        found = measure_here(config, batch, precision)
+        seconds, used = found["seconds"] * micro + found["update_s"], found["bytes"]
+        print(f"memory: {gigabytes(used)} measured of {gigabytes(room)} free (estimated {gigabytes(need.total)})")
+        speed, how = tokens_per_step / seconds, "measured over a few steps"
+    else:
+        rate = peak_flops(match or "", precision)
+        if rate is None:
+            raise ConfigError(
+                [f"--train.precision {precision}: {match} has no figure for it: try --train.precision fp16"]
+            )
+        speed, how = (
+            world * rate * MFU / shape.flops_per_token(),
+            f"{MFU:.0%} of {rate * world / 1e12:,.0f} TFLOP/s assumed",
+        )
+        print(f"memory: about {gigabytes(need.total)} of {gigabytes(room)} a GPU")
+    print(f"speed: {speed:,.0f} tokens/s ({how})")
+    if not steps:
+        print(
+            f"ends by the clock after {train.max_minutes:g} minutes: about {speed * train.max_minutes * 60:,.0f} tokens"
+        )
+        return 0
+    total_s = steps * tokens_per_step / speed
+    share = f" = {steps * tokens_per_step / corpus:.1f} passes over {corpus:,} tokens" if corpus else ""
+    print(
+        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{share}; evaluation and samples come on top"
+    )
+    if train.max_minutes and total_s > train.max_minutes * 60:
+        print(
+            f"note: --train.max-minutes {train.max_minutes:g} ends it after {train.max_minutes * 60 / total_s:.0%} of that"
+        )
+    if args.price_per_hour:
+        print(f"cost: {total_s / 3600 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour")
+    if not corpus:
+        print(f"note: no prepared texts in {args.data or default_data(args.preset)} yet, so epochs are not counted")
+    return 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(trial(json.load(sys.stdin))))

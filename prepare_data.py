@@ -1,0 +1,518 @@
+"""Texts -> token shards: files, folders or a preset's own texts become data/NAME/, which train.py reads.
+
+    python prepare_data.py --input novels/ more.txt --out data/novels
+    python prepare_data.py --preset shakespeare-char --input tinyshakespeare.txt
+    cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
+
+The folder holds `train_000000.bin` …, `val_000000.bin` … (little-endian uint16, or uint32 beyond 65,536 ids), the
+tokenizer and `manifest.json`. It appears whole or not at all; an interrupted preparation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from config import ROOT, ConfigError, DataConfig, flag_value, load_config, parse_flags, run_main
+from documents import SUFFIXES, Corpus, DocumentError, File, Options, Task, find, inspect
+from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, write_whole
+from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from workers import Pool, Progress
+
+__all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
+
+STATE = "state.json"
+OURS = re.compile(r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|state\.json(\.tmp)?")
+SMALL = 4 << 20  # bytes of texts up to which further processes cost more than they save
+RECIPE = 1  # raise it whenever the same texts and settings give other shards
+GROUP = 1 << 18  # bytes of small tasks that a worker takes together
+BPE_BYTES = 1 << 28  # a vocabulary is trained on about this much, spread evenly; more does not change it noticeably
+SAVE_SECONDS = 10.0  # between two saves of the state
+
+
+class PrepareFlags(DataConfig):
+    """Turn texts into token shards."""
+
+    input: tuple[str, ...] = ()
+    """Files, folders, globs (.txt, .jsonl and .parquet with a field `text`) or - for standard input."""
+    preset: str = ""
+    """Take the data settings, and without --input the texts, of this preset."""
+    out: Path | None = None
+    """Folder to write; none: data/ and the preset's or the first input's name."""
+    tokenizer_from: Path | None = None
+    """Folder of a model or of prepared data whose tokenizer to use instead of --tokenizer."""
+    workers: int = Field(0, ge=0, le=1024)
+    """Processes; 0: one a core. The shards do not depend on it."""
+    skip_bad_files: bool = False
+    """Leave out what cannot be read instead of stopping."""
+
+
+@dataclass
+class Encoded:
+    """What a worker made of some tasks, by split."""
+
+    tokens: dict[str, np.ndarray]
+    bytes: Counter[str] = field(default_factory=Counter)
+    documents: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    size: int = 0
+
+
+def default_out(preset: str) -> Path:
+    """Where a preset's texts are prepared: data/PRESET, or `tokens` inside it where that folder holds the texts."""
+    folder = ROOT / "data" / Path(preset).stem
+    return folder / "tokens" if any(folder.glob("*.txt")) else folder
+
+
+def choose_validation(corpus: Corpus, fraction: float) -> np.ndarray:
+    """Which documents validate, bool [documents]: the source's own split, else a fixed pseudo-random choice by name.
+
+    At least one document, and never all; none where there is only one document, which is split by position instead.
+    """
+    chosen = np.zeros(corpus.documents, dtype=bool)
+    if any(file.split for file in corpus.files):
+        first = 0
+        for file in corpus.files:
+            chosen[first : first + file.documents] = file.split == "val"
+            first += file.documents
+        return chosen
+    count = min(max(1, round(corpus.documents * fraction)), corpus.documents - 1)
+    chosen[np.argsort(corpus.keys(), kind="stable")[:count]] = True
+    return chosen
+
+
+def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Tasks in groups of about GROUP bytes, the same whatever the workers."""
+    group: list[Task] = []
+    size = 0
+    for task in tasks:
+        group.append(task)
+        size += task.size + 64
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def encode(tasks: list[Task], options: Options, tokenizer: tuple[str, str], chosen: np.ndarray, cut: int | None) -> Encoded:
+    """The tokens of `tasks`, end-of-text after each document. Runs in a worker.
+
+    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. chosen: of their documents, from the first on, those that validate.
+    cut: where training ends, in characters from the first task's begin, when one document is split by position.
+    """
+    coder = _tokenizer(*tokenizer)
+    end = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
+    parts: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
+    made = Encoded({}, size=sum(task.size for task in tasks))
+    first = tasks[0].document
+    for task in tasks:
+        for piece in task.read(options):
+            made.counts.update(piece.counts)
+            if cut is None:
+                pairs = [("val" if chosen[piece.document - first] else "train", piece.text)]
+            else:
+                at = min(max(cut, 0), len(piece.text))
+                cut -= len(piece.text)
+                pairs = [("train", piece.text[:at]), ("val", piece.text[at:])]
+            for name, text in pairs:
+                if text:
+                    parts[name].append(coder.encode_array(text))
+                    made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
+            if piece.text and piece.last:
+                parts[pairs[-1][0]].append(end)
+                made.documents.update(name for name, _ in pairs)
+    made.tokens = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return made
+
+
+def measure(tasks: list[Task], options: Options) -> int:
+    """Characters of the clean text of `tasks`."""
+    return sum(len(piece.text) for task in tasks for piece in task.read(options))
+
+
+def alphabet(tasks: list[Task], options: Options) -> str:
+    """The distinct characters of the clean text of `tasks`, in order."""
+    return "".join(sorted(set().union(*(piece.text for task in tasks for piece in task.read(options)))))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(where: str, fingerprint: str) -> Tokenizer:
+    return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be written: the documents, how they are read, and which of them validate."""
+
+    corpus: Corpus
+    options: Options
+    chosen: np.ndarray
+    """bool [documents]; see `choose_validation`."""
+    cuts: Sequence[int]
+    """Where training ends when the only document is split by position, in characters from each batch on; else empty."""
+
+    def batches(self) -> Iterator[tuple[list[Task], np.ndarray, int | None]]:
+        """Each batch with its part of `chosen` and its cut."""
+        for number, tasks in enumerate(batches(self.corpus.tasks())):
+            last = tasks[-1]
+            chosen = self.chosen[tasks[0].document : last.document + last.documents]
+            yield tasks, chosen, self.cuts[number] if self.cuts else None
+
+    def training_texts(self) -> Iterator[str]:
+        """The text that trains, or BPE_BYTES of it taken evenly, read in this process."""
+        step = max(1, round(self.corpus.size / BPE_BYTES))
+        for tasks, chosen, cut in islice(self.batches(), 0, None, step):
+            for task in tasks:
+                for piece in task.read(self.options):
+                    if cut is not None:
+                        yield piece.text[: max(cut, 0)]
+                        cut -= len(piece.text)
+                    elif not chosen[piece.document - tasks[0].document]:
+                        yield piece.text
+
+
+def prepare(flags: PrepareFlags, out: Path) -> Manifest:
+    """Prepare the texts that `flags` name into `out` and return its manifest.
+
+    A folder made of the same texts with the same settings is kept; any other is replaced at the very end. Raises
+    ConfigError (what to change in the flags), DocumentError (what is wrong with the texts), OSError.
+    """
+    begun = time.monotonic()
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    _refuse_foreign(out)
+    with contextlib.ExitStack() as stack:
+        files = _files(flags, out, stack)
+        settings = _settings(flags)
+        identity = _identity(settings, files)
+        if (kept := _kept(out, identity)) is not None:
+            print(f"{out}: already prepared from these texts with these settings", file=sys.stderr)
+            return kept
+        if flags.tokenizer == "gpt2" and not flags.tokenizer_from:
+            gpt2_tokenizer()  # before the workers fork from this process, so that they have it
+        small = sum(path.stat().st_size for path, _ in files) < SMALL and not flags.workers
+        pool = stack.enter_context(Pool(1 if small else flags.workers))
+        options = Options(flags.unwrap, flags.strip_licence, flags.skip_bad_files)
+        corpus, counts = _inspected(pool, files, options, _name(flags))
+        work = _planned(pool, corpus, options, flags.val_fraction)
+        stack.enter_context(_unfinished(part, out))
+        state = _state(part, identity)
+        tokenizer = load_tokenizer(part) if state else _tokenizer_for(flags, work, pool, part)
+        if not state:
+            state = {"identity": identity, "batches": 0, "counts": {}, "train": {}, "val": {}}
+            write_whole(part / STATE, json.dumps(state))
+        writers, cleaning = _write_shards(pool, work, flags, tokenizer, part, state)
+        source = Source(name=corpus.name, documents=corpus.documents, settings=settings, identity=identity)
+        manifest = Manifest.model_validate(
+            {
+                "tokenizer": TokenizerIdentity(
+                    kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+                ),
+                "dtype": np.dtype(tokenizer.dtype).name,
+                "splits": {name: writer.result() for name, writer in writers.items()},
+                "source": source,
+                "cleaning": dict(sorted((counts + cleaning).items())),
+                "max_id": max(writer.max_id for writer in writers.values()),
+            }
+        )
+        manifest.save(part)
+        (part / STATE).unlink()
+        _exchange(part, out, old)
+    _report(out, manifest, time.monotonic() - begun)
+    return manifest
+
+
+def _files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) -> list[tuple[Path, str]]:
+    """The files to read with their names; standard input is first copied to one that goes with `stack`."""
+    if flags.input:
+        found = find(item for item in flags.input if item != "-")
+        return [*found, *([_standard_input(out, stack)] if "-" in flags.input else [])]
+    if flags.source.endswith(SUFFIXES):
+        found = [(path, path.name) for path in sorted(ROOT.glob(flags.source))]
+        if not found:
+            raise ConfigError([f"there is no {flags.source} in {ROOT}: put your texts there, or give --input PATH"])
+        return found
+    if not flags.source:
+        raise ConfigError(["nothing to prepare: give --input PATH… (files, folders or - ) or --preset NAME"])
+    raise ConfigError(
+        [f"--source {flags.source}: downloading is not built in: fetch these texts yourself and add --input PATH"]
+    )
+
+
+def _standard_input(out: Path, stack: contextlib.ExitStack) -> tuple[Path, str]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.{os.getpid()}.stdin")
+    stack.callback(path.unlink, missing_ok=True)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        while data := sys.stdin.buffer.read(1 << 20):
+            digest.update(data)
+            file.write(data)
+    os.utime(path, ns=(0, 0))
+    return path, f"standard input {digest.hexdigest()}"
+
+
+def _name(flags: PrepareFlags) -> str:
+    return ", ".join(Path(item).name or item for item in flags.input) or flags.source
+
+
+def _settings(flags: PrepareFlags) -> dict[str, Any]:
+    """The settings that the shards depend on."""
+    names = {"val_fraction", "shard_tokens", "unwrap", "strip_licence", "skip_bad_files"}
+    settings = flags.model_dump(include=names) | {"recipe": RECIPE, "tokenizer": flags.tokenizer}
+    if flags.tokenizer_from:
+        settings["tokenizer"] = load_tokenizer(flags.tokenizer_from).fingerprint
+    elif flags.tokenizer == "bpe":
+        settings["vocab_size"] = flags.vocab_size
+    return settings
+
+
+def _identity(settings: dict[str, Any], files: Iterable[tuple[Path, str]]) -> str:
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in files]
+    return hashlib.sha256(json.dumps([settings, stats], sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to replace what this program did not write."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError([f"--out {out} is a file: give a folder"])
+    foreign = [path.name for path in out.iterdir() if not OURS.fullmatch(path.name)] if out.exists() else []
+    if foreign:
+        raise ConfigError(
+            [f"--out {out} holds {foreign[0]}, which is no prepared data: give another --out, or move it away"]
+        )
+
+
+def _kept(out: Path, identity: str) -> Manifest | None:
+    """The manifest in `out`, if it was made of the same texts with the same settings and its shards are there."""
+    try:
+        manifest = Manifest.load(out)
+        width = np.dtype(manifest.dtype).itemsize
+        for name in SPLITS:
+            for shard in getattr(manifest.splits, name).shards:
+                if (out / shard.file).stat().st_size != shard.tokens * width:
+                    return None
+        load_tokenizer(out)
+    except (ValueError, OSError):
+        return None
+    return manifest if manifest.source.identity == identity else None
+
+
+@contextlib.contextmanager
+def _unfinished(part: Path, out: Path) -> Iterator[None]:
+    """Make `part` and hold it, so that a second preparation is refused; it goes when the texts prove to be unfit."""
+    part.mkdir(parents=True, exist_ok=True)
+    number = -1
+    try:
+        with contextlib.suppress(ImportError):  # Windows has no flock
+            import fcntl
+
+            number = os.open(part, os.O_RDONLY)
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            [f"--out {out}: another prepare_data.py is writing it: wait for it, or give another --out"]
+        ) from None
+    except ValueError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    finally:
+        if number >= 0:
+            os.close(number)
+
+
+def _inspected(
+    pool: Pool, files: Sequence[tuple[Path, str]], options: Options, name: str
+) -> tuple[Corpus, Counter[str]]:
+    """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file."""
+    good: list[File] = []
+    bad: list[str] = []
+    counts: Counter[str] = Counter()
+    with Progress("checking", sum(path.stat().st_size for path, _ in files)) as progress:
+        for (path, _), file in zip(files, pool.map(inspect, ((*pair, options) for pair in files)), strict=True):
+            progress.add(path.stat().st_size)
+            if isinstance(file, str):
+                bad.append(file)
+            elif not file.documents:
+                counts["empty_files"] += 1
+            else:
+                good.append(file)
+                counts.update(file.counts)
+    shown = "\n".join(bad[:20] + ([f"… and {len(bad) - 20} more"] if len(bad) > 20 else []))
+    if bad and not options.skip_bad:
+        raise DocumentError(
+            f"{len(bad)} of {len(files)} files cannot be read:\n{shown}\nmend them, or leave them out with --skip-bad-files"
+        )
+    if bad:
+        print(f"left out:\n{shown}", file=sys.stderr)
+        counts["skipped_files"] = len(bad)
+    if not good:
+        raise DocumentError(
+            f"{name}: no text in {'this file' if len(files) == 1 else f'any of these {len(files)} files'}"
+        )
+    return Corpus(name, good), counts
+
+
+def _planned(pool: Pool, corpus: Corpus, options: Options, fraction: float) -> Work:
+    chosen = choose_validation(corpus, fraction)
+    if corpus.documents > 1 or chosen.any():
+        return Work(corpus, options, chosen, ())
+    lengths = list(pool.map(measure, ((tasks, options) for tasks in batches(corpus.tasks()))))
+    cut = int(sum(lengths) * (1 - fraction))
+    if not 0 < cut < sum(lengths):
+        raise DocumentError(
+            f"{corpus.name}: {sum(lengths)} characters are too little text to train on and to validate with"
+        )
+    before = np.cumsum([0, *lengths[:-1]])
+    return Work(corpus, options, chosen, [cut - int(start) for start in before])
+
+
+def _state(part: Path, identity: str) -> dict[str, Any]:
+    """Where an interrupted preparation of the same texts with the same settings stood; otherwise `part` is emptied."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state: dict[str, Any] = json.loads((part / STATE).read_text(encoding="utf-8"))
+        load_tokenizer(part)
+        if state["identity"] == identity:
+            return state
+    for path in part.iterdir():
+        path.unlink()
+    return {}
+
+
+def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> Tokenizer:
+    """The tokenizer that `flags` ask for, saved in `part`. A new vocabulary is learned from the training text alone."""
+    if flags.tokenizer_from:
+        tokenizer = load_tokenizer(flags.tokenizer_from)
+    elif flags.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    elif flags.tokenizer == "bpe":
+        print(f"learning a vocabulary of {flags.vocab_size:,} ids", file=sys.stderr)
+        tokenizer = train_bpe(work.training_texts(), flags.vocab_size)
+        if tokenizer.vocab_size < flags.vocab_size:
+            print(f"the text supports only {tokenizer.vocab_size:,} ids", file=sys.stderr)
+    else:
+        alphabets = pool.map(alphabet, ((tasks, work.options) for tasks, _, _ in work.batches()))
+        tokenizer = char_tokenizer(set().union(*alphabets), work.corpus.documents)
+    tokenizer.save(part)
+    return tokenizer
+
+
+def _write_shards(
+    pool: Pool, work: Work, flags: PrepareFlags, tokenizer: Tokenizer, part: Path, state: dict[str, Any]
+) -> tuple[dict[str, ShardWriter], Counter[str]]:
+    """Encode everything after `state` into `part`. Raises DocumentError when a split is left without text."""
+    writers: dict[str, ShardWriter] = {
+        name: ShardWriter(part, name, flags.shard_tokens, tokenizer.dtype) for name in SPLITS
+    }
+    for name, writer in writers.items():
+        writer.restore(state[name])
+    counts = Counter(state["counts"])
+    where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
+    remaining = work.batches()
+    skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
+    arguments = ((tasks, work.options, where, chosen, cut) for tasks, chosen, cut in remaining)
+    saved = time.monotonic()
+
+    def save() -> None:
+        for writer in writers.values():
+            writer.sync()
+        write_whole(part / STATE, json.dumps(state))
+
+    with Progress("encoding", work.corpus.size, skipped) as progress:
+        try:
+            for number, made in enumerate(pool.map(encode, arguments), state["batches"] + 1):
+                for name, writer in writers.items():
+                    writer.append(made.tokens[name])
+                    writer.bytes += made.bytes[name]
+                    writer.documents += made.documents[name]
+                counts.update(made.counts)
+                at = {name: writer.state() for name, writer in writers.items()}
+                state = state | {"batches": number, "counts": dict(counts)} | at
+                progress.add(made.size)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        except (KeyboardInterrupt, OSError):
+            with contextlib.suppress(OSError):
+                save()
+            print("stopped: the same command goes on from here", file=sys.stderr)
+            raise
+    for name, writer in writers.items():
+        writer.close()
+        if writer.tokens < 2:
+            raise DocumentError(
+                f"{work.corpus.name}: too little text: the {'training' if name == 'train' else 'validation'} split got "
+                f"{writer.tokens} tokens; add text or change --val-fraction {flags.val_fraction}"
+            )
+    return writers, counts
+
+
+def _exchange(part: Path, out: Path, old: Path) -> None:
+    """Put `part` in the place of `out`; one of them is there or, after a crash, in `old`, where the next run finds it."""
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _report(out: Path, manifest: Manifest, seconds: float) -> None:
+    train, val = manifest.splits.train, manifest.splits.val
+    tokens, size = train.tokens + val.tokens, train.bytes + val.bytes
+    print(
+        f"{out}: {train.tokens:,} training tokens ({train.documents:,} documents), {val.tokens:,} validation tokens "
+        f"({val.documents:,}); {manifest.tokenizer.kind} tokenizer of {manifest.tokenizer.vocab_size:,} ids\n"
+        f"{size / 1e6:.1f} MB of text in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s",
+        file=sys.stderr,
+    )
+    if manifest.cleaning:
+        print(
+            ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in manifest.cleaning.items()),
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; see the module's first lines. Returns the exit code."""
+
+    def body() -> int:
+        given = list(sys.argv[1:] if argv is None else argv)
+        preset = flag_value(given, "preset")
+        defaults = load_config(preset).data.model_dump() if preset else {}
+        flags = parse_flags(PrepareFlags, given, defaults=defaults, description=__doc__)
+        first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or ("",))[0]).stem
+        out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
+        prepare(flags, out)
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Schedules and parameter groups (correctness 14, 15)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from config import ModelConfig, TrainConfig
+from model import GPT
+from optim import Optimizer, lr_scale, parameter_groups
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=24, vocab_used=20)
+
+
+def settings(**values: object) -> TrainConfig:
+    return TrainConfig(**({"max_steps": 100, "warmup_steps": 10, "lr": 1e-3, "min_lr": 1e-4} | values))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_the_ends_of_a_schedule(schedule: str, warmup: int) -> None:
+    train = settings(schedule=schedule, warmup_steps=warmup)
+    rates = [lr_scale(step, 100, train) for step in range(100)]
+    assert rates[0] > 0
+    assert rates[max(0, warmup - 1)] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert all(later <= sooner + 1e-12 for sooner, later in itertools.pairwise(rates[warmup:]))
+    assert all(later >= sooner for sooner, later in itertools.pairwise(rates[:warmup]))
+
+
+def test_constant_holds_after_the_warm_up() -> None:
+    train = settings(schedule="constant")
+    assert [lr_scale(step, 0, train) for step in (0, 9, 1000)] == pytest.approx([0.1, 1.0, 1.0])  # ended by the clock
+    assert [lr_scale(step, 100, train) for step in (9, 50, 99)] == [1.0, 1.0, 1.0]
+
+
+def test_wsd_holds_and_then_falls_straight() -> None:
+    rates = [lr_scale(step, 100, settings(schedule="wsd", decay_fraction=0.2, min_lr=0.0)) for step in range(100)]
+    assert rates[10:79] == [1.0] * 69
+    falls = [sooner - later for sooner, later in itertools.pairwise(rates[79:])]
+    assert max(falls) == pytest.approx(min(falls))
+    assert rates[-1] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_are_disjoint_and_complete(optimizer: str, tied: bool) -> None:
+    model = GPT(MODEL.model_copy(update={"tied_head": tied}))
+    groups = parameter_groups(model, settings(optimizer=optimizer))
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert all(p.dim() >= 2 for p in groups[1].values())
+    assert all(p.dim() < 2 for p in groups[2].values())
+    assert bool(groups[0]) == (optimizer == "muon")
+    held = [
+        p
+        for part in Optimizer(model, settings(optimizer=optimizer)).parts
+        for g in part.param_groups
+        for p in g["params"]
+    ]
+    assert len({id(p) for p in held}) == len(held) == len(list(model.parameters()))
+
+
+def test_vectors_are_not_decayed_and_matrices_are() -> None:
+    model = GPT(MODEL)
+    optimizer = Optimizer(model, settings(weight_decay=0.3))
+    for group in optimizer.parts[0].param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.dim() >= 2 else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_by_name_goes_on_bitwise(kind: str) -> None:
+    def step(model: GPT, optimizer: Optimizer, seed: int) -> None:
+        x = torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x, x.roll(1)).backward()
+        optimizer.set_lr(0.5)
+        for part in optimizer.parts:
+            part.step()
+
+    torch.manual_seed(0)
+    first = GPT(MODEL)
+    one = Optimizer(first, settings(optimizer=kind))
+    for seed in range(3):
+        step(first, one, seed)
+    second = GPT(MODEL)
+    second.load_state_dict(first.state_dict())
+    two = Optimizer(second, settings(optimizer=kind))
+    two.load_state_dict(one.state_dict())
+    step(first, one, 9)
+    step(second, two, 9)
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(ValueError, match="no optimizer state for"):
+        two.load_state_dict({})

@@ -1,0 +1,495 @@
+"""prepare_data.py and what it is made of: documents.py, shards.py, workers.py."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import documents
+import prepare_data
+import shards
+import workers
+from config import ConfigError, preset_names
+from documents import DocumentError, Options, TextFile, find, inspect
+from prepare_data import Manifest, ManifestError, main
+from tests.test_cleaning import NEW_FOOTER, NEW_HEADER, paragraphs, wrapped
+from tokenizer import END_OF_TEXT, load_tokenizer
+
+ROOT = Path(prepare_data.__file__).parent
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Twelve documents with accents, among them one wrapped, one with a licence, one that names the end of text."""
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for number in range(12):
+        text = "\n".join([f"Story {number}", *paragraphs(12, seed=number, extra=("“naïve”", "£5"))]) + "\n"
+        (folder / ("more" if number % 2 else "") / f"s{number:02d}.txt").write_text(text, encoding="utf-8")
+    (folder / "s00.txt").write_text(wrapped(paragraphs(40), "\n\n"), encoding="utf-8")
+    (folder / "s02.txt").write_text(NEW_HEADER + f"They wrote {END_OF_TEXT} there." + NEW_FOOTER, encoding="utf-8")
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def tokens(out: Path, split: str) -> np.ndarray:
+    manifest = Manifest.load(out)
+    files = getattr(manifest.splits, split).shards
+    return np.concatenate([np.fromfile(out / shard.file, dtype=f"<u{np.dtype(manifest.dtype).itemsize}") for shard in files])
+
+
+def hashes(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
+
+
+def told(out: Path, split: str) -> list[str]:
+    """The documents of a split, decoded."""
+    tokenizer = load_tokenizer(out)
+    found, current = [], []
+    for token in tokens(out, split).tolist():
+        if token == tokenizer.eot:
+            found.append(tokenizer.decode(current))
+            current = []
+        else:
+            current.append(token)
+    return [*found, tokenizer.decode(current)] if current else found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
+def test_the_shards_are_the_texts(kind: str, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("--input", texts, "--tokenizer", kind, "--vocab-size", 500, "--val-fraction", 0.25, "--no-unwrap", "--no-strip-licence", "--out", out) == 0
+    expected = {path.read_text(encoding="utf-8") for path in texts.rglob("*.txt")}
+    train, val = told(out, "train"), told(out, "val")
+    assert set(train) | set(val) == expected
+    assert (len(train), len(val)) == (9, 3)
+    manifest, tokenizer = Manifest.load(out), load_tokenizer(out)
+    assert manifest.tokenizer.model_dump() == {
+        "kind": kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+    }  # fmt: skip
+    for name, stories in (("train", train), ("val", val)):
+        split = getattr(manifest.splits, name)
+        stream = tokens(out, name)
+        assert split.tokens == len(stream) == sum(len(tokenizer.encode(story)) + 1 for story in stories)
+        assert split.bytes == sum(len(story.encode()) for story in stories)
+        assert split.documents == len(stories) == (stream == tokenizer.eot).sum()
+    assert manifest.max_id == max(tokens(out, "train").max(), tokens(out, "val").max()) < tokenizer.vocab_size
+    assert (manifest.dtype, manifest.cleaning) == ("uint16", {})
+
+
+def test_more_than_65536_ids_are_stored_as_uint32(tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("".join(chr(point) for point in range(0x10000, 0x20200)), encoding="utf-8")
+    out = tmp_path / "out"
+    assert run("--input", tmp_path / "all.txt", "--tokenizer", "char", "--out", out) == 0
+    manifest = Manifest.load(out)
+    assert (manifest.dtype, manifest.tokenizer.vocab_size) == ("uint32", 0x10200)
+    assert manifest.max_id == 0x10200 - 1 == tokens(out, "val").max()
+
+
+def test_shards_are_cut_at_the_size_asked_and_hashed(texts: Path, tmp_path: Path) -> None:
+    run("--input", texts, "--tokenizer", "gpt2", "--out", tmp_path / "one")
+    run("--input", texts, "--tokenizer", "gpt2", "--shard-tokens", 1024, "--out", tmp_path / "many")
+    manifest = Manifest.load(tmp_path / "many")
+    files = manifest.splits.train.shards
+    assert len(files) > 3
+    assert [shard.file for shard in files] == [f"train_{number:06d}.bin" for number in range(len(files))]
+    assert {shard.tokens for shard in files[:-1]} == {1024}
+    assert all(hashes(tmp_path / "many")[shard.file] == shard.sha256 for shard in files)
+    assert (tokens(tmp_path / "many", "train") == tokens(tmp_path / "one", "train")).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
+    kind: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400]
+    run(*common, "--out", tmp_path / "whole", "--workers", 1)
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(prepare_data, "GROUP", 1)
+    for count in (1, 2, 3):
+        run(*common, "--out", tmp_path / f"w{count}", "--workers", count)
+        assert hashes(tmp_path / f"w{count}") == hashes(tmp_path / "whole")
+    pieces = [inspect(path, name, Options()).cuts for path, name in find([str(texts)])]
+    assert max(map(len, pieces)) > 4
+
+
+def test_one_document_is_split_by_position(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE", 700)
+    monkeypatch.setattr(prepare_data, "GROUP", 1)
+    text = (texts / "more" / "s01.txt").read_text(encoding="utf-8")
+    cut = int(len(text) * 0.75)
+    for kind in ("char", "gpt2", "bpe"):
+        out = tmp_path / kind
+        run("--input", texts / "more" / "s01.txt", "--tokenizer", kind, "--vocab-size", 300, "--val-fraction", 0.25, "--out", out)
+        assert (told(out, "train"), told(out, "val")) == ([text[:cut]], [text[cut:]])
+        manifest, tokenizer = Manifest.load(out), load_tokenizer(out)
+        assert manifest.splits.train.bytes == len(text[:cut].encode())
+        assert manifest.splits.train.documents == manifest.splits.val.documents == 1
+        assert tokenizer.eot is None if kind == "char" else tokens(out, "val")[-1] == tokenizer.eot
+    assert load_tokenizer(tmp_path / "char").vocab_size == len(set(text))
+
+
+def test_tiny_shakespeare(shared_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ts"
+    assert run("--preset", "shakespeare-char", "--input", shared_data / "tinyshakespeare.txt", "--out", out) == 0
+    splits = Manifest.load(out).splits
+    assert (splits.train.tokens, splits.val.tokens) == (1_003_854, 111_540)
+    assert load_tokenizer(out).vocab_size == 65
+    text = (shared_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert told(out, "train") + told(out, "val") == [text[:1_003_854], text[1_003_854:]]
+
+
+def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None:
+    def chosen(fraction: float, *inputs: Path) -> set[str]:
+        files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
+        corpus = documents.Corpus("x", files)
+        return {file.name for file, val in zip(files, prepare_data.choose_validation(corpus, fraction), strict=True) if val}
+
+    assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
+    assert chosen(0.25, texts) == chosen(0.25, texts / "more", texts) or len(chosen(0.25, texts)) == 3
+    before = chosen(0.25, texts)
+    (texts / "another.txt").write_text("New.", encoding="utf-8")
+    assert len(before - chosen(0.25, texts)) <= 1  # a further text moves hardly any other
+    pair = [texts / "s00.txt", texts / "s04.txt"]
+    assert len(chosen(0.01, *pair)) == len(chosen(0.99, *pair)) == 1
+
+
+def test_a_sources_own_split_is_kept(texts: Path) -> None:
+    import dataclasses
+
+    files = [inspect(path, name, Options()) for path, name in find([str(texts)])][:4]
+    files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
+    chosen = prepare_data.choose_validation(documents.Corpus("x", files), 0.9)
+    assert chosen.tolist() == [False, True, True, False]
+
+
+def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
+    common = ["--tokenizer", "bpe", "--vocab-size", 450]
+    run("--input", texts, *common, "--out", tmp_path / "before")
+    story = told(tmp_path / "before", "val")[0].split("\n")[0]
+    path = next(p for p in texts.rglob("*.txt") if p.read_text(encoding="utf-8").startswith(story + "\n"))
+    path.write_text(path.read_text(encoding="utf-8") + "zyxwvut zyxwvut " * 500, encoding="utf-8")
+    run("--input", texts, *common, "--out", tmp_path / "after")
+    assert "zyxwvut" in told(tmp_path / "after", "val")[0]
+    assert load_tokenizer(tmp_path / "after").fingerprint == load_tokenizer(tmp_path / "before").fingerprint
+    one = texts / "more" / "s01.txt"
+    run("--input", one, *common, "--out", tmp_path / "one")
+    text = one.read_text(encoding="utf-8")
+    one.write_text(text + "zyxwvut " * (len(text) // 72), encoding="utf-8")  # about a tenth of the whole
+    run("--input", one, *common, "--out", tmp_path / "longer")
+    assert b" zyxwvut" not in load_tokenizer(tmp_path / "longer")._pieces
+
+
+def test_jsonl_and_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [f"Row {n}: “{p}”\nSecond line\r\nthird" for n, p in enumerate(paragraphs(50))]
+    rows[7], rows[9] = "", f"has {END_OF_TEXT} inside"
+    lines = [json.dumps({"id": n, "text": row}, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]) + "\n\n" + "\r\n".join(lines[20:]), encoding="utf-8", newline="")
+    table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string()), "n": list(range(50))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
+    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(prepare_data, "GROUP", 900)
+    clean = [row.replace("\r\n", "\n") for row in rows if row]
+    for suffix in ("jsonl", "parquet"):
+        out = tmp_path / suffix
+        assert run("--input", tmp_path / f"a.{suffix}", "--tokenizer", "gpt2", "--val-fraction", 0.2, "--workers", 2, "--out", out) == 0
+        train, val = told(out, "train"), told(out, "val")
+        assert sorted(train + val) == sorted(clean)
+        assert train == [row for row in clean if row in train]
+        assert len(val) == 10
+        manifest = Manifest.load(out)
+        assert (manifest.source.documents, manifest.cleaning) == (50, {"empty_documents": 1})
+
+
+def test_rows_are_unwrapped_and_stripped_too(tmp_path: Path) -> None:
+    made = paragraphs(60)
+    book = NEW_HEADER + wrapped(made, "\n\n").rstrip() + NEW_FOOTER
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (book, "Other. " * 9)), encoding="utf-8")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "book.txt").write_text(book, encoding="utf-8")
+    (tmp_path / "t" / "other.txt").write_text("Other. " * 9, encoding="utf-8")
+    for source in ("a.jsonl", "t"):
+        out = tmp_path / f"out-{source}"
+        run("--input", tmp_path / source, "--tokenizer", "gpt2", "--out", out)
+        assert "\n\n".join(made) in told(out, "train") + told(out, "val")
+        cleaning = Manifest.load(out).cleaning
+        assert (cleaning["licence_documents"], cleaning["unwrapped_documents"]) == (1, 1)
+        assert cleaning["licence_bytes"] > len(NEW_HEADER) + len(NEW_FOOTER) - 8
+        assert cleaning["joined_lines"] == wrapped(made, "\n\n").count("\n") - 2 * len(made) + 1
+
+
+def test_marks_and_windows_line_ends_go(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne\r\ntwo\r\n\r\nthree and four")
+    run("--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "out")
+    assert told(tmp_path / "out", "train") + told(tmp_path / "out", "val") == ["One\ntwo\n\nthree and f", "our"]
+    assert Manifest.load(tmp_path / "out").cleaning == {"byte_order_marks": 1}
+
+
+def test_standard_input(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (texts / "s04.txt").read_bytes()
+    run("--input", texts / "s04.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--out", tmp_path / "file")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert run("--input", "-", "--tokenizer", "bpe", "--vocab-size", 300, "--out", tmp_path / "piped") == 0
+    assert (tokens(tmp_path / "piped", "train") == tokens(tmp_path / "file", "train")).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "file", "piped"}
+
+
+def test_files_are_found_once_sorted_and_by_kind(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (texts / "notes.md").write_text("not looked for", encoding="utf-8")
+    (texts / ".hidden.txt").write_text("not looked for", encoding="utf-8")
+    names = [name for _, name in find([str(texts)])]
+    assert names == sorted(names) and len(names) == 12 and "more/s01.txt" in names
+    assert len(find([str(texts), str(texts / "s00.txt"), str(texts / "*.txt")])) == 12
+    assert [name for _, name in find([str(texts / "**" / "s0[13].txt")])] == ["s01.txt", "s03.txt"]
+    assert [name for _, name in find([str(texts / "notes.md")])] == ["notes.md"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        find([str(texts / "*.xyz"), str(tmp_path / "none")])
+    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl or .parquet" in caught.value.faults[1]
+
+
+BAD = {
+    "latin.txt": ("Caf".encode() + b"\xe9 au lait", r"latin\.txt: not UTF-8 at byte offset 3; convert it .*iconv"),
+    "late.txt": (b"x" * 3000 + "é".encode() * 500 + b"\xc3", r"late\.txt: not UTF-8 at byte offset 4000"),
+    "far.txt": (b"y" * 2047 + "é".encode() + b"\x80z", r"far\.txt: not UTF-8 at byte offset 2049"),
+    "zero.txt": (b"some text\0more", r"zero\.txt: a binary file \(zero byte at byte offset 9\)"),
+    "wide.txt": ("wide".encode("utf-16"), r"wide\.txt: this is UTF-16"),
+    "book.txt": (b"%PDF-1.4 text", r"book\.txt: this is a PDF"),
+    "table.parquet": (b"no table at all", r"table\.parquet: not a parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_named_before_any_work(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(documents, "PIECE", 1024)
+    content, message = BAD[name]
+    run("--input", texts, "--tokenizer", "gpt2", "--out", tmp_path / "good")
+    (texts / name).write_bytes(content)
+    (texts / "second.txt").write_bytes(b"\xff\xff")
+    out = tmp_path / "out"
+    assert run("--input", texts, "--tokenizer", "gpt2", "--out", out) == 1
+    error = capsys.readouterr().err
+    assert "2 of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
+    assert "--skip-bad-files" in error
+    import re
+
+    assert re.search(message, error)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "good"}
+    assert run("--input", texts, "--tokenizer", "gpt2", "--skip-bad-files", "--out", out) == 0
+    assert (tokens(out, "train") == tokens(tmp_path / "good", "train")).all()
+    assert Manifest.load(out).cleaning["skipped_files"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"title": "no text"}', r"rows\.jsonl:3: no text in a field 'text' \(it has title\)"),
+        (b'{"text": 7}', r"rows\.jsonl:3: no text"),
+        (b'{"text": "cut', r"rows\.jsonl:3: not JSON"),
+        (b'{"text": "\xe9"}', r"rows\.jsonl:3: not UTF-8 at byte offset 66"),
+        (b"[1]", r"rows\.jsonl:3: no text .*no object"),
+    ],
+)
+def test_bad_rows_are_named(line: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = b'{"text": "one two three"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(good + b"\n" + good.replace(b"}", b"  }")[:0] + line + b"\n" + good * 4)
+    offset = len(good) + 1 + 10
+    out = tmp_path / "out"
+    assert run("--input", tmp_path / "rows.jsonl", "--tokenizer", "char", "--out", out) == 1
+    import re
+
+    assert re.search(message.replace("66", str(offset)), capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+    assert run("--input", tmp_path / "rows.jsonl", "--tokenizer", "char", "--skip-bad-files", "--out", out) == 0
+    assert Manifest.load(out).cleaning == {"skipped_rows": 1}
+    assert len(told(out, "train") + told(out, "val")) == 5
+
+
+def test_a_table_without_text_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for column, expected in (("words", "no field 'text' (it has words)"), ("text", "field 'text' holds int64, not text")):
+        pyarrow.parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / "a.parquet")
+        assert expected in inspect(tmp_path / "a.parquet", "a", Options())
+
+
+def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {"": "no text in this file", " \n\n ": "no text", "\ufeff": "no text", "a": "too little", "ab": "too little"}
+    cases[NEW_HEADER + NEW_FOOTER] = "no text"
+    for content, message in cases.items():
+        (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+        assert run("--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "out") == 1
+        assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    (tmp_path / "b.txt").write_text("Some text.", encoding="utf-8")
+    assert run("--input", tmp_path, "--tokenizer", "char", "--out", tmp_path / "out") == 0
+    (tmp_path / "a.txt").write_text("", encoding="utf-8")
+    assert run("--input", tmp_path, "--tokenizer", "char", "--out", tmp_path / "out") == 0
+    assert Manifest.load(tmp_path / "out").cleaning == {"empty_files": 1}
+
+
+def test_faults_of_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        ([], "give --input PATH"),
+        (["--input", tmp_path / "no"], "no such file or folder"),
+        (["--preset", "nonsense"], "--preset nonsense: unknown"),
+        (["--source", "pg19"], "add --input PATH"),
+        (["--source", "nowhere/*.txt"], "put your texts there"),
+        (["--input", tmp_path, "--val-fraction", "1.5", "--vocab-size", "9"], "val-fraction"),
+    ]
+    for arguments, message in cases:
+        assert run(*arguments, "--out", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    common = ["--input", texts, "--out", out, "--vocab-size", 400]
+    run(*common)
+    first, begun = hashes(out), (out / "manifest.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(*common) == 0
+    assert "already prepared" in capsys.readouterr().err
+    assert (out / "manifest.json").stat().st_mtime_ns == begun
+    changes = [["--tokenizer", "char"], ["--vocab-size", 350], ["--val-fraction", 0.5], ["--no-unwrap"], ["--no-strip-licence"]]
+    for change in changes:
+        assert run(*common, *change) == 0
+        assert "already" not in capsys.readouterr().err
+        assert hashes(out) != first
+        run(*common)
+        assert hashes(out) == first
+    path = texts / "s04.txt"
+    stat = path.stat()
+    path.write_bytes(path.read_bytes().swapcase())
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+    run(*common)
+    assert hashes(out)["train_000000.bin"] != first["train_000000.bin"] or hashes(out)["val_000000.bin"] != first["val_000000.bin"]
+    now = hashes(out)
+    for damage in (lambda: os.truncate(out / "train_000000.bin", 10), (out / "tokenizer.json").unlink):
+        damage()
+        run(*common)
+        assert hashes(out) == now
+
+
+def test_a_tokenizer_can_be_taken_over(texts: Path, tmp_path: Path) -> None:
+    run("--input", texts / "more", "--vocab-size", 400, "--out", tmp_path / "first")
+    run("--input", texts, "--tokenizer-from", tmp_path / "first", "--out", tmp_path / "second")
+    assert Manifest.load(tmp_path / "second").tokenizer == Manifest.load(tmp_path / "first").tokenizer
+
+
+def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = hashes(texts / "more")
+    assert run("--input", texts, "--tokenizer", "char", "--out", texts / "more") == 2
+    assert "holds s01.txt" in capsys.readouterr().err.replace("s03", "s01").replace("s05", "s01").replace("s07", "s01").replace("s09", "s01").replace("s11", "s01")
+    assert hashes(texts / "more") == before
+    out = tmp_path / "out"
+    run("--input", texts, "--tokenizer", "char", "--out", out)
+    (out / "my notes.txt").write_text("keep", encoding="utf-8")
+    assert run("--input", texts, "--tokenizer", "gpt2", "--out", out) == 2
+    assert (out / "my notes.txt").read_text(encoding="utf-8") == "keep"
+    assert run("--input", texts, "--tokenizer", "gpt2", "--out", texts / "s00.txt") == 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+import documents, prepare_data, shards
+documents.PIECE, prepare_data.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
+os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
+append, calls = shards.ShardWriter.append, 0
+def stop(self, tokens):
+    global calls
+    calls += 1
+    append(self, tokens)
+    if calls == int(sys.argv[1]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+shards.ShardWriter.append = stop
+code = prepare_data.main(sys.argv[3:])
+print(calls)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("how", "kind", "count"), [("SIGKILL", "gpt2", 2), ("SIGINT", "bpe", 1), ("SIGKILL", "char", 1)])
+def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, kind: str, count: int, texts: Path, tmp_path: Path) -> None:
+    def start(stop: int, out: Path) -> subprocess.CompletedProcess[str]:
+        flags = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400, "--shard-tokens", 1024, "--workers", count, "--out", out]
+        command = [sys.executable, "-c", INTERRUPTED, str(stop), how, *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    whole = start(0, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    calls = int(whole.stdout)
+    assert calls > 40
+    out = tmp_path / "out"
+    for _ in range(2):
+        stopped = start(calls // 3 | 1, out)
+        assert stopped.returncode == (-signal.SIGKILL if how == "SIGKILL" else 130), stopped.stderr
+        assert not out.exists()
+    if how == "SIGINT":
+        assert "goes on from here" in stopped.stderr
+    done = start(0, out)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= calls - 2 * (calls // 3) + 4
+    assert {name: value for name, value in hashes(out).items()} == hashes(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts", "whole"]
+
+
+def test_an_interrupted_preparation_of_other_texts_is_not_gone_on_with(texts: Path, tmp_path: Path) -> None:
+    out, common = tmp_path / "out", ["--tokenizer", "gpt2", "--workers", "1"]
+    command = [sys.executable, "-c", INTERRUPTED, "9", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert (tmp_path / ".out.part" / "state.json").is_file()
+    (texts / "s04.txt").write_text("Changed.", encoding="utf-8")
+    run("--input", texts, *common, "--out", out)
+    run("--input", texts, *common, "--out", tmp_path / "fresh")
+    assert hashes(out) == hashes(tmp_path / "fresh")
+
+
+def test_the_old_folder_stands_until_the_new_one_is_whole(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run("--input", texts, "--tokenizer", "char", "--out", out)
+    before = hashes(out)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.ShardWriter, "close", fail)
+    assert run("--input", texts, "--tokenizer", "gpt2", "--out", out) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert hashes(out) == before
+    monkeypatch.undo()
+    out.rename(tmp_path / ".out.old")  # as a crash between two renames leaves it
+    assert run("--input", texts, "--tokenizer", "char", "--out", out) == 0
+    assert hashes(out) == before and not (tmp_path / ".out.old").exists()
+
+
+def test_a_second_preparation_of_the_same_folder_is_refused(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with prepare_data._unfinished(tmp_path / ".out.part", tmp_path / "out"):
+        assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
+    assert "another prepare_data.py" in capsys.readouterr().err
+    assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 0

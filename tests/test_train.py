@@ -1,0 +1,434 @@
+"""The training loop: what it optimises, what it leaves behind, when it stops (correctness 9, 12, 13, 16, 18, 21, 24, 25)."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS, nonsense, prepare_text
+
+import train
+from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
+from dataset import TokenData
+from devices import Team
+from model import GPT
+from optim import Optimizer
+
+ALONE = Team(0, 1, "none", torch.device("cpu"))
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
+
+
+def run(data: Path, out: Path, *flags: str) -> int:
+    return train.main(["--data", str(data), "--out", str(out), *TINY_FLAGS, *flags])
+
+
+def rows(out: Path, key: str = "train_loss") -> list[dict]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if key in row]
+
+
+def weights(out: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / which / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Recorder:
+    """A scaler that writes down what is called on it, and on the optimizer through it."""
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def is_enabled(self) -> bool:
+        return False
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        self.calls.append("scale")
+        loss.register_hook(lambda _: self.calls.append("backward"))
+        return loss
+
+    def unscale_(self, part: object) -> None:
+        self.calls.append("unscale")
+
+    def step(self, part: torch.optim.Optimizer) -> None:
+        self.calls.append("step")
+        part.step()
+
+    def update(self) -> None:
+        self.calls.append("update")
+
+
+def batches(count: int, rows: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randint(0, 20, (rows, 9), generator=generator)
+        yield x[:, :-1], x[:, 1:]
+
+
+def gradients(model: GPT, source, micro: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
+    """The gradients a step hands to the optimizer, and the loss it reports."""
+    caught: dict[str, torch.Tensor] = {}
+    optimizer = Optimizer(model, settings)
+    optimizer.parts[0].step = lambda: caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    loss, _, _ = train.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
+    return caught, loss
+
+
+def test_micro_batches_add_up_to_one_batch() -> None:
+    torch.manual_seed(0)
+    model, settings = GPT(TINY), TrainConfig(max_steps=1, grad_clip=0)
+    whole = list(batches(4, 2))
+    joined = iter([(torch.cat([x for x, _ in whole]), torch.cat([y for _, y in whole]))])
+    split, loss = gradients(model, iter(whole), 4, settings)
+    once, expected = gradients(model, joined, 1, settings)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name in once:
+        torch.testing.assert_close(split[name], once[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_logged_loss_is_the_mean_of_all_micro_batches() -> None:
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    source = list(batches(3, 2))
+    _, loss = gradients(model, iter(source), 3, TrainConfig(max_steps=1))
+    with torch.no_grad():
+        assert loss == pytest.approx(sum(float(model(x, y)) for x, y in source) / 3, rel=1e-6)
+
+
+def test_the_order_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    model, settings = GPT(TINY), TrainConfig(max_steps=1)
+    optimizer = Optimizer(model, settings)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (calls.append("clip"), clip(*a))[1])
+    monkeypatch.setattr(optimizer, "zero_grad", lambda: calls.append("zero"))
+    train.take_step(model, optimizer, Recorder(calls), batches(2, 2), 2, settings, "fp32", ALONE)
+    assert calls == ["scale", "backward"] * 2 + ["unscale", "clip", "step", "update", "zero"]
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(fault: str) -> None:
+    torch.manual_seed(0)
+    model, settings = GPT(TINY), TrainConfig(max_steps=1)
+    optimizer = Optimizer(model, settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    if fault == "loss":
+        with torch.no_grad():
+            model.ln_f.bias[0] = math.nan
+    else:
+        model.wpe.weight.register_hook(lambda g: g * math.inf)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = {name: value["exp_avg"].clone() for name, value in optimizer.state_dict().items()}
+    _, _, finite = train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    assert not finite
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    for name, value in optimizer.state_dict().items():
+        assert torch.equal(value["exp_avg"], moments[name])
+
+
+def test_clipping_limits_the_norm() -> None:
+    torch.manual_seed(0)
+    caught, _ = gradients(GPT(TINY), batches(1, 2), 1, TrainConfig(max_steps=1, grad_clip=0.01))
+    assert math.sqrt(sum(float((g**2).sum()) for g in caught.values())) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_run_leaves_its_folder(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert (
+        run(
+            tiny_data,
+            out,
+            "--train.max-steps",
+            "60",
+            "--train.lr",
+            "1e-2",
+            "--train.sample-interval",
+            "30",
+            "--train.tensorboard",
+        )
+        == 0
+    )
+    losses = [row["train_loss"] for row in rows(out)]
+    assert len(losses) == 60 and losses[-1] < losses[0] - 0.5
+    last = rows(out, "val_loss")[-1]
+    assert set(last) >= {
+        "step",
+        "tokens",
+        "train_loss",
+        "val_loss",
+        "val_bpb",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "elapsed_s",
+    }
+    assert last["step"] == 60 and last["tokens"] == 60 * 64
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2), rel=0.02)  # one ASCII character a token
+    assert "mfu" not in last  # nobody knows this processor's peak
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 30, 60]
+    assert (out / "loss.png").stat().st_size > 1000
+    assert list((out / "tensorboard").iterdir())
+    settings = tomllib.loads((out / "config.toml").read_text())
+    assert settings["model"]["vocab_used"] == settings["model"]["vocab_size"] > 5
+    for folder in ("best", "last"):
+        assert {p.name for p in (out / folder).iterdir()} >= {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "README.md",
+        }
+
+
+def test_intervals_do_not_change_the_weights(tiny_data: Path, tmp_path: Path, one_thread: None) -> None:
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "12")
+    flags = "--train.max-steps 12 --train.eval-interval 3 --train.sample-interval 2 --train.log-interval 5 --train.checkpoint-interval 4"
+    run(tiny_data, tmp_path / "b", *flags.split())
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_best_is_the_minimum_ever_seen(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([3.0, 1.0, 2.0, 1.0, 5.0, 9.0])
+    monkeypatch.setattr(train, "validate", lambda *a: next(figures))
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "25")
+    assert [row["val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 2.0, 1.0, 5.0]
+    assert [row["best_val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 1.0, 1.0, 1.0]
+    run(tiny_data, tmp_path / "b", "--train.max-steps", "10", "--train.eval-interval", "0", "--train.lr", "1e-3")
+    card = json.loads((tmp_path / "a/best/config.json").read_text())["victorian_gpt"]
+    assert "10" in str(card) and not same(weights(tmp_path / "a", "best"), weights(tmp_path / "a"))
+
+
+def test_validation_is_repeatable_and_weighted_by_tokens(tiny_data: Path) -> None:
+    data = TokenData.open(tiny_data)
+    model = GPT(TINY.model_copy(update={"vocab_size": data.manifest.tokenizer.vocab_size, "dropout": 0.5}))
+    model.train()
+    found = [train.validate(model, data.val, 8, 3, "fp32", ALONE) for _ in range(2)]
+    assert found[0] == found[1]
+    assert model.training
+    model.eval()
+    tokens = torch.from_numpy(data.val.read(0, len(data.val)).astype("int64"))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 8):
+            x = tokens[start : start + 9]
+            total += float(model(x[None, :-1], x[None, 1:])) * (len(x) - 1)
+            count += len(x) - 1
+    assert (len(tokens) - 1) % 8 != 0  # the last window is a short one
+    assert found[0] == pytest.approx(total / count, rel=1e-6)
+    assert train.validate(model, data.val, 8, 7, "fp32", ALONE) == pytest.approx(found[0], rel=1e-6)
+
+
+def test_training_mode_comes_back_after_an_exception() -> None:
+    model = GPT(TINY)
+    model.train()
+    with pytest.raises(RuntimeError), train.inference(model):
+        assert not model.training and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_the_number_of_updates_is_exact(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = [0]
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (count.__setitem__(0, count[0] + 1), step(self, *a))[1]
+    )
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "7")
+    assert count == [7]
+    assert rows(tmp_path / "a")[-1]["lr"] == pytest.approx(train.read_args([])[1].train.min_lr)
+
+
+def test_ends_in_steps_epochs_and_tokens() -> None:
+    def steps(**values: float) -> int:
+        return train.total_steps(TrainConfig(**values), per_epoch=100, windows_per_step=8, block_size=16)
+
+    assert steps(max_steps=50) == 50
+    assert steps(epochs=2) == 25
+    assert steps(max_tokens=1281) == 11
+    assert steps(max_steps=50, epochs=2, max_tokens=10_000) == 25
+    assert steps(max_minutes=1, schedule="constant") == 0
+
+
+def test_tokens_per_step_must_divide() -> None:
+    settings = TrainConfig(max_steps=1, tokens_per_step=1000)
+    with pytest.raises(
+        ConfigError, match="--train.tokens-per-step 1000 is not a multiple .* try --train.tokens-per-step 896"
+    ):
+        train.micro_steps(settings, 4, 16, 2)
+    assert train.micro_steps(settings.model_copy(update={"tokens_per_step": 1024}), 4, 16, 2) == 8
+    victorian = load_config("victorian").train
+    assert [train.micro_steps(victorian, 16, 2048, world) for world in (1, 8)] == [16, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason", "most"),
+    [
+        (
+            "--train.max-steps 500 --train.patience 2 --train.min-improvement 10 --train.eval-interval 2",
+            "no better validation",
+            8,
+        ),
+        ("--train.max-steps 500 --train.target-loss 50", "running average of the loss", 1),
+        ("--train.max-steps 100000 --train.max-minutes 0.02", "--train.max-minutes", 5000),
+        ("--train.max-steps 0 --train.max-tokens 320", "all steps done", 5),
+        ("--train.max-steps 0 --train.epochs 1", "all steps done", 12),
+    ],
+)
+def test_stop_rules(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, reason: str, most: int
+) -> None:
+    assert run(tiny_data, tmp_path / "a", *flags.split()) == 0
+    assert reason in capsys.readouterr().err
+    assert 0 < rows(tmp_path / "a")[-1]["step"] <= most
+
+
+def test_each_epoch_reports_its_average(tiny_data: Path, tmp_path: Path) -> None:
+    flags = "--train.max-steps 0 --train.epochs 3 --train.each-epoch --train.eval-interval 0"
+    run(tiny_data, tmp_path / "a", *flags.split())
+    epochs = rows(tmp_path / "a", "epoch_loss")
+    assert len(epochs) == 3 and [int(row["epoch"]) for row in epochs] == [1, 2, 3]
+    first = [row["train_loss"] for row in rows(tmp_path / "a") if row["step"] <= epochs[0]["step"]]
+    assert epochs[0]["epoch_loss"] == pytest.approx(sum(first) / len(first))
+    assert epochs[-1]["best_epoch_loss"] == min(row["epoch_loss"] for row in epochs)
+    assert len((tmp_path / "a/samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "2")
+    before = weights(tmp_path / "a")
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "3") == 2
+    assert "already holds a run: add --resume" in capsys.readouterr().err
+    assert same(before, weights(tmp_path / "a"))
+    assert train.main(["--resume", "--out", str(tmp_path / "none")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_two_trainers_on_one_folder_are_refused(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runs import locked
+
+    with locked(tmp_path / "a"):
+        assert run(tiny_data, tmp_path / "a", "--train.max-steps", "2") == 2
+    assert "another train.py is writing there" in capsys.readouterr().err
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "2") == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward, calls = GPT.forward, [0]
+
+    def poisoned(self: GPT, ids: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if self.training:
+            calls[0] += 1
+        return forward(self, ids, targets) * (math.nan if self.training and calls[0] in (6, 7) else 1.0)
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "10", "--train.checkpoint-interval", "5") == 1
+    text = capsys.readouterr().err
+    assert "step 6: loss nan" in text and "--train.skip-bad-steps 1" in text
+    assert all(bool(torch.isfinite(value).all()) for value in weights(tmp_path / "a").values())
+    calls[0] = 0
+    assert run(tiny_data, tmp_path / "b", "--train.max-steps", "10", "--train.skip-bad-steps", "2") == 0
+    assert rows(tmp_path / "b")[-1]["step"] == 10
+    assert "skipped (2 of 2 allowed)" in capsys.readouterr().err
+
+
+def test_fine_tuning_starts_from_a_model_folder(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "40", "--train.lr", "1e-2")
+    assert (
+        run(
+            tiny_data,
+            tmp_path / "b",
+            "--init-from",
+            str(tmp_path / "a/best"),
+            "--train.max-steps",
+            "2",
+            "--train.lr",
+            "1e-5",
+        )
+        == 0
+    )
+    assert rows(tmp_path / "b")[0]["train_loss"] < rows(tmp_path / "a")[0]["train_loss"] - 0.3
+    assert (
+        run(
+            tiny_data,
+            tmp_path / "d",
+            "--init-from",
+            str(tmp_path / "a/best"),
+            "--train.max-steps",
+            "1",
+            "--model.block-size",
+            "32",
+        )
+        == 0
+    )
+    assert weights(tmp_path / "d")["transformer.wpe.weight"].shape[0] == 32
+    other = tmp_path / "other"
+    other.mkdir()
+    foreign = prepare_text(other, "Quite different letters: JKQXZ. " * 40)
+    capsys.readouterr()
+    assert run(foreign, tmp_path / "c", "--init-from", str(tmp_path / "a/best"), "--train.max-steps", "2") == 2
+    assert "its tokenizer is not the one of" in capsys.readouterr().err
+
+
+def test_muon_and_the_other_schedules_train(tiny_data: Path, tmp_path: Path) -> None:
+    for number, schedule in enumerate(("onecycle", "wsd", "constant")):
+        out = tmp_path / str(number)
+        assert (
+            run(tiny_data, out, "--train.max-steps", "30", "--train.optimizer", "muon", "--train.schedule", schedule)
+            == 0
+        )
+        assert rows(out)[-1]["train_loss"] < rows(out)[0]["train_loss"]
+
+
+def test_the_running_average() -> None:
+    from runs import Progress
+
+    progress = Progress()
+    assert progress.running_loss == math.inf
+    progress.count(4.0)
+    assert progress.running_loss == pytest.approx(4.0)
+    for _ in range(500):
+        progress.count(2.0)
+    assert progress.running_loss == pytest.approx(2.0, abs=1e-3)
+
+
+def test_a_preset_needs_no_flags_but_its_texts(tmp_path: Path) -> None:
+    args, config = train.read_args(["--preset", "story-nano", "--train.max-steps", "3", "--model.n-layer=2"])
+    assert isinstance(config, Config)
+    assert (config.model.n_layer, config.model.n_embd, config.train.max_steps, config.train.lr) == (2, 128, 3, 1e-4)
+    assert args.preset == "story-nano"
+
+
+def test_shakespeare_by_characters_has_its_known_split(shared_data: Path, tmp_path: Path) -> None:
+    import prepare_data
+
+    words = [
+        "--input",
+        str(shared_data / "tinyshakespeare.txt"),
+        "--tokenizer",
+        "char",
+        "--no-unwrap",
+        "--out",
+        str(tmp_path / "data"),
+    ]
+    assert prepare_data.main(words) == 0
+    data = TokenData.open(tmp_path / "data", verify=True)
+    assert (len(data.train), len(data.val), data.manifest.tokenizer.vocab_size) == (1_003_854, 111_540, 65)
+
+
+def test_nonsense_is_deterministic() -> None:
+    assert nonsense(100) == nonsense(100) and len(nonsense(777)) == 777

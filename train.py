@@ -1,0 +1,570 @@
+"""Train a model: on one device, or on many under torchrun.
+
+    python train.py                                              # the sample stories, about three minutes
+    python train.py --preset story-small --data data/novels --train.max-steps 200
+    python train.py --resume --out runs/story-small              # go on where it stopped, exactly
+    torchrun --standalone --nproc_per_node=8 train.py --preset victorian
+
+Every run is a folder: config.toml, metrics.jsonl, samples.jsonl, loss.png, tensorboard/, best/ and last/ (model folders).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import (
+    ROOT,
+    Config,
+    ConfigError,
+    ModelConfig,
+    Strict,
+    TrainConfig,
+    build,
+    flag_value,
+    merge,
+    parse_flags,
+    preset_values,
+    read_toml,
+    run_main,
+    to_toml,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataset import TokenData, TokenStream
+    from devices import Team
+    from model import GPT
+    from optim import Optimizer
+    from runlog import RunLog
+    from runs import Progress
+    from tokenizer import Tokenizer
+
+
+class TrainArgs(Strict):
+    """Train a GPT-2-style model. Without flags: the repository's own short stories, about three minutes."""
+
+    preset: str = "sample"
+    """Settings to start from: a name from presets/, or a .toml file."""
+    config: Path | None = None
+    """A TOML file laid over the preset."""
+    data: Path | None = None
+    """Folder written by prepare_data.py, or s3://…; none: the preset's own texts, prepared at first use."""
+    out: Path | None = None
+    """Run folder; none: runs/PRESET, numbered where that is taken."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in the run folder."""
+    init_from: str = ""
+    """Start from the weights of a model folder (ours or a GPT-2 of transformers), or of a hub id."""
+    plan: str = ""
+    """Print parameters, memory, speed, time and cost instead of training: `here`, a GPU's name, or p4d.24xlarge."""
+    price_per_hour: float = 0.0
+    """With --plan: what the machine costs an hour."""
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig(max_steps=1000)
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and where the last good checkpoint is."""
+
+
+@dataclass
+class Stop:
+    """Set by SIGTERM or Ctrl-C: finish the step, save, end. A second Ctrl-C stops at once."""
+
+    reason: str = ""
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        def handle(number: int, frame: Any) -> None:
+            if self.reason and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.reason = signal.Signals(number).name
+
+        with contextlib.suppress(ValueError):  # not the main thread: then nobody sends us signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, handle)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block_size: int) -> int:
+    """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
+    ends = [
+        train.max_steps,
+        math.ceil(train.epochs * per_epoch / windows_per_step),
+        math.ceil(train.max_tokens / (windows_per_step * block_size)),
+    ]
+    return min((end for end in ends if end), default=0)
+
+
+def micro_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
+    """Micro-batches a rank accumulates in one step. Raises ConfigError where tokens_per_step does not divide."""
+    once = batch_size * block_size * world
+    if not train.tokens_per_step:
+        return 1
+    if train.tokens_per_step % once:
+        lower = max(once, train.tokens_per_step // once * once)
+        raise ConfigError(
+            [
+                f"--train.tokens-per-step {train.tokens_per_step} is not a multiple of batch_size {batch_size} x "
+                f"block_size {block_size} x {world} processes = {once}: try --train.tokens-per-step {lower}"
+            ]
+        )
+    return train.tokens_per_step // once
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout of one step on one rank: a resumed run needs no saved generator state."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the former mode comes back even after an exception."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def validate(
+    model: torch.nn.Module,
+    stream: TokenStream,
+    block_size: int,
+    batch_size: int,
+    precision: str,
+    team: Team,
+    limit: int = 0,
+) -> float:
+    """Mean loss over the fixed validation pass, in nats a token, weighted by tokens; the same on every rank."""
+    import torch
+
+    from dataset import validation_batches
+    from devices import autocast
+
+    nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
+    count = 0
+    with inference(model), autocast(team.device, precision):
+        for x, y in validation_batches(stream, block_size, batch_size, limit, team.rank, team.size):
+            loss = model(x.to(team.device), y.to(team.device))
+            nats += loss.to(nats.device).double() * y.numel()
+            count += y.numel()
+    total = team.total([float(nats), float(count)])
+    return total[0] / total[1]
+
+
+def sample(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> dict[str, Any]:
+    """A text from the model as it is now; its seed is fixed, so that samples of different steps compare."""
+    from generate import generate
+
+    params = config.generation.model_copy(
+        update={"max_tokens": config.train.sample_tokens, "seed": 1, "n": 1, "stop": ()}
+    )
+    with inference(model):
+        text = generate(model, tokenizer, config.train.sample_prompt, params)[0].text
+    return {"step": step, "prompt": config.train.sample_prompt, "text": text, "seed": 1}
+
+
+def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
+    """Flags over `--config` over the preset; with --resume over the run's own settings. All faults at once."""
+    preset, file, out = (flag_value(argv, name) for name in ("preset", "config", "out"))
+    tables = preset_values(preset or "sample")
+    if "--resume" in argv:
+        run = Path(out) if out else ROOT / "runs" / Path(preset or "sample").stem
+        if not (run / "config.toml").is_file():
+            raise ConfigError([f"--resume: {run} holds no run: give its folder with --out, or start without --resume"])
+        tables = read_toml(run / "config.toml")
+    if file:
+        tables = merge(tables, read_toml(Path(file)))
+    given = {"model": tables.get("model", {}), "train": tables.get("train", {})}
+    words = [*argv]
+    if words and "--plan" in words and (words[-1] == "--plan" or words[words.index("--plan") + 1].startswith("-")):
+        words.insert(words.index("--plan") + 1, "here")
+    args = parse_flags(TrainArgs, words, defaults=given)
+    values = merge(tables, {"model": args.model.model_dump(), "train": args.train.model_dump()})
+    return args, build(Config, values)
+
+
+def take_step(
+    module: torch.nn.Module,
+    optimizer: Optimizer,
+    scaler: Any,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    micro: int,
+    train: TrainConfig,
+    precision: str,
+    team: Team,
+) -> tuple[float, float, bool]:
+    """One optimizer step over `micro` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
+
+    Order: scale, backward, unscale, clip, check, step, update, zero. Where the loss or the gradient is not finite no
+    parameter changes; with fp16 that is the scaler's ordinary answer to an overflow, and all ranks answer alike.
+    """
+    import torch
+
+    from devices import autocast
+
+    total = torch.zeros((), device=team.device)
+    for number in range(micro):
+        x, y = next(batches)
+        if team.mode == "ddp":
+            module.require_backward_grad_sync = number == micro - 1  # type: ignore[assignment]
+        elif team.mode == "fsdp":
+            module.set_requires_gradient_sync(number == micro - 1)  # type: ignore[operator]
+        with autocast(team.device, precision):
+            loss = module(x, y)
+        scaler.scale(loss / micro).backward()
+        total += loss.detach() / micro
+    for part in optimizer.parts:
+        scaler.unscale_(part)
+    parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    mean = team.total([float(total)])[0] / team.size
+    finite = math.isfinite(mean) and math.isfinite(float(norm))
+    if finite or scaler.is_enabled():
+        for part in optimizer.parts:
+            scaler.step(part)
+        scaler.update()
+    optimizer.zero_grad()
+    return mean, float(norm), finite
+
+
+def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: float, stop: Stop) -> str:
+    """Why training ends before its next step, or an empty string."""
+    if stop.reason:
+        return f"stopped by {stop.reason}"
+    if total and progress.step >= total:
+        return "all steps done"
+    if train.target_loss and progress.step and progress.running_loss < train.target_loss:
+        return f"running average of the loss {progress.running_loss:.4f} is below --train.target-loss {train.target_loss:g}"
+    if train.patience and progress.stale >= train.patience:
+        return f"no better validation loss in {progress.stale} passes (--train.patience)"
+    if train.max_minutes and minutes >= train.max_minutes:
+        return f"--train.max-minutes {train.max_minutes:g} are over"
+    return ""
+
+
+def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team) -> dict[str, Any]:
+    """Train until an end is reached; returns the summary that is printed. `run` is locked by the caller."""
+    import torch
+
+    from checkpoint import load_model, load_training, newest_checkpoint
+    from dataset import Windows, training_batches
+    from devices import device_name, peak_flops, pick_precision
+    from optim import Optimizer, lr_scale
+    from runlog import RunLog, duration
+    from runs import Progress, Saver, bits_per_byte, start_model, wrapped
+    from tokenizer import load_tokenizer
+
+    device, train = team.device, config.train
+    precision, warning = pick_precision(train.precision, device)
+    tokenizer = load_tokenizer(data.folder)
+    progress, state, start = Progress(), None, None
+    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        start = newest_checkpoint(run)
+    if start is not None:
+        model, kept = load_model(start)
+        if kept.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
+            )
+        state = load_training(start, verify=False)
+        progress = Progress(**state["progress"])
+    else:
+        model = start_model(config, data, tokenizer, args.init_from)
+    config = config.model_copy(update={"model": model.config})
+    block = model.config.block_size
+    batch = train.batch_size
+    if not batch:
+        from plan import largest_batch
+
+        batch = largest_batch(model.config, train, block, team.size, device, precision)
+    micro = micro_steps(train, batch, block, team.size)
+    windows = Windows(len(data.train), block, train.seed)
+    per_step = micro * batch * team.size
+    tokens_per_step = per_step * block
+    total = total_steps(train, windows.per_epoch, per_step, block)
+    if total and train.warmup_steps >= total:
+        train = train.model_copy(update={"warmup_steps": max(1, total // 10)})
+        warning = warning or f"warm-up shortened to {train.warmup_steps} of {total} steps"
+    model.to(device)
+    module = wrapped(model, config, team, device)
+    optimizer = Optimizer(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    log = RunLog(
+        run,
+        total_steps=total,
+        enabled=team.leader,
+        tensorboard=train.tensorboard,
+        wandb=run.name if train.wandb else "",
+    )
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        log.rewind(progress.step)
+        log.say(f"resumed at step {progress.step} from {start}")
+        if state["world"] != team.size:
+            log.say(
+                f"note: {state['world']} processes before, {team.size} now: sums are formed in another order from here on"
+            )
+    elif team.leader:
+        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, tokens_per_step)
+    if warning:
+        log.say(f"warning: {warning}")
+    announce(log, model, config, data, run, precision, device_name(device), tokens_per_step, total)
+
+    batches = training_batches(
+        data.train,
+        windows,
+        batch_size=batch,
+        micro_steps=micro,
+        first=progress.windows,
+        rank=team.rank,
+        world=team.size,
+        device=device,
+    )
+    peak = peak_flops(device_name(device), precision)
+    stop = Stop()
+    stop.install()
+    began = saved_at = logged_at = time.monotonic()
+    elapsed_before, val_loss, reason = progress.elapsed_s, None, ""
+    busy = 0.0  # seconds in steps since the last log line, without evaluation, samples and checkpoints
+    session_steps = busy_steps = 0
+    all_busy = all_tokens = 0.0
+    losses: list[float] = []
+
+    def look(at_epoch_end: bool) -> dict[str, Any]:
+        """Validation and best/, at an interval or an epoch's end."""
+        nonlocal val_loss
+        val_loss = validate(module, data.val, block, batch, precision, team, train.eval_tokens)
+        if val_loss < progress.best_val - train.min_improvement:
+            progress.stale = 0
+        else:
+            progress.stale += 1
+        if val_loss < progress.best_val:
+            progress.best_val, progress.best_step = val_loss, progress.step
+            save(progress, best=True, val_loss=val_loss)
+        row = {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, data), "best_val_loss": progress.best_val}
+        if at_epoch_end and progress.epoch_steps:
+            mean = progress.epoch_loss / progress.epoch_steps
+            progress.best_epoch_loss = min(progress.best_epoch_loss, mean)
+            row |= {
+                "epoch": progress.windows / windows.per_epoch,
+                "epoch_loss": mean,
+                "best_epoch_loss": progress.best_epoch_loss,
+            }
+            progress.epoch_loss, progress.epoch_steps = 0.0, 0
+        return row
+
+    try:
+        if start is None and train.sample_interval and team.leader:
+            log.sample(sample(model, tokenizer, config, 0))
+        while True:
+            minutes = (time.monotonic() - began + elapsed_before) / 60
+            reason = training_ends(train, progress, total, minutes, stop)
+            flags = (
+                team.total([float(bool(reason)), float(stop.reason != "")]) if team.size > 1 else [float(bool(reason))]
+            )
+            if flags[0]:
+                reason = reason or "another process stopped"
+                break
+            tick = time.monotonic()
+            torch.manual_seed(step_seed(train.seed, progress.step, team.rank))
+            scale = lr_scale(progress.step, total, train)
+            optimizer.set_lr(scale)
+            module.train()
+            loss, norm, finite = take_step(module, optimizer, scaler, batches, micro, train, precision, team)
+            if not finite:
+                bad_step(progress, scaler, train, loss, norm, run, log)
+            epoch_before = progress.windows // windows.per_epoch
+            progress.windows += per_step
+            progress.step += 1
+            if finite:
+                if progress.average_weight > 0.6 and loss > progress.running_loss + 1.0:
+                    log.say(
+                        f"warning: step {progress.step}: loss {loss:.3f} is far above its average {progress.running_loss:.3f}"
+                    )
+                progress.count(loss)
+                losses.append(loss)
+            spent = time.monotonic() - tick
+            if session_steps >= 2:  # the first steps compile and warm caches
+                busy, busy_steps = busy + spent, busy_steps + 1
+                all_busy, all_tokens = all_busy + spent, all_tokens + tokens_per_step
+            session_steps += 1
+            progress.elapsed_s = elapsed_before + time.monotonic() - began
+
+            last = bool(total) and progress.step == total
+            epoch_end = train.each_epoch and progress.windows // windows.per_epoch > epoch_before
+            due = epoch_end or last or bool(train.eval_interval and progress.step % train.eval_interval == 0)
+            speed = busy_steps * tokens_per_step / busy if busy else spent and tokens_per_step / spent
+            eta = (total - progress.step) * tokens_per_step / speed if total and speed else 0.0
+            if due or progress.step % train.log_interval == 0 or progress.step == 1:
+                row: dict[str, Any] = {
+                    "step": progress.step,
+                    "tokens": progress.step * tokens_per_step,
+                    "train_loss": sum(losses) / len(losses) if losses else None,
+                    "avg_loss": progress.running_loss if math.isfinite(progress.running_loss) else None,
+                    "lr": train.lr * scale,
+                    "grad_norm": norm if math.isfinite(norm) else None,
+                    "tokens_per_s": speed,
+                    "seconds_per_batch": tokens_per_step / speed if speed else None,
+                    "mfu": speed * model.flops_per_token() / (peak * team.size) if peak else None,
+                    "elapsed_s": round(progress.elapsed_s, 3),
+                }
+                if due:
+                    row |= look(epoch_end)
+                log.metrics(row, eta_s=eta)
+                losses, busy, busy_steps = [], 0.0, 0
+            elif time.monotonic() - logged_at > 0.3:
+                logged_at = time.monotonic()
+                log.live(progress.step, progress.running_loss, speed, eta)
+            if team.leader and (epoch_end or (train.sample_interval and progress.step % train.sample_interval == 0)):
+                log.sample(sample(model, tokenizer, config, progress.step))
+            timer = train.checkpoint_minutes and time.monotonic() - saved_at > train.checkpoint_minutes * 60
+            if team.size > 1 and train.checkpoint_minutes:
+                timer = bool(team.total([float(bool(timer)) if team.leader else 0.0])[0])
+            if timer or (train.checkpoint_interval and progress.step % train.checkpoint_interval == 0):
+                save(progress, best=False, val_loss=val_loss)
+                saved_at = time.monotonic()
+        save(progress, best=False, val_loss=val_loss)
+        if team.leader and not (run / "best").exists():
+            save(progress, best=True, val_loss=val_loss)
+    finally:
+        stop.restore()
+        log.close()
+    summary = {
+        "reason": reason,
+        "run": str(run),
+        "steps": progress.step,
+        "tokens": progress.step * tokens_per_step,
+        "best_val_loss": progress.best_val if math.isfinite(progress.best_val) else None,
+        "best_step": progress.best_step,
+        "time": duration(progress.elapsed_s),
+        "tokens_per_s": round(all_tokens / all_busy) if all_busy else None,
+        "checkpoint_s": round(save.seconds, 2),
+        "done": not stop.reason,
+    }
+    return summary
+
+
+def bad_step(
+    progress: Progress, scaler: Any, train: TrainConfig, loss: float, norm: float, run: Path, log: RunLog
+) -> None:
+    """A step whose loss or gradient was not finite: allowed for, or TrainingFailed. Nothing has changed by it."""
+    if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1.0:
+        return  # fp16 overflow: the scaler has halved its factor
+    progress.skipped += 1
+    what = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}"
+    if progress.skipped > train.skip_bad_steps:
+        raise TrainingFailed(
+            f"{what}: not finite. No weight was changed; the last good checkpoint is in {run}. "
+            f"Lower --train.lr {train.lr:g}, or allow some with --train.skip-bad-steps {progress.skipped}"
+        )
+    log.say(f"warning: {what}: skipped ({progress.skipped} of {train.skip_bad_steps} allowed)")
+
+
+def announce(
+    log: RunLog,
+    model: GPT,
+    config: Config,
+    data: TokenData,
+    run: Path,
+    precision: str,
+    device: str,
+    tokens_per_step: int,
+    total: int,
+) -> None:
+    """What is about to be trained, on what, for how long."""
+    splits = data.manifest.splits
+    log.say(
+        f"run {run}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens"
+    )
+    log.say(
+        f"device {device}, {precision}   {tokens_per_step:,} tokens a step, {total or 'unlimited'} steps, context {model.config.block_size}"
+    )
+    for name, count, size in model.report():
+        log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; exit code 0 when done or stopped on request, 1 when training failed, 2 for bad settings."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_main(lambda: _main(words))
+
+
+def _main(words: list[str]) -> int:
+    args, config = read_args(words)
+    if args.plan:
+        from plan import main_plan
+
+        return main_plan(args, config)
+    from devices import Team, pick_device
+    from runs import default_data, free_run_folder, locked, prepared
+
+    device = pick_device(config.train.device)
+    restart = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    team = Team.join(config.train.parallel, device)
+    try:
+        folder = args.data
+        if args.resume and folder is None and config.data_folder:
+            folder = Path(config.data_folder)
+        if team.leader:
+            folder = prepared(folder, args.preset)
+        team.barrier()
+        folder = folder or default_data(args.preset)
+        from dataset import TokenData
+
+        data = TokenData.open(folder)
+        run = args.out or (
+            ROOT / "runs" / Path(args.preset).stem if args.resume else free_run_folder(args.preset, restart)
+        )
+        run = team.same(run)
+        if (run / "config.toml").exists() and not (args.resume or restart):
+            raise ConfigError(
+                [f"--out {run}: already holds a run: add --resume to go on with it, or give another --out"]
+            )
+        config = config.model_copy(update={"data_folder": str(folder)})
+        with locked(run) if team.leader else contextlib.nullcontext():
+            summary = fit(config, data, run, args, team)
+        if team.leader:
+            finish(summary)
+    finally:
+        team.leave()
+    return 0
+
+
+def finish(summary: dict[str, Any]) -> None:
+    """The summary on standard error, and the command to go on with."""
+    from runlog import line
+
+    done = summary.pop("done")
+    print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
+    run = Path(summary["run"])
+    where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    if done:
+        print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
+    else:
+        print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Work spread over processes with its results in order, and progress that can be read anywhere.
+
+with Pool(0) as pool:                                       # one process a core
+    for result in pool.map(function, [(1,), (2,)]): ...     # function(1), function(2), in this order
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+AHEAD = 3  # calls a worker that may be waiting or done: enough to keep all busy, few enough to keep memory flat
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pool:
+    """Calls functions in `workers` processes (0: one a core; 1: in this one).
+
+    On Linux the processes are forked, so that they start with what this one has loaded. They leave Ctrl-C to this
+    process and end when it ends, however it does.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers or cores()
+        self._executor: ProcessPoolExecutor | None = None
+        if self.workers > 1:
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self._executor = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_follow_parent)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) -> Iterator[R]:
+        """function(*a) for each `a` of `arguments`, in their order; `arguments` is read only a little ahead.
+
+        What the function raises is raised here; RuntimeError when a process was killed.
+        """
+        if self._executor is None:
+            yield from (function(*given) for given in arguments)
+            return
+        waiting: deque[Future[R]] = deque()
+        try:
+            for given in arguments:
+                waiting.append(self._executor.submit(function, *given))
+                if len(waiting) >= AHEAD * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"one of {self.workers} worker processes was killed, perhaps for want of memory: try --workers "
+                f"{self.workers // 2}"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when it has gone: a pool's workers otherwise wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every LINE_SECONDS."""
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self.what, self.total, self.done = what, max(total, 1), done
+        self._begun = self._shown = time.monotonic()
+        self._first = done
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.monitor_interval = 0  # no thread of its own
+            self._bar = tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, size: int) -> None:
+        """`size` more bytes are done."""
+        self.done += size
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(size)
+        elif now - self._shown >= LINE_SECONDS:
+            self._shown = now
+            speed = (self.done - self._first) / (now - self._begun)
+            left = (self.total - self.done) / max(speed, 1)
+            with contextlib.suppress(OSError):
+                print(
+                    f"{self.what}: {self.done / self.total:.0%} of {self.total / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, "
+                    f"{left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
