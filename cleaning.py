@@ -114,7 +114,7 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
     else:
         turn = ((last == QUOTE) | (last == APOSTROPHE)) & ((first == QUOTE) | (first == APOSTROPHE))
         small = (first >= SMALL_A) & (first <= SMALL_Z) & (lengths[:-1] >= 0.6 * layout.width)
-        joined = may_join & small & ~turn
+        joined = may_join & small
         unsure = np.flatnonzero(may_join & ~small & ~turn & (lengths[:-1] + WORD >= layout.width))
         ahead = buffer[np.minimum(starts[1:][unsure, None] + np.arange(WORD + 1), len(buffer) - 1)]
         word = np.argmax((ahead == SPACE) | (ahead == NEWLINE), axis=1)

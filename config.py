@@ -214,8 +214,6 @@ class TrainConfig(Strict):
     def faults(self) -> list[str]:
         """Every fault among these values, each naming the flag, the value and the remedy."""
         found = []
-        if self.min_lr > self.lr:
-            found.append(f"--train.min-lr {self.min_lr:g} exceeds --train.lr {self.lr:g}: lower it")
         if not (self.max_steps or self.epochs or self.max_tokens or self.max_minutes):
             found.append(
                 "no end is set: give --train.max-steps, --train.epochs, --train.max-tokens or --train.max-minutes"

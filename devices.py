@@ -143,7 +143,12 @@ class Team:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            store, rank, size = next(dist.rendezvous("env://"))
+            # after an elastic restart the store still holds the dead processes' addresses: a fresh set of keys
+            fresh = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size
+            )
         return cls(dist.get_rank(), dist.get_world_size(), "ddp" if parallel == "auto" else parallel, device)
 
     @property

@@ -103,24 +103,23 @@ def chunk_rows(vocab: int, device: torch.device) -> int:
 class KVCache:
     """Keys and values of what each slot has read, for writing one token a step.
 
-    `keys[layer]` and `values[layer]` are [S, H, block_size, D], allocated once. `length[slot]` tokens of a slot count.
+    `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once. `length[slot]` tokens of a slot count.
     """
 
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (slots, config.n_head, config.block_size, config.head_size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        shape = (slots, 2, config.n_head, config.block_size, config.head_size)
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = [0] * slots
 
     def reset(self, slot: int) -> None:
         """Forget what the slot has read."""
         self.length[slot] = 0
 
-    def copy(self, source: int, target: int) -> None:
-        """Let `target` continue from what `source` has read (samples of one prompt share its prefill)."""
-        held = self.length[source]
-        for store in (*self.keys, *self.values):
-            store[target, :, :held] = store[source, :, :held]
+    def copy(self, source: int, target: int, held: int | None = None) -> None:
+        """Let `target` continue from the first `held` tokens (None: all) of `source`: samples share a prefill."""
+        held = self.length[source] if held is None else held
+        for layer in self.layers:
+            layer[target, :, :, :held] = layer[source, :, :, :held]
         self.length[target] = held
 
 
@@ -145,31 +144,38 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def prefill(self, x: Tensor, keys: Tensor, values: Tensor, held: int) -> Tensor:
-        """x [T, C] after `held` tokens of one slot, whose keys and values [H, block_size, D] are extended."""
+    def prefill(self, x: Tensor, store: Tensor, held: int, mask: Tensor | None) -> Tensor:
+        """x [T, C] after `held` tokens of one slot, whose keys and values [2, H, block_size, D] are extended.
+
+        mask [T, held + T]: None if nothing is held, as is_causal aligns its triangle at the top left.
+        """
         T, C = x.shape
         q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
-        keys[:, held : held + T], values[:, held : held + T] = k, v
-        mask = None
-        if held:  # is_causal aligns the mask at the top left, so rows after a prefix need an explicit one
-            mask = torch.ones(T, held + T, dtype=torch.bool, device=x.device).tril(held)
-        past = (keys[:, : held + T], values[:, : held + T])
-        y = F.scaled_dot_product_attention(q[None], past[0][None], past[1][None], attn_mask=mask, is_causal=not held)
+        store[0, :, held : held + T], store[1, :, held : held + T] = k, v
+        past = store[:, None, :, : held + T]  # [2, 1, H, held + T, D]
+        y = F.scaled_dot_product_attention(q[None], past[0], past[1], attn_mask=mask, is_causal=mask is None)
         return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
 
-    def decode(self, x: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """x [S, C], one new token for each of `slots`; keys and values are the layer's whole [S, H, block_size, D].
+    def decode(self, x: Tensor, store: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """x [R, C], one new token for each of `slots`; store is the layer's [S, 2, H, block_size, D].
 
-        Attention goes row by row: a row's result may not depend on the lengths of its neighbours.
+        Rows beyond the slots only pad. Attention goes row by row: a row's result may not depend on the lengths of its
+        neighbours.
         """
-        S, C = x.shape
-        q, k, v = self.c_attn(x).view(S, 3, self.n_head, 1, self.head_size).unbind(1)  # each [S, H, 1, D]
+        R, C = x.shape
+        S = len(slots)
+        qkv = self.c_attn(x).view(R, 3, self.n_head, self.head_size)
+        if S == 1:  # plain indexing: half the time of lists of indices
+            store[slots[0], :, :, lengths[0]] = qkv[0, 1:]
+        else:
+            store[slots, :, :, lengths] = qkv[:S, 1:]
         rows = []
-        for row, (slot, held) in enumerate(zip(slots, lengths, strict=True)):
-            keys[slot, :, held], values[slot, :, held] = k[row, :, 0], v[row, :, 0]
-            past = (keys[slot : slot + 1, :, : held + 1], values[slot : slot + 1, :, : held + 1])
-            rows.append(F.scaled_dot_product_attention(q[row : row + 1], *past))  # [1, H, 1, D]
-        return cast(Tensor, self.c_proj(torch.cat(rows).reshape(S, C)))
+        for q, slot, held in zip(qkv[:S, :1, :, None].unbind(), slots, lengths, strict=True):  # q [1, H, 1, D]
+            k, v = store[slot, :, None, :, : held + 1].unbind()  # each [1, H, held + 1, D]
+            rows.append(F.scaled_dot_product_attention(q, k, v))
+        if R > S:
+            rows.append(x.new_zeros(R - S, self.n_head, 1, self.head_size))
+        return cast(Tensor, self.c_proj((torch.cat(rows) if R > 1 else rows[0]).view(R, C)))
 
 
 class MLP(nn.Module):
@@ -182,7 +188,8 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -257,6 +264,8 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> float32 logits [..., N]: ids that only pad the vocabulary do not appear at all."""
+        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # prepared for writing by quantize.py
+            return cast(Tensor, self.lm_head(x)).float()
         weight = cast(Tensor, self.lm_head.weight)
         rows = weight if weight.is_cuda else weight[: self.config.tokens]
         return F.linear(x, rows)[..., : self.config.tokens].float()
@@ -287,35 +296,39 @@ class GPT(nn.Module):
         return KVCache(self.config, slots, self.wte.weight.device, dtype or self.wte.weight.dtype)
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int) -> Tensor:
-        """Read T tokens into a slot behind what it holds; returns the logits [N] after the last one."""
+    def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int, every: bool = False) -> Tensor:
+        """Read T tokens into a slot behind what it holds; returns the logits [N] after the last one, or [T, N]."""
         held, T = cache.length[slot], len(ids)
         if not T or held + T > self.config.block_size:
             raise ValueError(f"{held} + {T} tokens do not fit 1..{self.config.block_size}: pass the end of the text")
         x = self.wte(torch.as_tensor(ids, device=self.wte.weight.device)) + self._positions(held, held + T)  # [T, C]
-        for layer, block in enumerate(self.h):
-            block = cast(Block, block)
-            x = x + block.attn.prefill(block.ln_1(x), cache.keys[layer][slot], cache.values[layer][slot], held)
+        mask = torch.full((T, held + T), float("-inf"), dtype=x.dtype, device=x.device).triu(held + 1) if held else None
+        for store, block in zip(cache.layers, cast(Sequence[Block], self.h), strict=True):
+            x = x + block.attn.prefill(block.ln_1(x), store[slot], held, mask)
             x = x + block.mlp(block.ln_2(x))
         cache.length[slot] = held + T
-        return self._logits(self.ln_f(x[-1]))
+        return self._logits(self.ln_f(x)) if every else self._logits(self.ln_f(x[-1:]))[0]
 
     @torch.inference_mode()
-    def decode(self, ids: Sequence[int], cache: KVCache, slots: Sequence[int]) -> Tensor:
-        """One new token for each of `slots`; returns logits [len(slots), N]."""
+    def decode(self, ids: Sequence[int], cache: KVCache, slots: Sequence[int], rows: int = 0) -> Tensor:
+        """One new token for each of `slots`; returns logits [len(slots), N].
+
+        rows: pad the batch to so many rows, on which the last bits of a product may depend (quantize.row_counts).
+        """
         lengths = [cache.length[slot] for slot in slots]
         if max(lengths) >= self.config.block_size:
             raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text anew")
         device = self.wte.weight.device
         table = self._positions(0, self.config.block_size)
-        x = self.wte(torch.tensor(ids, device=device)) + table[torch.tensor(lengths, device=device)]  # [S, C]
-        for layer, block in enumerate(self.h):
-            block = cast(Block, block)
-            x = x + block.attn.decode(block.ln_1(x), cache.keys[layer], cache.values[layer], slots, lengths)
+        padding = [0] * (rows - len(slots))
+        x = self.wte(torch.tensor([*ids, *padding], device=device))  # [R, C]
+        x = x + table[torch.tensor([*lengths, *padding], device=device)]
+        for store, block in zip(cache.layers, cast(Sequence[Block], self.h), strict=True):
+            x = x + block.attn.decode(block.ln_1(x), store, slots, lengths)
             x = x + block.mlp(block.ln_2(x))
         for slot in slots:
             cache.length[slot] += 1
-        return self._logits(self.ln_f(x))
+        return self._logits(self.ln_f(x))[: len(slots)]
 
     def use_plain_attention(self, plain: bool = True) -> None:
         """Switch every block to the reference attention (slow; for comparison) or back."""

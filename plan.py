@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from train import TrainArgs
 
-MFU = 0.40  # share of the data sheet's rate assumed for GPUs that cannot be measured here
+MFU = 0.40  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
 GPU_MEMORY = {
     "H200": 141,
     "H100": 80,
@@ -286,7 +286,7 @@ def main_plan(args: TrainArgs, config: Config) -> int:
             print(f"note: {warning}")
     else:
         world, gpu = INSTANCES.get(args.plan, (1, args.plan.upper()))
-        match = next((key for key in GPU_MEMORY if key in gpu or gpu in key), None)
+        match = gpu if gpu in GPU_MEMORY else next((key for key in GPU_MEMORY if key in gpu), None)
         if match is None:
             known = ", ".join([*INSTANCES, *GPU_MEMORY])
             raise ConfigError([f"--plan {args.plan}: unknown; choose `here` or one of {known}"])
@@ -326,9 +326,9 @@ def main_plan(args: TrainArgs, config: Config) -> int:
         )
         return 0
     total_s = steps * tokens_per_step / speed
-    share = f" = {steps * tokens_per_step / corpus:.1f} passes over {corpus:,} tokens" if corpus else ""
+    passes = f" = {steps * tokens_per_step / corpus:.1f} passes over {corpus:,} tokens" if corpus else ""
     print(
-        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{share}; evaluation and samples come on top"
+        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{passes}; evaluation and samples come on top"
     )
     if train.max_minutes and total_s > train.max_minutes * 60:
         print(

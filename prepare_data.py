@@ -111,7 +111,9 @@ def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
         yield group
 
 
-def encode(tasks: list[Task], options: Options, tokenizer: tuple[str, str], chosen: np.ndarray, cut: int | None) -> Encoded:
+def encode(
+    tasks: list[Task], options: Options, tokenizer: tuple[str, str], chosen: np.ndarray, cut: int | None
+) -> Encoded:
     """The tokens of `tasks`, end-of-text after each document. Runs in a worker.
 
     tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. chosen: of their documents, from the first on, those that validate.

@@ -196,17 +196,27 @@ def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> tor
     return module
 
 
-def gathered(model: GPT, optimizer: Optimizer, team: Team) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Full weights and optimizer state on every rank, whatever is sharded (a collective call under FSDP)."""
-    if team.mode != "fsdp":
-        return dict(model.state_dict()), optimizer.state_dict()
+def whole(value: Any) -> Any:
+    """A sharded tensor gathered (on all ranks together), anything else as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
-    def whole(value: Any) -> Any:
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
 
+def gathered(model: GPT, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Full weights and optimizer state on every rank, whatever is sharded (a joint call under FSDP)."""
     weights = {name: whole(value) for name, value in model.state_dict().items()}
     state = {name: {key: whole(value) for key, value in part.items()} for name, part in optimizer.state_dict().items()}
     return weights, state
+
+
+def whole_model(model: GPT, team: Team) -> GPT:
+    """The model itself, or under FSDP an unsharded copy of it (a joint call)."""
+    if team.mode != "fsdp":
+        return model
+    from model import GPT
+
+    plain = GPT(model.config)
+    plain.load_state_dict({name: whole(value).cpu() for name, value in model.state_dict().items()})
+    return plain
 
 
 def shelve(run: Path) -> None:
@@ -239,7 +249,7 @@ class Saver:
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
-        weights, moments = gathered(self.model, self.optimizer, self.team)
+        weights, moments = gathered(self.model, self.optimizer)
         if self.team.leader:
             card = model_card(self.config, self.data, progress, self.tokens_per_step, val_loss)
             shared: dict[str, Any] = {"card": card, "generation": self.config.generation, "weights": weights}

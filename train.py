@@ -159,10 +159,12 @@ def validate(
     from dataset import validation_batches
     from devices import autocast
 
+    # under FSDP every forward pass is a joint one, so all ranks take the same batches
+    rank, world = (0, 1) if team.mode == "fsdp" else (team.rank, team.size)
     nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
     count = 0
     with inference(model), autocast(team.device, precision):
-        for x, y in validation_batches(stream, block_size, batch_size, limit, team.rank, team.size):
+        for x, y in validation_batches(stream, block_size, batch_size, limit, rank, world):
             loss = model(x.to(team.device), y.to(team.device))
             nats += loss.to(nats.device).double() * y.numel()
             count += y.numel()
@@ -271,11 +273,12 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from devices import device_name, peak_flops, pick_precision
     from optim import Optimizer, lr_scale
     from runlog import RunLog, duration
-    from runs import Progress, Saver, bits_per_byte, start_model, wrapped
+    from runs import Progress, Saver, bits_per_byte, start_model, whole_model, wrapped
     from tokenizer import load_tokenizer
 
     device, train = team.device, config.train
     precision, warning = pick_precision(train.precision, device)
+    warnings = [warning] if warning else []
     tokenizer = load_tokenizer(data.folder)
     progress, state, start = Progress(), None, None
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
@@ -304,7 +307,10 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     total = total_steps(train, windows.per_epoch, per_step, block)
     if total and train.warmup_steps >= total:
         train = train.model_copy(update={"warmup_steps": max(1, total // 10)})
-        warning = warning or f"warm-up shortened to {train.warmup_steps} of {total} steps"
+        warnings.append(f"warm-up shortened to {train.warmup_steps} of {total} steps")
+    if train.min_lr > train.lr:
+        train = train.model_copy(update={"min_lr": train.lr / 10})
+        warnings.append(f"--train.min-lr is above --train.lr {train.lr:g}: lowered to {train.min_lr:g}")
     model.to(device)
     module = wrapped(model, config, team, device)
     optimizer = Optimizer(model, train)
@@ -328,7 +334,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     elif team.leader:
         (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
     save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, tokens_per_step)
-    if warning:
+    for warning in warnings:
         log.say(f"warning: {warning}")
     announce(log, model, config, data, run, precision, device_name(device), tokens_per_step, total)
 
@@ -375,9 +381,15 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             progress.epoch_loss, progress.epoch_steps = 0.0, 0
         return row
 
+    def look_at_text() -> None:
+        """A sample into the log; under FSDP from gathered weights."""
+        plain = whole_model(model, team)
+        if team.leader:
+            log.sample(sample(plain, tokenizer, config, progress.step))
+
     try:
-        if start is None and train.sample_interval and team.leader:
-            log.sample(sample(model, tokenizer, config, 0))
+        if start is None and train.sample_interval:
+            look_at_text()
         while True:
             minutes = (time.monotonic() - began + elapsed_before) / 60
             reason = training_ends(train, progress, total, minutes, stop)
@@ -437,8 +449,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             elif time.monotonic() - logged_at > 0.3:
                 logged_at = time.monotonic()
                 log.live(progress.step, progress.running_loss, speed, eta)
-            if team.leader and (epoch_end or (train.sample_interval and progress.step % train.sample_interval == 0)):
-                log.sample(sample(model, tokenizer, config, progress.step))
+            if epoch_end or (train.sample_interval and progress.step % train.sample_interval == 0):
+                look_at_text()
             timer = train.checkpoint_minutes and time.monotonic() - saved_at > train.checkpoint_minutes * 60
             if team.size > 1 and train.checkpoint_minutes:
                 timer = bool(team.total([float(bool(timer)) if team.leader else 0.0])[0])
@@ -446,8 +458,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                 save(progress, best=False, val_loss=val_loss)
                 saved_at = time.monotonic()
         save(progress, best=False, val_loss=val_loss)
-        if team.leader and not (run / "best").exists():
-            save(progress, best=True, val_loss=val_loss)
+        if not math.isfinite(progress.best_val):  # never evaluated: the last weights are the best known
+            save(progress, best=True, val_loss=None)
     finally:
         stop.restore()
         log.close()

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import textwrap
 from pathlib import Path
 
 import pytest
+from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, wrapped
 
 import cleaning
 from cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
 from tokenizer import gpt2_tokenizer
-
-WORDS = "the a of and house lady said was very old which came upon him garden window evening letter remembered".split()
-NEW_HEADER = (
-    "The Project Gutenberg eBook of A House\n\nThis ebook is for the use of anyone anywhere.\n\n"
-    "*** START OF THE PROJECT GUTENBERG EBOOK A HOUSE, OR THE VERY LONG TITLE\nTHAT GOES OVER TWO LINES ***\n\n\n"
-)
-NEW_FOOTER = "\n\nEnd of Project Gutenberg's A House, by Nobody\n\n*** END OF THE PROJECT GUTENBERG EBOOK A HOUSE ***\n\nLicence.\n"
-OLD_HEADER = (
-    "The Project Gutenberg Etext of A House\n\n***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\nfine print\n"
-    "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n\n"
-)
-OLD_FOOTER = "\n\n\nEnd of The Project Gutenberg Etext of A House, by Nobody\n\n"
-
-
-def paragraphs(count: int, seed: int = 1, extra: tuple[str, ...] = ()) -> list[str]:
-    draw = random.Random(seed)
-    made = []
-    for _ in range(count):
-        sentences = []
-        for _ in range(draw.randint(1, 6)):
-            words = draw.choices([*WORDS, *extra], k=draw.randint(5, 20))
-            sentences.append(" ".join(words).capitalize() + draw.choice(".?!"))
-        made.append(" ".join(sentences))
-    return made
-
-
-def wrapped(made: list[str], between: str, width: int = 70) -> str:
-    return between.join(textwrap.fill(p, width, break_on_hyphens=False, break_long_words=False) for p in made) + "\n"
 
 
 def unwrapped(text: str) -> str:
@@ -82,7 +53,10 @@ def test_accents_count_as_one_character() -> None:
     assert unwrapped(text) == "\n\n".join(made) + "\n"
 
 
-VERSE = "\n\n".join(f"Upon the silent hill I lay number {n}\nAnd heard the wind among the trees\nThen rose and went away" for n in range(30))
+VERSE = "\n\n".join(
+    f"Upon the silent hill I lay number {n}\nAnd heard the wind among the trees\nThen rose and went away"
+    for n in range(30)
+)
 PLAY = "\n\n".join(f"FIRST MAN:\nBefore we speak, hear me in scene {n}.\n\nALL:\nSpeak, speak." for n in range(30))
 
 
@@ -99,8 +73,25 @@ PLAY = "\n\n".join(f"FIRST MAN:\nBefore we speak, hear me in scene {n}.\n\nALL:\
         "one line",
         "x" * 300_000,
         "\n".join(f"{n}, {n * n}, {n**3}" for n in range(500)),
+        "\n".join(line[: 10 + 7 * (n % 9)].lower() for n, line in enumerate(paragraphs(200))),
+        wrapped(paragraphs(60), "\n\n", width=30),
+        wrapped(paragraphs(60), "\n\n", width=150),
     ],
-    ids=["verse", "play", "line a paragraph", "blank lines between long lines", "short", "empty", "blank", "line", "run", "table"],
+    ids=[
+        "verse",
+        "play",
+        "line a paragraph",
+        "blank lines between long lines",
+        "short",
+        "empty",
+        "blank",
+        "line",
+        "run",
+        "table",
+        "free verse",
+        "narrow",
+        "wide",
+    ],
 )
 def test_other_layouts_stay_as_they_are(text: str) -> None:
     assert find_layout(text.encode()).width == 0
@@ -153,8 +144,9 @@ def test_line_ends() -> None:
         (NEW_HEADER, ""),
         ("", NEW_FOOTER),
         ("", OLD_FOOTER + OLD_HEADER),
+        (OLD_FOOTER + NEW_HEADER, NEW_FOOTER),
     ],
-    ids=["new", "old", "this", "header only", "footer only", "small print at the end"],
+    ids=["new", "old", "this", "header only", "footer only", "small print at the end", "two"],
 )
 @pytest.mark.parametrize("length", [1, 4000])
 def test_licences_are_found(header: str, footer: str, newline: str, length: int) -> None:
@@ -166,7 +158,7 @@ def test_licences_are_found(header: str, footer: str, newline: str, length: int)
 
 
 def test_texts_without_a_licence_are_left_whole() -> None:
-    text = "He read about Project Gutenberg. END OF STORY\n*** * ***\nThe small print was long.\n".encode()
+    text = b"He read about Project Gutenberg. END OF STORY\n*** * ***\nThe small print was long.\n"
     assert licence_bounds(text, text, len(text)) == (0, len(text))
 
 
@@ -194,4 +186,12 @@ def test_pieces_give_the_tokens_of_the_whole(text: str) -> None:
     clean = [unwrap(normalise_newlines(piece), layout)[0] for piece in pieces]
     assert len(pieces) > 10
     assert b"".join(clean) == whole
-    assert sum((tokenizer.encode(piece.decode()) for piece in clean), []) == tokenizer.encode(whole.decode())
+    assert [i for piece in clean for i in tokenizer.encode(piece.decode())] == tokenizer.encode(whole.decode())
+
+
+def test_wrapped_lines_are_cut_at_the_end_of_a_paragraph_only() -> None:
+    text = b"one two three\nfour five\n \nsix"
+    assert cut_after(text, Layout(70)) == len(b"one two three\nfour five")
+    assert cut_after(text, Layout()) == len(b"one two three\nfour five")
+    assert cut_after(b"one two\nthree", Layout(70)) is None
+    assert cut_after(b"one two\nthree", Layout()) == 3

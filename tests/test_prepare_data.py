@@ -2,76 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
 
 import documents
 import prepare_data
 import shards
-import workers
-from config import ConfigError, preset_names
-from documents import DocumentError, Options, TextFile, find, inspect
-from prepare_data import Manifest, ManifestError, main
-from tests.test_cleaning import NEW_FOOTER, NEW_HEADER, paragraphs, wrapped
-from tokenizer import END_OF_TEXT, load_tokenizer
+from documents import Options, find, inspect
+from prepare_data import Manifest
+from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_data.__file__).parent
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Twelve documents with accents, among them one wrapped, one with a licence, one that names the end of text."""
-    folder = tmp_path / "texts"
-    (folder / "more").mkdir(parents=True)
-    for number in range(12):
-        text = "\n".join([f"Story {number}", *paragraphs(12, seed=number, extra=("“naïve”", "£5"))]) + "\n"
-        (folder / ("more" if number % 2 else "") / f"s{number:02d}.txt").write_text(text, encoding="utf-8")
-    (folder / "s00.txt").write_text(wrapped(paragraphs(40), "\n\n"), encoding="utf-8")
-    (folder / "s02.txt").write_text(NEW_HEADER + f"They wrote {END_OF_TEXT} there." + NEW_FOOTER, encoding="utf-8")
-    return folder
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def tokens(out: Path, split: str) -> np.ndarray:
-    manifest = Manifest.load(out)
-    files = getattr(manifest.splits, split).shards
-    return np.concatenate([np.fromfile(out / shard.file, dtype=f"<u{np.dtype(manifest.dtype).itemsize}") for shard in files])
-
-
-def hashes(out: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
-
-
-def told(out: Path, split: str) -> list[str]:
-    """The documents of a split, decoded."""
-    tokenizer = load_tokenizer(out)
-    found, current = [], []
-    for token in tokens(out, split).tolist():
-        if token == tokenizer.eot:
-            found.append(tokenizer.decode(current))
-            current = []
-        else:
-            current.append(token)
-    return [*found, tokenizer.decode(current)] if current else found
+    return make_texts(tmp_path / "texts")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
 def test_the_shards_are_the_texts(kind: str, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("--input", texts, "--tokenizer", kind, "--vocab-size", 500, "--val-fraction", 0.25, "--no-unwrap", "--no-strip-licence", "--out", out) == 0
+    assert (
+        run(
+            "--input",
+            texts,
+            "--tokenizer",
+            kind,
+            "--vocab-size",
+            500,
+            "--val-fraction",
+            0.25,
+            "--no-unwrap",
+            "--no-strip-licence",
+            "--out",
+            out,
+        )
+        == 0
+    )
     expected = {path.read_text(encoding="utf-8") for path in texts.rglob("*.txt")}
     train, val = told(out, "train"), told(out, "val")
     assert set(train) | set(val) == expected
@@ -126,14 +103,28 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
     assert max(map(len, pieces)) > 4
 
 
-def test_one_document_is_split_by_position(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", [1, 2500])
+def test_one_document_is_split_by_position(
+    group: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PIECE", 700)
-    monkeypatch.setattr(prepare_data, "GROUP", 1)
+    monkeypatch.setattr(prepare_data, "GROUP", group)
     text = (texts / "more" / "s01.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.75)
-    for kind in ("char", "gpt2", "bpe"):
+    for kind in ("char", "bpe"):
         out = tmp_path / kind
-        run("--input", texts / "more" / "s01.txt", "--tokenizer", kind, "--vocab-size", 300, "--val-fraction", 0.25, "--out", out)
+        run(
+            "--input",
+            texts / "more" / "s01.txt",
+            "--tokenizer",
+            kind,
+            "--vocab-size",
+            300,
+            "--val-fraction",
+            0.25,
+            "--out",
+            out,
+        )
         assert (told(out, "train"), told(out, "val")) == ([text[:cut]], [text[cut:]])
         manifest, tokenizer = Manifest.load(out), load_tokenizer(out)
         assert manifest.splits.train.bytes == len(text[:cut].encode())
@@ -152,11 +143,48 @@ def test_tiny_shakespeare(shared_data: Path, tmp_path: Path) -> None:
     assert told(out, "train") + told(out, "val") == [text[:1_003_854], text[1_003_854:]]
 
 
+def test_the_sample_preset(tmp_path: Path) -> None:
+    out = tmp_path / "sample"
+    assert run("--preset", "sample", "--out", out) == 0
+    stories = {path.read_text(encoding="utf-8") for path in (ROOT / "data" / "sample").glob("*.txt")}
+    assert set(told(out, "train")) | set(told(out, "val")) == stories
+    assert prepare_data.default_out("sample") == ROOT / "data" / "sample" / "tokens"
+    assert prepare_data.default_out("victorian") == ROOT / "data" / "victorian"
+
+
+MEMORY = """
+import resource, sys, prepare_data
+code = prepare_data.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_text(suffix: str, texts: Path, tmp_path: Path) -> None:
+    story = (texts / "s04.txt").read_text(encoding="utf-8")
+    used = []
+    for copies in (20, 9_000):
+        path = tmp_path / f"{copies}.{suffix}"
+        with path.open("w", encoding="utf-8") as file:
+            for _ in range(copies):
+                file.write(json.dumps({"text": story}) + "\n" if suffix == "jsonl" else story)
+        flags = ["--input", path, "--tokenizer", "char", "--workers", 1, "--out", tmp_path / str(copies)]
+        command = [sys.executable, "-c", MEMORY, *map(str, flags)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        used.append(int(done.stdout))
+    assert path.stat().st_size > 20 << 20
+    assert used[1] - used[0] < 50
+
+
 def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None:
     def chosen(fraction: float, *inputs: Path) -> set[str]:
         files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
         corpus = documents.Corpus("x", files)
-        return {file.name for file, val in zip(files, prepare_data.choose_validation(corpus, fraction), strict=True) if val}
+        return {
+            file.name for file, val in zip(files, prepare_data.choose_validation(corpus, fraction), strict=True) if val
+        }
 
     assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
     assert chosen(0.25, texts) == chosen(0.25, texts / "more", texts) or len(chosen(0.25, texts)) == 3
@@ -177,68 +205,21 @@ def test_a_sources_own_split_is_kept(texts: Path) -> None:
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
-    common = ["--tokenizer", "bpe", "--vocab-size", 450]
+    common = ["--tokenizer", "bpe", "--vocab-size", 450, "--val-fraction", 0.25]
     run("--input", texts, *common, "--out", tmp_path / "before")
-    story = told(tmp_path / "before", "val")[0].split("\n")[0]
+    held_out = told(tmp_path / "before", "val")
+    story = next(text for text in held_out if text.startswith("Story")).split("\n")[0]
     path = next(p for p in texts.rglob("*.txt") if p.read_text(encoding="utf-8").startswith(story + "\n"))
     path.write_text(path.read_text(encoding="utf-8") + "zyxwvut zyxwvut " * 500, encoding="utf-8")
     run("--input", texts, *common, "--out", tmp_path / "after")
-    assert "zyxwvut" in told(tmp_path / "after", "val")[0]
+    assert any("zyxwvut" in text for text in told(tmp_path / "after", "val"))
     assert load_tokenizer(tmp_path / "after").fingerprint == load_tokenizer(tmp_path / "before").fingerprint
     one = texts / "more" / "s01.txt"
     run("--input", one, *common, "--out", tmp_path / "one")
     text = one.read_text(encoding="utf-8")
-    one.write_text(text + "zyxwvut " * (len(text) // 72), encoding="utf-8")  # about a tenth of the whole
+    one.write_text(text + "zyxwvut " * (len(text) // 40), encoding="utf-8")  # less than a quarter of the whole
     run("--input", one, *common, "--out", tmp_path / "longer")
     assert b" zyxwvut" not in load_tokenizer(tmp_path / "longer")._pieces
-
-
-def test_jsonl_and_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [f"Row {n}: “{p}”\nSecond line\r\nthird" for n, p in enumerate(paragraphs(50))]
-    rows[7], rows[9] = "", f"has {END_OF_TEXT} inside"
-    lines = [json.dumps({"id": n, "text": row}, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]) + "\n\n" + "\r\n".join(lines[20:]), encoding="utf-8", newline="")
-    table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string()), "n": list(range(50))})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
-    monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(prepare_data, "GROUP", 900)
-    clean = [row.replace("\r\n", "\n") for row in rows if row]
-    for suffix in ("jsonl", "parquet"):
-        out = tmp_path / suffix
-        assert run("--input", tmp_path / f"a.{suffix}", "--tokenizer", "gpt2", "--val-fraction", 0.2, "--workers", 2, "--out", out) == 0
-        train, val = told(out, "train"), told(out, "val")
-        assert sorted(train + val) == sorted(clean)
-        assert train == [row for row in clean if row in train]
-        assert len(val) == 10
-        manifest = Manifest.load(out)
-        assert (manifest.source.documents, manifest.cleaning) == (50, {"empty_documents": 1})
-
-
-def test_rows_are_unwrapped_and_stripped_too(tmp_path: Path) -> None:
-    made = paragraphs(60)
-    book = NEW_HEADER + wrapped(made, "\n\n").rstrip() + NEW_FOOTER
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (book, "Other. " * 9)), encoding="utf-8")
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "book.txt").write_text(book, encoding="utf-8")
-    (tmp_path / "t" / "other.txt").write_text("Other. " * 9, encoding="utf-8")
-    for source in ("a.jsonl", "t"):
-        out = tmp_path / f"out-{source}"
-        run("--input", tmp_path / source, "--tokenizer", "gpt2", "--out", out)
-        assert "\n\n".join(made) in told(out, "train") + told(out, "val")
-        cleaning = Manifest.load(out).cleaning
-        assert (cleaning["licence_documents"], cleaning["unwrapped_documents"]) == (1, 1)
-        assert cleaning["licence_bytes"] > len(NEW_HEADER) + len(NEW_FOOTER) - 8
-        assert cleaning["joined_lines"] == wrapped(made, "\n\n").count("\n") - 2 * len(made) + 1
-
-
-def test_marks_and_windows_line_ends_go(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne\r\ntwo\r\n\r\nthree and four")
-    run("--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "out")
-    assert told(tmp_path / "out", "train") + told(tmp_path / "out", "val") == ["One\ntwo\n\nthree and f", "our"]
-    assert Manifest.load(tmp_path / "out").cleaning == {"byte_order_marks": 1}
 
 
 def test_standard_input(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,97 +232,21 @@ def test_standard_input(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "file", "piped"}
 
 
-def test_files_are_found_once_sorted_and_by_kind(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (texts / "notes.md").write_text("not looked for", encoding="utf-8")
-    (texts / ".hidden.txt").write_text("not looked for", encoding="utf-8")
-    names = [name for _, name in find([str(texts)])]
-    assert names == sorted(names) and len(names) == 12 and "more/s01.txt" in names
-    assert len(find([str(texts), str(texts / "s00.txt"), str(texts / "*.txt")])) == 12
-    assert [name for _, name in find([str(texts / "**" / "s0[13].txt")])] == ["s01.txt", "s03.txt"]
-    assert [name for _, name in find([str(texts / "notes.md")])] == ["notes.md"]
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError) as caught:
-        find([str(texts / "*.xyz"), str(tmp_path / "none")])
-    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl or .parquet" in caught.value.faults[1]
-
-
-BAD = {
-    "latin.txt": ("Caf".encode() + b"\xe9 au lait", r"latin\.txt: not UTF-8 at byte offset 3; convert it .*iconv"),
-    "late.txt": (b"x" * 3000 + "é".encode() * 500 + b"\xc3", r"late\.txt: not UTF-8 at byte offset 4000"),
-    "far.txt": (b"y" * 2047 + "é".encode() + b"\x80z", r"far\.txt: not UTF-8 at byte offset 2049"),
-    "zero.txt": (b"some text\0more", r"zero\.txt: a binary file \(zero byte at byte offset 9\)"),
-    "wide.txt": ("wide".encode("utf-16"), r"wide\.txt: this is UTF-16"),
-    "book.txt": (b"%PDF-1.4 text", r"book\.txt: this is a PDF"),
-    "table.parquet": (b"no table at all", r"table\.parquet: not a parquet file"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_named_before_any_work(
-    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(documents, "PIECE", 1024)
-    content, message = BAD[name]
-    run("--input", texts, "--tokenizer", "gpt2", "--out", tmp_path / "good")
-    (texts / name).write_bytes(content)
-    (texts / "second.txt").write_bytes(b"\xff\xff")
-    out = tmp_path / "out"
-    assert run("--input", texts, "--tokenizer", "gpt2", "--out", out) == 1
-    error = capsys.readouterr().err
-    assert "2 of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
-    assert "--skip-bad-files" in error
-    import re
-
-    assert re.search(message, error)
-    assert {path.name for path in tmp_path.iterdir()} == {"texts", "good"}
-    assert run("--input", texts, "--tokenizer", "gpt2", "--skip-bad-files", "--out", out) == 0
-    assert (tokens(out, "train") == tokens(tmp_path / "good", "train")).all()
-    assert Manifest.load(out).cleaning["skipped_files"] == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"title": "no text"}', r"rows\.jsonl:3: no text in a field 'text' \(it has title\)"),
-        (b'{"text": 7}', r"rows\.jsonl:3: no text"),
-        (b'{"text": "cut', r"rows\.jsonl:3: not JSON"),
-        (b'{"text": "\xe9"}', r"rows\.jsonl:3: not UTF-8 at byte offset 66"),
-        (b"[1]", r"rows\.jsonl:3: no text .*no object"),
-    ],
-)
-def test_bad_rows_are_named(line: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = b'{"text": "one two three"}\n'
-    (tmp_path / "rows.jsonl").write_bytes(good + b"\n" + good.replace(b"}", b"  }")[:0] + line + b"\n" + good * 4)
-    offset = len(good) + 1 + 10
-    out = tmp_path / "out"
-    assert run("--input", tmp_path / "rows.jsonl", "--tokenizer", "char", "--out", out) == 1
-    import re
-
-    assert re.search(message.replace("66", str(offset)), capsys.readouterr().err)
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
-    assert run("--input", tmp_path / "rows.jsonl", "--tokenizer", "char", "--skip-bad-files", "--out", out) == 0
-    assert Manifest.load(out).cleaning == {"skipped_rows": 1}
-    assert len(told(out, "train") + told(out, "val")) == 5
-
-
-def test_a_table_without_text_is_named(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    for column, expected in (("words", "no field 'text' (it has words)"), ("text", "field 'text' holds int64, not text")):
-        pyarrow.parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / "a.parquet")
-        assert expected in inspect(tmp_path / "a.parquet", "a", Options())
-
-
 def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = {"": "no text in this file", " \n\n ": "no text", "\ufeff": "no text", "a": "too little", "ab": "too little"}
+    cases = {
+        "": "no text in this file",
+        " \n\n ": "no text",
+        "\ufeff": "no text",
+        "a": "too little",
+        "ab": "too little",
+    }
     cases[NEW_HEADER + NEW_FOOTER] = "no text"
     for content, message in cases.items():
         (tmp_path / "a.txt").write_text(content, encoding="utf-8")
         assert run("--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "out") == 1
         assert message in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    (tmp_path / "b.txt").write_text("Some text.", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Some more text than that.", encoding="utf-8")
     assert run("--input", tmp_path, "--tokenizer", "char", "--out", tmp_path / "out") == 0
     (tmp_path / "a.txt").write_text("", encoding="utf-8")
     assert run("--input", tmp_path, "--tokenizer", "char", "--out", tmp_path / "out") == 0
@@ -374,7 +279,13 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     assert run(*common) == 0
     assert "already prepared" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == begun
-    changes = [["--tokenizer", "char"], ["--vocab-size", 350], ["--val-fraction", 0.5], ["--no-unwrap"], ["--no-strip-licence"]]
+    changes = [
+        ["--tokenizer", "char"],
+        ["--vocab-size", 350],
+        ["--val-fraction", 0.5],
+        ["--no-unwrap"],
+        ["--no-strip-licence"],
+    ]
     for change in changes:
         assert run(*common, *change) == 0
         assert "already" not in capsys.readouterr().err
@@ -386,7 +297,10 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     path.write_bytes(path.read_bytes().swapcase())
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
     run(*common)
-    assert hashes(out)["train_000000.bin"] != first["train_000000.bin"] or hashes(out)["val_000000.bin"] != first["val_000000.bin"]
+    assert (
+        hashes(out)["train_000000.bin"] != first["train_000000.bin"]
+        or hashes(out)["val_000000.bin"] != first["val_000000.bin"]
+    )
     now = hashes(out)
     for damage in (lambda: os.truncate(out / "train_000000.bin", 10), (out / "tokenizer.json").unlink):
         damage()
@@ -403,7 +317,7 @@ def test_a_tokenizer_can_be_taken_over(texts: Path, tmp_path: Path) -> None:
 def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = hashes(texts / "more")
     assert run("--input", texts, "--tokenizer", "char", "--out", texts / "more") == 2
-    assert "holds s01.txt" in capsys.readouterr().err.replace("s03", "s01").replace("s05", "s01").replace("s07", "s01").replace("s09", "s01").replace("s11", "s01")
+    assert re.search(r"holds s\d\d\.txt", capsys.readouterr().err)
     assert hashes(texts / "more") == before
     out = tmp_path / "out"
     run("--input", texts, "--tokenizer", "char", "--out", out)
@@ -432,10 +346,27 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(("how", "kind", "count"), [("SIGKILL", "gpt2", 2), ("SIGINT", "bpe", 1), ("SIGKILL", "char", 1)])
-def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, kind: str, count: int, texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "kind", "count"), [("SIGKILL", "bpe", 2), ("SIGINT", "bpe", 1), ("SIGKILL", "char", 1)]
+)
+def test_interrupted_it_goes_on_and_gives_the_same_shards(
+    how: str, kind: str, count: int, texts: Path, tmp_path: Path
+) -> None:
     def start(stop: int, out: Path) -> subprocess.CompletedProcess[str]:
-        flags = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400, "--shard-tokens", 1024, "--workers", count, "--out", out]
+        flags = [
+            "--input",
+            texts,
+            "--tokenizer",
+            kind,
+            "--vocab-size",
+            400,
+            "--shard-tokens",
+            1024,
+            "--workers",
+            count,
+            "--out",
+            out,
+        ]
         command = [sys.executable, "-c", INTERRUPTED, str(stop), how, *map(str, flags)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
@@ -458,7 +389,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, kind: str, c
 
 
 def test_an_interrupted_preparation_of_other_texts_is_not_gone_on_with(texts: Path, tmp_path: Path) -> None:
-    out, common = tmp_path / "out", ["--tokenizer", "gpt2", "--workers", "1"]
+    out, common = tmp_path / "out", ["--tokenizer", "char", "--workers", "1"]
     command = [sys.executable, "-c", INTERRUPTED, "9", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert (tmp_path / ".out.part" / "state.json").is_file()
@@ -488,7 +419,9 @@ def test_the_old_folder_stands_until_the_new_one_is_whole(
     assert hashes(out) == before and not (tmp_path / ".out.old").exists()
 
 
-def test_a_second_preparation_of_the_same_folder_is_refused(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_preparation_of_the_same_folder_is_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with prepare_data._unfinished(tmp_path / ".out.part", tmp_path / "out"):
         assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
     assert "another prepare_data.py" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import tokenizer as module
 from tokenizer import (
     END_OF_TEXT,
     BytePairTokenizer,
+    CharTokenizer,
     Tokenizer,
     TokenizerError,
     char_tokenizer,
@@ -230,7 +231,8 @@ def test_saved_and_loaded_it_is_the_same(name: str, kinds: dict, folders: dict) 
 
 
 def test_fingerprints_tell_vocabularies_apart(kinds: dict) -> None:
-    others = [train_bpe([PROSE * 20], 299), char_tokenizer([PROSE + "@"], 1), char_tokenizer([PROSE], 2)]
+    controls = [CharTokenizer("abc", 3), *(CharTokenizer("abc", None, {name: 3}) for name in ("<|a|>", "<|b|>"))]
+    others = [*controls, train_bpe([PROSE * 20], 299), char_tokenizer([PROSE + "@"], 1), char_tokenizer([PROSE], 2)]
     prints = [tokenizer.fingerprint for tokenizer in [*kinds.values(), *others]]
     assert len(set(prints)) == len(prints)
 

@@ -1,0 +1,89 @@
+"""The plan: estimates near what is measured, refusals that name flags that fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+import plan
+import train
+from config import ConfigError, ModelConfig, TrainConfig, load_config
+
+GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
+SETTINGS = TrainConfig(max_steps=10)
+
+
+def figure(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found.group(1).replace(",", ""))
+
+
+def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--preset", "victorian", "--plan", "p4d.24xlarge", "--price-per-hour", "20"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x A100 (p4d.24xlarge), fp16: micro-batch 16 x 2 accumulated = 524,288 tokens a step" in text
+    assert figure(text, r"total +([\d,]+) parameters") == 125_262_336
+    speed = figure(text, r"speed: ([\d,]+) tokens/s")
+    hours = 2.9e9 / speed / 3600
+    assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=0.01)
+    assert "40% of 2,496 TFLOP/s assumed" in text
+
+
+def test_what_cannot_fit_is_refused_with_flags_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--preset", "victorian", "--plan", "T4"]) == 2
+    text = capsys.readouterr().err
+    batch = int(figure(text, r"try --train.batch-size (\d+)"))
+    assert batch < 16
+    assert train.main(["--preset", "victorian", "--plan", "T4", "--train.batch-size", str(batch)]) == 0
+    assert train.main(["--preset", "victorian", "--plan", "Z80"]) == 2
+    assert "choose `here` or one of" in capsys.readouterr().err
+
+
+def test_no_batch_fits() -> None:
+    text = plan.too_large(GPT2, SETTINGS, 1, int(2.4e9), "fp32", "cpu", 1)
+    assert "--train.batch-size 1" in text and "try --model." in text
+    with pytest.raises(ConfigError, match="are there: try"):
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            patch.setattr(plan, "available_memory", lambda device: int(1e9))
+            plan.largest_batch(GPT2, SETTINGS, 1024, 1, torch.device("cpu"), "fp32")
+
+
+def test_automatic_batch_keeps_the_global_one() -> None:
+    settings = TrainConfig(max_steps=1, batch_size=0, tokens_per_step=3 * 1024 * 8)
+    batch = plan.fitting_batch(GPT2, settings, 1, 10**12, "bf16", "cuda")
+    assert batch == 8 and train.micro_steps(settings, batch, 1024, 1) == 3
+    assert plan.fitting_batch(GPT2, settings, 1, 10**6, "bf16", "cuda") == 0
+
+
+def test_memory_grows_as_it_should() -> None:
+    def need(**changes: object) -> plan.Memory:
+        return plan.memory_needed(GPT2.model_copy(update=changes), SETTINGS, 4, "fp32", "cpu")
+
+    base = need()
+    assert base.total == sum(vars(base).values())
+    assert base.weights == 4 * 124_475_904 and base.optimizer == 8 * 124_475_904
+    assert need(n_layer=24).activations > 1.8 * base.activations
+    assert need(dropout=0.1).activations > base.activations
+    assert base.logits < 4 * 1024 * 50304 * 4  # never the whole float32 logits
+
+
+def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", str(tiny_data), *TINY_FLAGS, "--train.max-steps", "50", "--plan"]
+    assert train.main(words) == 0
+    text = capsys.readouterr().out
+    assert figure(text, r"memory: ([\d.]+) (?:MB|GB) measured") > 0
+    assert "50 steps, 3,200 tokens" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_unprepared_data_uses_known_figures() -> None:
+    args, config = train.read_args(["--preset", "victorian"])
+    assert plan.corpus_tokens(args, config) == 2_900_000_000
+    assert plan.vocabulary(args, config).vocab_size == 50304
+    assert load_config("starter").model.vocab_size == 0
