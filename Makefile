@@ -3,15 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format app api soak clean
+.PHONY: demo test lint format app api soak clean local-aws aws-validate aws-package aws-deploy aws-delete
 
 $(VENV)/base: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/dev: $(VENV)/base requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/dev: $(VENV)/base requirements-dev.txt requirements-aws.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-aws.txt
 	touch $@
 
 demo: $(VENV)/base          ## train on the sample stories, then write one
@@ -38,6 +38,23 @@ api: $(VENV)/base           ## the server on 127.0.0.1:8000
 
 soak: $(VENV)/dev           ## five minutes of killing and resuming a training run
 	$(BIN)/python -m pytest tests/test_resume.py -k kill --soak 300
+
+local-aws: $(VENV)/base     ## gateway, Lambda and SageMaker's runtime on this machine
+	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL))
+
+aws-validate: $(VENV)/dev
+	$(BIN)/cfn-lint lambda/template.yaml
+	$(BIN)/python -m pytest tests/aws/test_template.py
+
+aws-package: $(VENV)/base
+	$(BIN)/python lambda/deploy_relay.py --package
+
+aws-deploy: $(VENV)/base
+	$(BIN)/python lambda/deploy_relay.py --bucket $(BUCKET) $(if $(ENDPOINT),--endpoint $(ENDPOINT)) \
+		$(if $(MODE),--mode $(MODE)) $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS)) $(if $(TOKEN),--new-token $(TOKEN))
+
+aws-delete: $(VENV)/base
+	$(BIN)/python lambda/deploy_relay.py --bucket $(BUCKET) --delete
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import ROOT, Config, ConfigError, ModelConfig, build
+from config import ROOT, Config, ConfigError, ModelConfig, build, preset_values
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +116,7 @@ def default_data(preset: str) -> Path:
 
 
 def prepared(folder: Path | None, preset: str) -> Path:
-    """The data folder to train on; the preset's own texts are prepared where they are not yet."""
+    """The data folder to train on; the preset's own texts are prepared where they are not yet (by the leader alone)."""
     if folder is not None and str(folder).startswith("s3:"):
         from s3 import download_folder, s3_url
 
@@ -135,7 +134,8 @@ def prepared(folder: Path | None, preset: str) -> Path:
     target = default_data(preset)
     import prepare_data
 
-    if int(os.environ.get("RANK", 0)) == 0:
+    local = str(preset_values(preset).get("data", {}).get("source", "")).endswith(".txt")
+    if local or not (target / "manifest.json").is_file():  # local texts may have changed since
         code = prepare_data.main(["--preset", preset, "--out", str(target)])
         if code:
             raise SystemExit(code)

@@ -1,0 +1,455 @@
+"""Between a WebSocket API and a SageMaker endpoint: three Lambda handlers that need nothing but the runtime's boto3.
+
+`relay.authorizer` admits a connection by its token. `relay.router` answers every route within milliseconds and hands
+`generate` to `relay.worker` by asynchronous invocation, because API Gateway waits 29 seconds and a story takes longer.
+The worker posts the endpoint's messages to the connection, one token each, until the text or the client is gone.
+
+    python lambda/local_stack.py --model runs/sample/best     # these handlers, unmodified, on one machine
+    make aws-deploy                                           # and on AWS
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import math
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from limits import Message, Refused, identity, parse, validate
+from wire import Connection, Gone, Ledger, Settings, client, management, runtime
+
+POST_CHARACTERS = 5000  # a character takes at most 6 bytes in JSON, and a frame holds 32 KB
+INBOX = 64  # messages read ahead of the posts; beyond it the endpoint is made to wait
+REMEMBER_S = 600.0  # that an endpoint cannot stream
+MARGIN_S = 3.0  # kept back from the function's timeout for the last message
+
+
+def log(event: str, **values: Any) -> None:
+    """One JSON line in the function's log. Prompts and texts are never given to it."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def where(error: BaseException) -> str:
+    """An exception's class and line; its message may quote the request and stays out of the log."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{type(error).__name__} at line {trace.tb_lineno if trace else '?'}"
+
+
+def authorizer(event: Message, context: Any) -> Message:
+    """Allow or deny `$connect`. Closed by default: without TOKENS nobody enters.
+
+    TOKENS holds `name:sha256-of-the-token` pairs separated by commas. The token comes as `?token=`, because a
+    browser cannot set headers on a WebSocket, or as `Authorization: Bearer`. With ALLOWED_ORIGINS a browser's page
+    must come from one of them.
+    """
+    headers = {key.lower(): value for key, value in (event.get("headers") or {}).items()}
+    query = event.get("queryStringParameters") or {}
+    bearer = headers.get("authorization", "")
+    token = query.get("token") or (bearer[7:] if bearer[:7].lower() == "bearer " else "")
+    digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+    name = ""
+    for pair in filter(None, os.environ.get("TOKENS", "").replace(" ", "").split(",")):
+        who, _, wanted = pair.rpartition(":")
+        if hmac.compare_digest(digest, wanted.lower()):
+            name = who or "client"
+    origins = os.environ.get("ALLOWED_ORIGINS", "").replace(" ", "")
+    origin = headers.get("origin")
+    if origins and origin and origin not in origins.split(","):
+        name = ""
+    if not name:
+        log("denied", origin=bool(origin), token=bool(token))
+    statement = {
+        "Action": "execute-api:Invoke",
+        "Effect": "Allow" if name else "Deny",
+        "Resource": event["methodArn"],
+    }
+    return {
+        "principalId": name or "nobody",
+        "policyDocument": {"Version": "2012-10-17", "Statement": [statement]},
+        "context": {"name": name},
+    }
+
+
+def router(event: Message, context: Any) -> Message:
+    """Every route of the WebSocket API. Answers go to the connection; the return value is only the route's status."""
+    route = event["requestContext"]["routeKey"]
+    if route == "$connect":
+        return {"statusCode": 200}
+    settings = Settings.read()
+    connection = Connection(management(event, settings), event["requestContext"]["connectionId"])
+    ledger = Ledger(settings, connection.id)
+    if route == "$disconnect":
+        for request_id in ledger.active():
+            ledger.halt(request_id)
+        return {"statusCode": 200}
+    message: Message = {}
+    try:
+        try:
+            message = parse(event.get("body"))
+            _route(route, message, connection, ledger)
+        except Refused as refused:
+            log("refused", route=route, code=refused.error["code"], param=refused.error["param"])
+            connection.post(_error(message.get("request_id"), refused.error))
+        except Gone:
+            raise
+        except Exception as error:
+            log("failed", route=route, error=where(error))
+            fault = Refused(
+                "the gateway could not take the request: try again", code="unavailable", type="unavailable_error"
+            )
+            connection.post(_error(message.get("request_id"), fault.error))
+    except Gone:
+        log("gone", route=route)
+    return {"statusCode": 200}
+
+
+def _error(request_id: Any, error: Message) -> Message:
+    return {"type": "error", "request_id": request_id if isinstance(request_id, str) else None, "error": error}
+
+
+def _route(route: str, message: Message, connection: Connection, ledger: Ledger) -> None:
+    settings = ledger.settings
+    if route == "ping":
+        connection.post({"type": "pong"})
+    elif route == "stop":
+        if not ledger.halt(identity(message)):
+            raise Refused("no such request on this connection", param="request_id", code="unknown_request")
+    elif route == "generate":
+        message.setdefault("request_id", uuid.uuid4().hex)
+        request_id = identity(message)
+        request = validate(message, settings.max_tokens, settings.max_samples, settings.max_prompt_bytes)
+        if len(ledger.active()) >= settings.max_active:
+            raise Refused(
+                f"{settings.max_active} generations already run on this connection: wait for one to end",
+                code="too_many_requests",
+                type="rate_limit_error",
+            )
+        if not ledger.claim(request_id):
+            raise Refused("request_id was used before: choose a new one", param="request_id", code="duplicate_request")
+        job = {
+            "connection_id": connection.id,
+            "management": connection.endpoint,
+            "request_id": request_id,
+            "request": request,
+        }
+        try:
+            client("lambda", None, 2).invoke(
+                FunctionName=settings.worker, InvocationType="Event", Payload=json.dumps(job).encode()
+            )
+        except Exception:
+            ledger.end(request_id)
+            raise
+    else:
+        raise Refused("unknown action: send generate, stop or ping", param="action", code="unknown_action")
+
+
+class Reader(threading.Thread):
+    """Reads the endpoint's messages ahead of the posts, so that the posting side can keep its clocks."""
+
+    def __init__(self, read: Callable[[Reader], Iterable[Message]]):
+        super().__init__(daemon=True)
+        self.inbox: queue.Queue[Message | Exception | None] = queue.Queue(INBOX)
+        self.halting = threading.Event()
+        self.body: Any = None
+        self._read = read
+
+    def run(self) -> None:
+        last: Exception | None = None
+        try:
+            for message in self._read(self):
+                if not self._put(message):
+                    break
+        except Exception as error:
+            last = error
+        finally:
+            if self.body is not None:
+                with contextlib.suppress(Exception):
+                    self.body.close()
+            self._put(last)
+
+    def _put(self, item: Message | Exception | None) -> bool:
+        while not self.halting.is_set():
+            try:
+                self.inbox.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def halt(self) -> None:
+        """End the endpoint's work now: hang up even while a read is waiting."""
+        self.halting.set()
+        stream = getattr(self.body, "_raw_stream", None)
+        line = getattr(getattr(stream, "connection", None), "sock", None)
+        if isinstance(line, socket.socket):
+            with contextlib.suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+        self.join(timeout=1.0)
+
+
+def lines(parts: Iterable[bytes]) -> Iterator[Message]:
+    """JSON objects, one a line, from parts that are cut anywhere; an unfinished last line raises ValueError."""
+    rest = b""
+    for part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            if line.strip():
+                yield json.loads(line)
+    if rest.strip():
+        yield json.loads(rest)
+
+
+def _streamed(settings: Settings, body: bytes, reader: Reader) -> Iterator[Message]:
+    answer = runtime().invoke_endpoint_with_response_stream(
+        EndpointName=settings.endpoint, ContentType="application/json", Accept="application/jsonlines", Body=body
+    )
+    reader.body = answer["Body"]
+    yield from lines(event["PayloadPart"]["Bytes"] for event in reader.body if "PayloadPart" in event)
+
+
+def _buffered(settings: Settings, body: bytes) -> Iterator[Message]:
+    """The messages of a whole answer, for endpoints that cannot stream (serverless ones)."""
+    yield {"type": "started"}
+    answer = runtime().invoke_endpoint(
+        EndpointName=settings.endpoint, ContentType="application/json", Accept="application/json", Body=body
+    )
+    whole = json.loads(answer["Body"].read())
+    if "error" in whole:
+        yield {"type": "error", "error": whole["error"]}
+        return
+    samples = whole.get("samples") or [whole]
+    for index, sample in enumerate(samples):
+        text = sample if isinstance(sample, str) else sample.get("text") or sample.get("generated_text") or ""
+        for start in range(0, len(text), POST_CHARACTERS):
+            yield {"type": "token", "index": index, "text": text[start : start + POST_CHARACTERS]}
+    kept = {key: whole[key] for key in ("finish_reason", "usage", "seed") if key in whole}
+    yield {"type": "complete", **kept, "streamed": False}
+
+
+_cannot_stream: dict[str, float] = {}
+
+
+def messages(settings: Settings, request: Message, trace: str, reader: Reader) -> Iterator[Message]:
+    """What the endpoint says to `request`, as messages of the WebSocket contract.
+
+    In mode `auto` an endpoint that refuses the streaming call as such, before any work, is asked for the whole,
+    and for ten minutes at once.
+    """
+    from botocore.exceptions import ClientError
+
+    def body(stream: bool) -> bytes:
+        return json.dumps({**request, "stream": stream, "request_id": trace}).encode()
+
+    whole = time.monotonic() - _cannot_stream.get(settings.endpoint, -math.inf) < REMEMBER_S
+    if settings.mode == "stream" or (settings.mode == "auto" and not whole):
+        try:
+            yield from _streamed(settings, body(True), reader)
+            return
+        except ClientError as error:
+            refused = error.response.get("Error", {}).get("Code") in ("ValidationError", "ValidationException")
+            if settings.mode != "auto" or not refused or reader.body is not None:
+                raise
+            _cannot_stream[settings.endpoint] = time.monotonic()
+    yield from _buffered(settings, body(False))
+
+
+def explain(error: BaseException) -> Message:
+    """What the client is told about a failed endpoint; the container's own error where it gave one."""
+    response = getattr(error, "response", None) or {}
+    code = response.get("Error", {}).get("Code", "")
+    if code == "ModelError":
+        try:
+            inner = json.loads(response.get("OriginalMessage") or "")["error"]
+            return {key: inner.get(key) for key in ("message", "type", "param", "code")}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+    busy = code in ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyException") or (
+        code == "ModelError" and response.get("OriginalStatusCode") in (429, 503)
+    )
+    if busy:
+        return Refused("the model is busy or starting: try again", code="unavailable", type="unavailable_error").error
+    if isinstance(error, ValueError) or type(error).__name__ in ("ProtocolError", "IncompleteRead"):
+        return Refused("the endpoint's answer broke off", code="stream_truncated", type="server_error").error
+    if "Timeout" in type(error).__name__:
+        return Refused("the endpoint went silent", code="stalled", type="server_error").error
+    return Refused("the endpoint failed", code="endpoint_failed", type="server_error").error
+
+
+class Relay:
+    """One generation on its way from the endpoint to one connection."""
+
+    def __init__(self, settings: Settings, connection: Connection, ledger: Ledger, request_id: str, seconds: float):
+        self.settings, self.connection, self.ledger, self.request_id = settings, connection, ledger, request_id
+        self.began = self.flushed = self.heard = self.polled = time.monotonic()
+        self.deadline = self.began + seconds
+        self.seq = self.tokens = 0
+        self.prompt_tokens: int | None = None
+        self.first: float | None = None
+        self.pending: dict[int, Message] = {}
+
+    def post(self, message: Message) -> None:
+        self.connection.post({**message, "request_id": self.request_id})
+
+    def token(self, message: Message) -> None:
+        """Post a token, or gather it: the first goes at once, later ones every FLUSH_MS."""
+        self.tokens += 1
+        if self.first is None:
+            self.first = time.monotonic() - self.began
+        index = message.get("index", 0)
+        held = self.pending.get(index)
+        if held is None:
+            self.pending[index] = dict(message)
+        else:
+            held["text"] += message.get("text", "")
+            held["count"] = held.get("count", 1) + 1
+        long = len(self.pending[index].get("text", "")) >= POST_CHARACTERS
+        if long or self.seq == 0 or time.monotonic() - self.flushed >= self.settings.flush_s:
+            self.flush()
+
+    def flush(self) -> None:
+        for message in self.pending.values():
+            self.post({**message, "seq": self.seq})
+            self.seq += 1
+        self.pending.clear()
+        self.flushed = time.monotonic()
+
+    def fail(self, error: Message) -> None:
+        self.flush()
+        self.post({"type": "error", "error": error})
+
+    def run(self, reader: Reader) -> str:
+        """Relay until the end; the outcome in one word. Raises Gone."""
+        reader.start()
+        while True:
+            now = time.monotonic()
+            if now >= self.deadline:
+                return self._cut(reader, "deadline")
+            if now - self.polled >= self.settings.poll_s:
+                self.polled = now
+                if self._asked_to_stop():
+                    return self._cut(reader, "cancelled")
+            if reader.body is not None and now - self.heard >= self.settings.silence_s:
+                self.fail(explain(TimeoutError()))
+                return "stalled"
+            clocks = [self.deadline, self.polled + self.settings.poll_s]
+            if self.pending:
+                clocks.append(self.flushed + self.settings.flush_s)
+            try:
+                item = reader.inbox.get(timeout=max(0.001, min(clocks) - now))
+            except queue.Empty:
+                if self.pending and time.monotonic() - self.flushed >= self.settings.flush_s:
+                    self.flush()
+                continue
+            self.heard = time.monotonic()
+            if isinstance(item, Exception):
+                log("endpoint", error=where(item), code=getattr(item, "response", {}).get("Error", {}).get("Code"))
+                self.fail(explain(item))
+                return "failed"
+            if item is None:
+                self.fail(explain(ValueError()))
+                return "failed"
+            outcome = self._take(item)
+            if outcome:
+                return outcome
+
+    def _cut(self, reader: Reader, reason: str) -> str:
+        """End the text here, on the relay's own account."""
+        reader.halt()
+        self.flush()
+        total = None if self.prompt_tokens is None else self.prompt_tokens + self.tokens
+        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+        streamed = reader.body is not None
+        self.post({"type": "complete", "finish_reason": reason, "usage": usage, "streamed": streamed})
+        return reason
+
+    def _take(self, message: Message) -> str | None:
+        kind = message.get("type")
+        if kind == "token":
+            self.token(message)
+        elif kind == "started":
+            self.prompt_tokens = message.get("prompt_tokens")
+            self.post(message)
+        elif kind == "error":
+            self.flush()
+            self.post(message)
+            return "failed"
+        elif kind == "complete":
+            self.flush()
+            self.tokens = (message.get("usage") or {}).get("completion_tokens") or self.tokens
+            self.post({"streamed": True, **message})
+            return "complete"
+        return None
+
+    def _asked_to_stop(self) -> bool:
+        try:
+            return self.ledger.halted(self.request_id)
+        except Exception as error:
+            log("poll", error=where(error))
+            return False
+
+
+def worker(event: Message, context: Any) -> Message:
+    """One generation: `event` is what the router handed over. A second delivery of it does nothing."""
+    settings = Settings.read()
+    request_id = event["request_id"]
+    connection = Connection(event["management"], event["connection_id"])
+    ledger = Ledger(settings, connection.id)
+    if not ledger.begin(request_id):
+        log("duplicate", aws_request=context.aws_request_id)
+        return {"outcome": "duplicate"}
+    trace = uuid.uuid4().hex  # the client's request_id is its own; the container's must be nobody else's
+    seconds = max(0.0, context.get_remaining_time_in_millis() / 1000 - MARGIN_S)
+    relay = Relay(settings, connection, ledger, request_id, seconds)
+    reader = Reader(lambda reader: messages(settings, event["request"], trace, reader))
+    outcome = "failed"
+    try:
+        outcome = relay.run(reader)
+    except Gone:
+        outcome = "gone"
+    except Exception as error:
+        log("relay", error=where(error), trace=trace)
+    finally:
+        reader.halt()
+        measure(relay, outcome, settings.endpoint, context.aws_request_id, trace, event["request"])
+        try:
+            ledger.end(request_id)
+        except Exception as error:
+            log("ledger", error=where(error), trace=trace)
+    return {"outcome": outcome, "tokens": relay.tokens}
+
+
+def measure(relay: Relay, outcome: str, endpoint: str, aws_request: str, trace: str, request: Message) -> None:
+    """One line in CloudWatch's embedded metric format: CloudWatch makes the metrics of it, no call is needed."""
+    values: Message = {
+        "Requests": 1,
+        "Failed": int(outcome in ("failed", "stalled")),
+        "Gone": int(outcome == "gone"),
+        "Tokens": relay.tokens,
+        "Duration": round((time.monotonic() - relay.began) * 1000),
+    }
+    if relay.first is not None:
+        values["FirstToken"] = round(relay.first * 1000)
+    times = ("Duration", "FirstToken")
+    metrics = [{"Name": name, "Unit": "Milliseconds" if name in times else "Count"} for name in values]
+    space = {"Namespace": "VictorianGenerator", "Dimensions": [["Endpoint"]], "Metrics": metrics}
+    line = {
+        "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [space]},
+        "Endpoint": endpoint,
+        "outcome": outcome,
+        "aws_request": aws_request,
+        "trace": trace,
+        "prompt_bytes": len(request.get("prompt", "").encode()),
+        **values,
+    }
+    print(json.dumps(line), flush=True)

@@ -1,0 +1,189 @@
+"""Everything the relay says to AWS: its settings, the clients, the connection's way back, and the ledger of requests.
+
+connection = Connection("https://ID.execute-api.eu-west-1.amazonaws.com/prod", "d3vGtd5yIAMCJnA=")
+connection.post({"type": "token", "request_id": "1", "seq": 0, "index": 0, "text": "It"})
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from limits import Message
+
+POST_ATTEMPTS = 7  # 50 ms doubled each time: 3 s of throttling are waited out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The functions' environment (`template.yaml` sets it)."""
+
+    endpoint: str
+    mode: str
+    worker: str
+    table: str
+    flush_s: float
+    max_tokens: int
+    max_samples: int
+    max_prompt_bytes: int
+    max_active: int
+    poll_s: float
+    silence_s: float
+    management: str
+
+    @classmethod
+    def read(cls) -> Settings:
+        get = os.environ.get
+        mode = get("ENDPOINT_MODE", "auto")
+        if mode not in ("auto", "stream", "buffered"):
+            raise RuntimeError(f"ENDPOINT_MODE {mode!r}: use auto, stream or buffered")
+        return cls(
+            endpoint=get("ENDPOINT_NAME", ""),
+            mode=mode,
+            worker=get("WORKER_FUNCTION", ""),
+            table=get("TABLE_NAME", ""),
+            flush_s=float(get("FLUSH_MS", "0")) / 1000,
+            max_tokens=int(get("MAX_TOKENS", "0")) or 100_000,
+            max_samples=int(get("MAX_SAMPLES", "0")) or 128,
+            max_prompt_bytes=int(get("MAX_PROMPT_BYTES", "24000")),
+            max_active=int(get("MAX_ACTIVE", "4")),
+            poll_s=float(get("STOP_POLL_MS", "250")) / 1000,
+            silence_s=float(get("SILENCE_S", "60")),
+            management=get("MANAGEMENT_ENDPOINT", ""),
+        )
+
+
+class Gone(Exception):
+    """The client's connection no longer exists."""
+
+
+_clients = threading.Lock()
+
+
+@functools.cache
+def client(service: str, endpoint_url: str | None, attempts: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=70 if service == "sagemaker-runtime" else 10,
+        max_pool_connections=100,
+    )
+    with _clients:
+        return boto3.client(service, endpoint_url=endpoint_url, config=config)
+
+
+def runtime() -> Any:
+    """The SageMaker runtime. Tried once: a second attempt would pay for, and show, another generation."""
+    return client("sagemaker-runtime", None, 1)
+
+
+def management(event: Message, settings: Settings) -> str:
+    """Where messages to the event's connection are posted; `MANAGEMENT_ENDPOINT` is for custom domains."""
+    context = event["requestContext"]
+    local = os.environ.get("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI", "")
+    return settings.management or local or f"https://{context['domainName']}/{context['stage']}"
+
+
+class Connection:
+    """The way back to one client."""
+
+    def __init__(self, endpoint: str, connection_id: str):
+        self.endpoint, self.id = endpoint, connection_id
+
+    def post(self, message: Message) -> None:
+        """Deliver one message. Throttling and server errors are waited out; raises Gone for a closed connection."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        api = client("apigatewaymanagementapi", self.endpoint, 1)
+        for attempt in range(POST_ATTEMPTS):
+            try:
+                api.post_to_connection(ConnectionId=self.id, Data=data)
+                return
+            except ClientError as error:
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                if status == 410 or error.response.get("Error", {}).get("Code") == "GoneException":
+                    raise Gone from None
+                if (status != 429 and status < 500) or attempt == POST_ATTEMPTS - 1:
+                    raise
+            except BotoCoreError:
+                if attempt == POST_ATTEMPTS - 1:
+                    raise
+            time.sleep(0.05 * 2**attempt * random.uniform(0.8, 1.2))
+
+
+class Ledger:
+    """One DynamoDB item a request: who claimed it, whether it began, was asked to stop, and ended.
+
+    It makes a second delivery of the same event harmless and carries `stop` to the worker.
+    """
+
+    def __init__(self, settings: Settings, connection_id: str):
+        self.settings, self.connection_id = settings, connection_id
+        self.db = client("dynamodb", None, 3)
+
+    def _key(self, request_id: str) -> Message:
+        return {"connection_id": {"S": self.connection_id}, "request_id": {"S": request_id}}
+
+    def _set(self, request_id: str, attribute: str, condition: str) -> bool:
+        try:
+            self.db.update_item(
+                TableName=self.settings.table,
+                Key=self._key(request_id),
+                UpdateExpression=f"SET {attribute} = :now",
+                ConditionExpression=condition,
+                ExpressionAttributeValues={":now": {"N": str(int(time.time()))}},
+            )
+        except self.db.exceptions.ConditionalCheckFailedException:
+            return False
+        return True
+
+    def claim(self, request_id: str) -> bool:
+        """Register a request; False if this connection has used the id before."""
+        now = int(time.time())
+        item = self._key(request_id) | {"lapses": {"N": str(now + 960)}, "forget_at": {"N": str(now + 10_800)}}
+        try:
+            self.db.put_item(
+                TableName=self.settings.table, Item=item, ConditionExpression="attribute_not_exists(request_id)"
+            )
+        except self.db.exceptions.ConditionalCheckFailedException:
+            return False
+        return True
+
+    def begin(self, request_id: str) -> bool:
+        """True for the first worker that takes the request, False for every later delivery."""
+        return self._set(request_id, "began", "attribute_exists(request_id) AND attribute_not_exists(began)")
+
+    def end(self, request_id: str) -> None:
+        self._set(request_id, "ended", "attribute_exists(request_id)")
+
+    def halt(self, request_id: str) -> bool:
+        """Ask the worker to stop; False if there is no such request."""
+        return self._set(request_id, "halted", "attribute_exists(request_id)")
+
+    def halted(self, request_id: str) -> bool:
+        item = self.db.get_item(TableName=self.settings.table, Key=self._key(request_id), ConsistentRead=True)
+        return "halted" in item.get("Item", {})
+
+    def active(self) -> list[str]:
+        """Requests of this connection that have not ended."""
+        answer = self.db.query(
+            TableName=self.settings.table,
+            KeyConditionExpression="connection_id = :connection",
+            FilterExpression="attribute_not_exists(ended) AND lapses > :now",
+            ExpressionAttributeValues={
+                ":connection": {"S": self.connection_id},
+                ":now": {"N": str(int(time.time()))},
+            },
+            ConsistentRead=True,
+        )
+        return [item["request_id"]["S"] for item in answer["Items"]]

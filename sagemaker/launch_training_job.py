@@ -1,0 +1,268 @@
+"""Train on SageMaker: the repository as it is, `torchrun` on every GPU, data and results in S3.
+
+    python sagemaker/launch_training_job.py --data s3://MY-BUCKET/data/victorian --output s3://MY-BUCKET/runs \\
+        --role arn:aws:iam::ACCOUNT:role/SageMaker --dry-run
+    python sagemaker/launch_training_job.py … --instance-type ml.g5.xlarge --preset story-small --max-hours 3
+    python sagemaker/launch_training_job.py … --name victorian-a --spot      # the same again resumes, exactly
+
+The job runs `sagemaker/job_entry.py`, which hands the data to `train.py`, keeps the run folder where SageMaker copies it
+to S3 and brings it back, and leaves the best model as the job's artifact. A job of the same --name and --output goes on
+from the newest complete checkpoint. Needs `pip install -r sagemaker/requirements.txt` (735 MB); --dry-run does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+import s3  # noqa: E402
+from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+
+DLC = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch-training:2.10.0-gpu-py313"
+ENTRY = "sagemaker/job_entry.py"
+REQUIREMENTS = "sagemaker/job-requirements.txt"
+CHANNEL = "training"
+CHECKPOINTS, TENSORBOARD = "/opt/ml/checkpoints", "/opt/ml/output/tensorboard"
+LEFT_OUT = [
+    ".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".env",
+    "data", "runs", "models", "build", "tests", "notebooks", "docs", "web",
+]  # fmt: skip
+METRICS = ("step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "mfu")
+TAG = {"key": "project", "value": "victorian-literature-generator"}
+
+
+class Flags(Strict):
+    """A SageMaker training job."""
+
+    name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,39}$")
+    """Name of the run; a job of the same name and output resumes it."""
+    preset: str = "victorian"
+    """Preset to train."""
+    flags: str = ""
+    """More flags for train.py, in one string: `--train.max-steps 2000 --train.lr 3e-4`."""
+    data: str = ""
+    """s3://BUCKET/FOLDER with the shards (prepare_data.py --s3-output)."""
+    output: str = ""
+    """s3://BUCKET/FOLDER for checkpoints, TensorBoard files and the model."""
+    role: str = ""
+    """ARN of the role that SageMaker takes on."""
+    region: str = ""
+    """AWS region; none: the one of the AWS settings."""
+    instance_type: str = "ml.p4d.24xlarge"
+    """Machine; p4d.24xlarge has 8 A100."""
+    instances: int = Field(1, ge=1, le=64)
+    """Machines; torchrun joins them."""
+    volume_gb: int = Field(200, ge=10, le=16384)
+    """Disk of machines that bring none of their own."""
+    input_mode: Literal["FastFile", "File"] = "FastFile"
+    """FastFile starts at once and copies the shards in order; File waits for SageMaker's download."""
+    max_hours: float = Field(24.0, gt=0.0, le=120.0)
+    """Hours the job may run (SageMaker ends it then; train.py saves ten minutes earlier)."""
+    spot: bool = False
+    """Spare capacity: much cheaper, may be interrupted, resumes by itself."""
+    max_wait_hours: float = Field(0.0, ge=0.0, le=240.0)
+    """Hours in all, waiting for spare capacity included; 0: twice --max-hours."""
+    image: str = ""
+    """Training image; none: AWS's PyTorch image. sagemaker/Dockerfile built with CUDA works as well."""
+    wait: bool = True
+    """Follow the job's log to its end."""
+    dry_run: bool = False
+    """Print the whole request, and send nothing."""
+
+
+def check(flags: Flags) -> None:
+    """Every fault of the flags at once."""
+    faults = []
+    for name, wanted in (("data", "the shards"), ("output", "checkpoints and the model")):
+        value = getattr(flags, name)
+        if not s3.is_s3(value):
+            faults.append(f"--{name} {value!r}: give s3://BUCKET/FOLDER for {wanted}")
+    if not flags.role:
+        faults.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+    if "'" in flags.flags:
+        faults.append("--flags must not contain single quotes: SageMaker's start script cannot carry them")
+    if flags.max_wait_hours and not flags.spot:
+        faults.append("--max-wait-hours only means something with --spot")
+    if flags.spot and 0 < flags.max_wait_hours < flags.max_hours:
+        faults.append(f"--max-wait-hours {flags.max_wait_hours:g} is below --max-hours {flags.max_hours:g}: raise it")
+    if len(flags.flags) > 2400:
+        faults.append("--flags is longer than SageMaker carries (2,500 characters): put the settings into a preset")
+    if faults:
+        raise ConfigError(faults)
+
+
+def region_of(flags: Flags) -> str:
+    region = flags.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+    if not region and not flags.dry_run:
+        import boto3
+
+        region = boto3.session.Session().region_name
+        if not region:
+            raise ConfigError(["no AWS region: give --region, or set AWS_DEFAULT_REGION"])
+    return region or "REGION"
+
+
+def request(flags: Flags, region: str) -> dict[str, Any]:
+    """The CreateTrainingJob request, but for what the SDK adds: the code's channels, the start script, a time stamp."""
+    minutes = max(1, round(flags.max_hours * 60) - 10)
+    more = flags.flags if "max-minutes" in flags.flags else f"{flags.flags} --train.max-minutes {minutes}".strip()
+    run = f"{s3.s3_url(flags.output)}/{flags.name}"
+    stopping = {"MaxRuntimeInSeconds": round(flags.max_hours * 3600)}
+    if flags.spot:
+        stopping["MaxWaitTimeInSeconds"] = round((flags.max_wait_hours or 2 * flags.max_hours) * 3600)
+    source = {"S3DataType": "S3Prefix", "S3Uri": s3.s3_url(flags.data), "S3DataDistributionType": "FullyReplicated"}
+    return {
+        "AlgorithmSpecification": {
+            "TrainingImage": flags.image or DLC.format(region=region),
+            "MetricDefinitions": [{"Name": name, "Regex": rf"\b{name}=([-+0-9.eE]+)"} for name in METRICS],
+        },
+        "RoleArn": flags.role,
+        "HyperParameters": {"preset": flags.preset, "flags": more},
+        "InputDataConfig": [
+            {"ChannelName": CHANNEL, "InputMode": flags.input_mode, "DataSource": {"S3DataSource": source}}
+        ],
+        "OutputDataConfig": {"S3OutputPath": f"{run}/artifacts"},
+        "CheckpointConfig": {"S3Uri": f"{run}/checkpoints", "LocalPath": CHECKPOINTS},
+        "TensorBoardOutputConfig": {"S3OutputPath": f"{run}/tensorboard", "LocalPath": TENSORBOARD},
+        "ResourceConfig": {
+            "InstanceType": flags.instance_type,
+            "InstanceCount": flags.instances,
+            "VolumeSizeInGB": flags.volume_gb,
+        },
+        "StoppingCondition": stopping,
+        "EnableManagedSpotTraining": flags.spot,
+        "Environment": {"VLG_RUN": flags.name, "PYTHONUNBUFFERED": "1"},
+    }
+
+
+def trainer(flags: Flags, asked: dict[str, Any], region: str) -> Any:
+    """The SDK's ModelTrainer for this request. Its constructor asks AWS for nothing but what `role` may do."""
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # its simulation needs iam:SimulatePrincipalPolicy
+    import boto3
+    from sagemaker.core.helper.session_helper import Session
+    from sagemaker.core.training.configs import (
+        Channel,
+        CheckpointConfig,
+        Compute,
+        DataSource,
+        MetricDefinition,
+        OutputDataConfig,
+        S3DataSource,
+        SourceCode,
+        StoppingCondition,
+        Tag,
+        TensorBoardOutputConfig,
+    )
+    from sagemaker.train import ModelTrainer
+    from sagemaker.train.distributed import Torchrun
+
+    channel = asked["InputDataConfig"][0]
+    source = channel["DataSource"]["S3DataSource"]
+    stopping = asked["StoppingCondition"]
+    resources, checkpoints = asked["ResourceConfig"], asked["CheckpointConfig"]
+    bucket = s3.split(flags.output)[0]
+    made = ModelTrainer(
+        training_image=asked["AlgorithmSpecification"]["TrainingImage"],
+        role=asked["RoleArn"],
+        base_job_name=flags.name,
+        sagemaker_session=Session(boto_session=boto3.session.Session(region_name=region), default_bucket=bucket),
+        source_code=SourceCode(
+            source_dir=str(ROOT), entry_script=ENTRY, requirements=REQUIREMENTS, ignore_patterns=LEFT_OUT
+        ),
+        distributed=Torchrun(),
+        compute=Compute(
+            instance_type=resources["InstanceType"],
+            instance_count=resources["InstanceCount"],
+            volume_size_in_gb=resources["VolumeSizeInGB"],
+            enable_managed_spot_training=asked["EnableManagedSpotTraining"],
+        ),
+        stopping_condition=StoppingCondition(
+            max_runtime_in_seconds=stopping["MaxRuntimeInSeconds"],
+            **({"max_wait_time_in_seconds": stopping["MaxWaitTimeInSeconds"]} if flags.spot else {}),
+        ),
+        output_data_config=OutputDataConfig(s3_output_path=asked["OutputDataConfig"]["S3OutputPath"]),
+        checkpoint_config=CheckpointConfig(s3_uri=checkpoints["S3Uri"], local_path=checkpoints["LocalPath"]),
+        input_data_config=[
+            Channel(
+                channel_name=channel["ChannelName"],
+                input_mode=channel["InputMode"],
+                data_source=DataSource(
+                    s3_data_source=S3DataSource(
+                        s3_data_type=source["S3DataType"],
+                        s3_uri=source["S3Uri"],
+                        s3_data_distribution_type=source["S3DataDistributionType"],
+                    )
+                ),
+            )
+        ],
+        hyperparameters=asked["HyperParameters"],
+        environment=asked["Environment"],
+        tags=[Tag(**TAG)],
+    )
+    board = asked["TensorBoardOutputConfig"]
+    made.with_tensorboard_output_config(
+        TensorBoardOutputConfig(s3_output_path=board["S3OutputPath"], local_path=board["LocalPath"])
+    )
+    patterns = asked["AlgorithmSpecification"]["MetricDefinitions"]
+    made.with_metric_definitions([MetricDefinition(name=item["Name"], regex=item["Regex"]) for item in patterns])
+    return made
+
+
+def launch(flags: Flags, asked: dict[str, Any], region: str) -> str:
+    """Start the job; its artifact's place in S3 if it was waited for, else its name."""
+    try:
+        import sagemaker.core  # noqa: F401
+    except ImportError:
+        raise RuntimeError("the SageMaker SDK is not installed: pip install -r sagemaker/requirements.txt") from None
+    made = trainer(flags, asked, region)
+    began = time.monotonic()
+    made.train(wait=flags.wait, logs=flags.wait)
+    job = made._latest_training_job
+    if not flags.wait:
+        return str(job.training_job_name)
+    job.refresh()
+    print(f"{job.training_job_status} after {(time.monotonic() - began) / 60:.0f} minutes", file=sys.stderr)
+    return str(job.model_artifacts.s3_model_artifacts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if "--flags" in words[:-1]:  # its value begins like a flag
+            at = words.index("--flags")
+            words[at : at + 2] = [f"--flags={words[at + 1]}"]
+        flags = parse_flags(Flags, words)
+        check(flags)
+        region = region_of(flags)
+        asked = request(flags, region)
+        if flags.dry_run:
+            command = (
+                f"torchrun … {ENTRY} --preset {flags.preset} --flags {shlex.quote(asked['HyperParameters']['flags'])}"
+            )
+            print(json.dumps({**asked, "added by the SDK": {"source": str(ROOT), "command": command}}, indent=2))
+            return 0
+        with s3.told(f"job {flags.name}"):
+            result = launch(flags, asked, region)
+        print(result)
+        if flags.wait:
+            deployment = "sagemaker/sagemaker_endpoint_deployment.py"
+            print(f"serve it with: python {deployment} --model-data {result} …", file=sys.stderr)
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""A model folder as a real-time SageMaker endpoint that streams: created, updated, tried, scaled and removed.
+
+    python sagemaker/sagemaker_endpoint_deployment.py --model runs/victorian/best --bucket MY-BUCKET \\
+        --image ACCOUNT.dkr.ecr.REGION.amazonaws.com/victorian:latest --role arn:aws:iam::ACCOUNT:role/SageMaker
+    python sagemaker/sagemaker_endpoint_deployment.py --engine vllm --model … --bucket … --role … --max-instances 4
+    python sagemaker/sagemaker_endpoint_deployment.py --delete
+
+Run it again after a change: it updates the endpoint without an interruption, or does nothing if nothing changed.
+An endpoint costs money by the hour, used or not; `--delete` removes all that this script made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+import s3  # noqa: E402
+from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+
+VARIANT = "primary"
+TAG = {"Key": "project", "Value": "victorian-literature-generator"}
+LMI_ACCOUNT, LMI_IMAGE = "763104351884", "djl-inference:0.38.0-lmi29.0.0-cu130"
+SKIPPED = {"training_state.pt", "checksums.json"}  # of a checkpoint: what an endpoint has no use for
+VLLM_PROPERTIES = """engine=Python
+option.entryPoint=djl_python.lmi_vllm.vllm_async_service
+option.async_mode=true
+option.rolling_batch=disable
+option.model_id=/opt/ml/model
+option.model_loading_timeout=900
+"""
+
+
+class Common(Strict):
+    """What both kinds of endpoint need."""
+
+    name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")
+    """Name of the endpoint."""
+    model: Path | None = None
+    """Model folder to pack and upload (runs/NAME/best)."""
+    model_data: str = ""
+    """Instead of --model: a model.tar.gz that is in S3 already (a training job's artifact)."""
+    bucket: str = ""
+    """S3 bucket for the packed model."""
+    image: str = ""
+    """Image built from sagemaker/Dockerfile, in this account's ECR."""
+    role: str = ""
+    """ARN of the role that SageMaker takes on (reads the bucket, pulls the image, writes logs)."""
+    region: str = ""
+    """AWS region; none: the one of the AWS settings."""
+    wait: bool = True
+    """Wait until the endpoint is in service, then try it."""
+    delete: bool = False
+    """Remove the endpoint and everything else this script made under its name."""
+    dry_run: bool = False
+    """Print the requests, and send none."""
+
+
+class Flags(Common):
+    """A real-time endpoint: always on, streams, scales by concurrent requests."""
+
+    engine: Literal["own", "vllm"] = "own"
+    """own: this project's server; vllm: AWS's LMI image, for more traffic than one process serves."""
+    instance_type: str = "ml.g5.xlarge"
+    """Machine; ml.c7i.xlarge and the like run small models without a GPU."""
+    instances: int = Field(1, ge=1, le=1000)
+    """Machines at least."""
+    max_instances: int = Field(1, ge=1, le=1000)
+    """Machines at most; above --instances, a scaling policy is made."""
+    concurrency: float = Field(12.0, gt=0.0, le=1000.0)
+    """Requests at once on one machine that scaling aims at."""
+    slots: int = Field(16, ge=1, le=4096)
+    """Texts that one machine writes at the same time (own engine)."""
+    startup_s: int = Field(600, ge=60, le=3600)
+    """Seconds that loading may take."""
+
+
+def resource_name(name: str, *parts: Any) -> str:
+    """`NAME-xxxxxxxx`, by what it is made of: a change makes a new name, no change finds the old one."""
+    return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def pack(folder: Path, engine: str) -> bytes:
+    """A model folder as model.tar.gz; equal folders make equal bytes."""
+    import gzip
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError([f"--model {folder}: no config.json there: give a model folder like runs/NAME/best"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in SKIPPED}
+    if engine == "vllm":
+        files["serving.properties"] = VLLM_PROPERTIES.encode()
+        files["model.py"] = (Path(__file__).parent / "vllm_format.py").read_bytes()
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+        for name in sorted(files):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(files[name]), 0o644
+            tar.addfile(entry, io.BytesIO(files[name]))
+    return packed.getvalue()
+
+
+def upload_model(flags: Common, engine: str) -> str:
+    """The model's place in S3, uploaded unless it is there."""
+    if flags.model_data:
+        return flags.model_data
+    assert flags.model is not None
+    packed = pack(flags.model, engine)
+    key = f"{artifacts(flags.name)}{hashlib.sha256(packed).hexdigest()[:16]}/model.tar.gz"
+    url = f"s3://{flags.bucket}/{key}"
+    if not flags.dry_run:
+        with s3.told(url):
+            client = s3.client(flags.region or None)
+            found = client.list_objects_v2(Bucket=flags.bucket, Prefix=key)
+            if not found.get("Contents"):
+                print(f"uploading {len(packed) / 1e6:.1f} MB to {url}", file=sys.stderr)
+                client.upload_fileobj(io.BytesIO(packed), flags.bucket, key)
+    return url
+
+
+def artifacts(name: str) -> str:
+    return f"victorian-endpoints/{name}/"
+
+
+def check(flags: Common, engine: str = "own") -> None:
+    """Every missing flag in one ConfigError."""
+    faults = []
+    if bool(flags.model) == bool(flags.model_data):
+        faults.append("give either --model FOLDER or --model-data s3://…/model.tar.gz")
+    if flags.model and not flags.bucket:
+        faults.append("--bucket is missing: the S3 bucket that the packed model goes to")
+    if engine == "own" and not flags.image:
+        faults.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 4)")
+    if not flags.role:
+        faults.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+    if faults:
+        raise ConfigError(faults)
+
+
+def model_request(flags: Common, url: str, image: str, environment: dict[str, str]) -> dict[str, Any]:
+    container = {"Image": image, "ModelDataUrl": url, "Environment": environment}
+    return {
+        "ModelName": resource_name(flags.name, container, flags.role),
+        "ExecutionRoleArn": flags.role,
+        "PrimaryContainer": container,
+        "Tags": [TAG],
+    }
+
+
+def config_request(flags: Common, model: str, variant: dict[str, Any]) -> dict[str, Any]:
+    variants = [{"VariantName": VARIANT, "ModelName": model, "InitialVariantWeight": 1.0, **variant}]
+    return {
+        "EndpointConfigName": resource_name(flags.name, variants),
+        "ProductionVariants": variants,
+        "Tags": [TAG],
+    }
+
+
+def requests(flags: Flags, url: str) -> list[tuple[str, dict[str, Any]]]:
+    """The calls that make the endpoint: (operation, parameters) in order."""
+    if flags.engine == "vllm":
+        region = flags.region or default_region()
+        image = flags.image or f"{LMI_ACCOUNT}.dkr.ecr.{region}.amazonaws.com/{LMI_IMAGE}"
+        environment = {"HF_HUB_OFFLINE": "1"}
+    else:
+        image, environment = flags.image, {"VLG_SLOTS": str(flags.slots)}
+    model = model_request(flags, url, image, environment)
+    variant = {
+        "InstanceType": flags.instance_type,
+        "InitialInstanceCount": flags.instances,
+        "ContainerStartupHealthCheckTimeoutInSeconds": flags.startup_s,
+        "ModelDataDownloadTimeoutInSeconds": flags.startup_s,
+    }
+    return [("create_model", model), ("create_endpoint_config", config_request(flags, model["ModelName"], variant))]
+
+
+def scaling(flags: Flags) -> list[tuple[str, dict[str, Any]]]:
+    """The calls that make instances follow the number of concurrent requests."""
+    target = {
+        "ServiceNamespace": "sagemaker",
+        "ResourceId": f"endpoint/{flags.name}/variant/{VARIANT}",
+        "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+    }
+    policy = {
+        "TargetValue": flags.concurrency,
+        "PredefinedMetricSpecification": {
+            "PredefinedMetricType": "SageMakerVariantConcurrentRequestsPerModelHighResolution"
+        },
+        "ScaleInCooldown": 300,
+        "ScaleOutCooldown": 60,
+    }
+    limits = {"MinCapacity": flags.instances, "MaxCapacity": max(flags.instances, flags.max_instances)}
+    return [
+        ("register_scalable_target", {**target, **limits}),
+        (
+            "put_scaling_policy",
+            {
+                **target,
+                "PolicyName": f"{flags.name}-concurrency",
+                "PolicyType": "TargetTrackingScaling",
+                "TargetTrackingScalingPolicyConfiguration": policy,
+            },
+        ),
+    ]
+
+
+def default_region() -> str:
+    import boto3
+
+    region = boto3.session.Session().region_name
+    if not region:
+        raise ConfigError(["no AWS region: give --region, or set AWS_DEFAULT_REGION"])
+    return region
+
+
+def service(name: str, flags: Common, **settings: Any) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(**{"retries": {"mode": "standard", "total_max_attempts": 5}, **settings})
+    return boto3.client(name, region_name=flags.region or default_region(), config=config)
+
+
+def absent(call: Callable[..., Any], **names: str) -> bool:
+    """Whether a `describe_*` call finds nothing of this name."""
+    from botocore.exceptions import ClientError
+
+    try:
+        call(**names)
+    except ClientError as error:
+        said = f"{error.response['Error'].get('Code')} {error.response['Error'].get('Message')}".lower()
+        if "could not find" in said or "notfound" in said or "not found" in said or "does not exist" in said:
+            return True
+        raise
+    return False
+
+
+def deploy(flags: Common, calls: list[tuple[str, dict[str, Any]]], sagemaker: Any) -> str:
+    """Make model and configuration where they are missing, and point the endpoint at them; what was done."""
+    model, config = (parameters for _, parameters in calls)
+    if absent(sagemaker.describe_model, ModelName=model["ModelName"]):
+        sagemaker.create_model(**model)
+    wanted = config["EndpointConfigName"]
+    if absent(sagemaker.describe_endpoint_config, EndpointConfigName=wanted):
+        sagemaker.create_endpoint_config(**config)
+    if absent(sagemaker.describe_endpoint, EndpointName=flags.name):
+        sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
+        return "created"
+    settle(sagemaker, flags.name)
+    found = sagemaker.describe_endpoint(EndpointName=flags.name)
+    if found["EndpointStatus"] == "Failed":
+        sagemaker.delete_endpoint(EndpointName=flags.name)
+        sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name)
+        sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
+        return "created again after a failure"
+    if found["EndpointConfigName"] == wanted:
+        return "up to date"
+    sagemaker.update_endpoint(EndpointName=flags.name, EndpointConfigName=wanted)
+    return "updated"
+
+
+def settle(sagemaker: Any, name: str, seconds: float = 1800, pause: float = 10) -> None:
+    """Wait while the endpoint is being changed."""
+    until = time.monotonic() + seconds
+    while sagemaker.describe_endpoint(EndpointName=name)["EndpointStatus"] not in ("InService", "Failed"):
+        if time.monotonic() > until:
+            raise RuntimeError(f"endpoint {name} is still being changed after {seconds / 60:.0f} minutes: try again")
+        time.sleep(pause)
+
+
+def wait_in_service(sagemaker: Any, name: str) -> None:
+    """Return when the endpoint is in service; RuntimeError with SageMaker's reason if it fails."""
+    from botocore.exceptions import WaiterError
+
+    try:
+        sagemaker.get_waiter("endpoint_in_service").wait(
+            EndpointName=name, WaiterConfig={"Delay": 15, "MaxAttempts": 160}
+        )
+    except WaiterError:
+        reason = sagemaker.describe_endpoint(EndpointName=name).get("FailureReason", "no reason given")
+        raise RuntimeError(
+            f"endpoint {name} did not start: {reason}; its log: CloudWatch, /aws/sagemaker/Endpoints/{name}"
+        ) from None
+
+
+def mine(sagemaker: Any, name: str, kind: str) -> Iterator[str]:
+    """Names of the models or endpoint configurations that this script made for `name`."""
+    operation, listed, field = {
+        "model": ("list_models", "Models", "ModelName"),
+        "config": ("list_endpoint_configs", "EndpointConfigs", "EndpointConfigName"),
+    }[kind]
+    for page in sagemaker.get_paginator(operation).paginate(NameContains=f"{name}-"):
+        for item in page[listed]:
+            start, _, ending = item[field].rpartition("-")
+            if start == name and len(ending) == 8 and set(ending) <= set("0123456789abcdef"):
+                yield item[field]
+
+
+def tidy(sagemaker: Any, name: str, keep: set[str]) -> None:
+    """Delete earlier models and configurations of this endpoint."""
+    for config in [found for found in mine(sagemaker, name, "config") if found not in keep]:
+        sagemaker.delete_endpoint_config(EndpointConfigName=config)
+    for model in [found for found in mine(sagemaker, name, "model") if found not in keep]:
+        sagemaker.delete_model(ModelName=model)
+
+
+def remove(flags: Common) -> list[str]:
+    """Delete all that was made under the name; what was deleted. What is gone already is no fault."""
+    from botocore.exceptions import ClientError
+
+    done: list[str] = []
+    sagemaker = service("sagemaker", flags)
+    resource = f"endpoint/{flags.name}/variant/{VARIANT}"
+    autoscaling = service("application-autoscaling", flags)
+    known = autoscaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[resource])
+    for target in known["ScalableTargets"]:
+        autoscaling.deregister_scalable_target(
+            ServiceNamespace="sagemaker", ResourceId=resource, ScalableDimension=target["ScalableDimension"]
+        )
+        done.append("scaling policy")
+    if not absent(sagemaker.describe_endpoint, EndpointName=flags.name):
+        sagemaker.delete_endpoint(EndpointName=flags.name)
+        sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name, WaiterConfig={"Delay": 5})
+        done.append(f"endpoint {flags.name}")
+    for kind, delete, field in (
+        ("config", sagemaker.delete_endpoint_config, "EndpointConfigName"),
+        ("model", sagemaker.delete_model, "ModelName"),
+    ):
+        for name in list(mine(sagemaker, flags.name, kind)):
+            delete(**{field: name})
+            done.append(f"{kind} {name}")
+    if flags.bucket:
+        client = s3.client(flags.region or None)
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=flags.bucket, Prefix=artifacts(flags.name)):
+            for item in page.get("Contents", []):
+                client.delete_object(Bucket=flags.bucket, Key=item["Key"])
+                done.append(f"s3://{flags.bucket}/{item['Key']}")
+    try:
+        service("logs", flags).delete_log_group(logGroupName=f"/aws/sagemaker/Endpoints/{flags.name}")
+        done.append("log group")
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "ResourceNotFoundException":
+            raise
+    return done
+
+
+def smoke_test(runtime: Any, name: str, stream: bool) -> str:
+    """Ask the endpoint for twenty tokens; the text. RuntimeError if it does not come to an end."""
+    body = {"prompt": "It was", "max_tokens": 20, "seed": 1, "stream": stream}
+    call = {"EndpointName": name, "ContentType": "application/json", "Body": json.dumps(body).encode()}
+    if not stream:
+        return json.loads(runtime.invoke_endpoint(**call)["Body"].read())["generated_text"]
+    text, rest, end = "", b"", None
+    for event in runtime.invoke_endpoint_with_response_stream(**call)["Body"]:
+        *lines, rest = (rest + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
+        for line in filter(bytes.strip, lines):
+            message = json.loads(line)
+            text += message.get("text", "") if message["type"] == "token" else ""
+            end = message if message["type"] in ("complete", "error") else end
+    if not end or end["type"] == "error":
+        raise RuntimeError(f"endpoint {name}: the text did not come to an end: {end}")
+    return text
+
+
+def usage(flags: Common, mode: str, tokens: int) -> str:
+    """How to call the endpoint, and how to be rid of it."""
+    script = Path(sys.argv[0]).name
+    return f"""endpoint {flags.name} is in service.
+
+Call it:
+    import boto3, json
+    runtime = boto3.client("sagemaker-runtime", region_name="{flags.region or default_region()}")
+    body = json.dumps({{"prompt": "It was", "max_tokens": {min(tokens, 100)}}})
+    answer = runtime.invoke_endpoint(EndpointName="{flags.name}", ContentType="application/json", Body=body)
+    print(json.load(answer["Body"])["generated_text"])
+Put the WebSocket gateway before it:
+    make aws-deploy BUCKET={flags.bucket or "MY-BUCKET"} ENDPOINT={flags.name} MODE={mode} MAX_TOKENS={tokens}
+Remove it when you are done:
+    python sagemaker/{script} --name {flags.name} --delete {f"--bucket {flags.bucket}" if flags.bucket else ""}"""
+
+
+def carry_out(flags: Common, calls: list[tuple[str, dict[str, Any]]], *, stream: bool) -> None:
+    """Deploy, wait, try and tidy up."""
+    sagemaker = service("sagemaker", flags)
+    print(f"endpoint {flags.name}: {deploy(flags, calls, sagemaker)}", file=sys.stderr)
+    if flags.wait:
+        print("waiting until it is in service (five to ten minutes)", file=sys.stderr)
+        wait_in_service(sagemaker, flags.name)
+        runtime = service("sagemaker-runtime", flags, read_timeout=70, retries={"total_max_attempts": 1})
+        print(f"it writes: It was{smoke_test(runtime, flags.name, stream)}", file=sys.stderr)
+        tidy(sagemaker, flags.name, {calls[0][1]["ModelName"], calls[1][1]["EndpointConfigName"]})
+
+
+def delete_all(flags: Common) -> int:
+    for line in remove(flags) or [f"nothing named {flags.name} was found"]:
+        print(f"deleted: {line}" if not line.startswith("nothing") else line, file=sys.stderr)
+    if not flags.bucket:
+        print("the packed model in S3 stays: give --bucket to delete it as well", file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        flags = parse_flags(Flags, argv)
+        with s3.told(f"endpoint {flags.name}"):
+            if flags.delete:
+                return delete_all(flags)
+            check(flags, flags.engine)
+            calls = requests(flags, upload_model(flags, flags.engine))
+            scaled = scaling(flags) if flags.max_instances > flags.instances else []
+            if flags.dry_run:
+                print(json.dumps([{name: parameters} for name, parameters in calls + scaled], indent=2))
+                return 0
+            carry_out(flags, calls, stream=True)
+            if scaled:
+                autoscaling = service("application-autoscaling", flags)
+                for name, parameters in scaled:
+                    getattr(autoscaling, name)(**parameters)
+            print(usage(flags, "stream", 2000))
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

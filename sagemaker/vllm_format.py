@@ -1,0 +1,110 @@
+"""This project's requests and answers on AWS's vLLM (LMI) image, so that callers need not know which engine writes.
+
+The deployment puts this file into the model's archive as `model.py`, where the image looks for formatters:
+
+    python sagemaker/sagemaker_endpoint_deployment.py --engine vllm --model runs/victorian/best …
+"""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from djl_python.input_parser import input_formatter
+from djl_python.output_formatter import output_formatter
+
+PASSED = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "stop")
+DEFAULTS = {"max_tokens": 200, "temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}
+KEPT = 1000  # requests whose stream may be under way
+
+_streams: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+
+def _context() -> int:
+    folder = Path(__file__).resolve().parent
+    return json.loads((folder / "config.json").read_text())["n_positions"]
+
+
+@input_formatter
+def request(decoded_payload: dict[str, Any], tokenizer: Any = None, **_: Any) -> dict[str, Any]:
+    """`/invocations` of this project -> vLLM's completion request."""
+    if "max_length" in decoded_payload:
+        decoded_payload.setdefault("max_tokens", decoded_payload["max_length"])
+    given = {key: decoded_payload[key] for key in PASSED if decoded_payload.get(key) is not None}
+    made = {**DEFAULTS, **given, "prompt": decoded_payload["prompt"]}
+    context = _context()
+    made["max_tokens"] = min(made["max_tokens"], context - context // 4)
+    made["truncate_prompt_tokens"] = context - made["max_tokens"]
+    if decoded_payload.get("request_id"):
+        made["request_id"] = decoded_payload["request_id"]
+    if decoded_payload.get("stream"):
+        made |= {"stream": True, "stream_options": {"include_usage": True}}
+    return made
+
+
+@output_formatter
+def answer(response_data: Any, **_: Any) -> Any:
+    """vLLM's answer, or one chunk of its stream -> this project's."""
+    return _line(response_data) if isinstance(response_data, str) else _whole(response_data)
+
+
+def _whole(response: Any) -> dict[str, Any]:
+    data = response.model_dump() if hasattr(response, "model_dump") else dict(response)
+    if "choices" not in data:
+        return {"error": _error(data)}
+    usage = data.get("usage") or {}
+    samples = [
+        {"index": choice["index"], "text": choice["text"], "finish_reason": choice["finish_reason"]}
+        for choice in data["choices"]
+    ]
+    return {
+        "generated_text": samples[0]["text"],
+        "finish_reason": samples[0]["finish_reason"],
+        "usage": {key: usage.get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens")},
+        "seed": None,
+        "samples": samples,
+    }
+
+
+def _error(data: dict[str, Any]) -> dict[str, Any]:
+    inner: dict[str, Any] = data["error"] if isinstance(data.get("error"), dict) else data
+    code = inner.get("code") or "engine_failed"
+    return {
+        "message": str(inner.get("message", "the engine refused the request"))[:500],
+        "type": "invalid_request_error" if code == 400 else "server_error",
+        "param": inner.get("param"),
+        "code": str(code),
+    }
+
+
+def _line(chunk: str) -> str:
+    chunk = chunk.strip()
+    chunk = chunk[5:].strip() if chunk.startswith("data:") else chunk
+    if not chunk or chunk == "[DONE]":
+        return ""
+    data = json.loads(chunk)
+    if "choices" not in data:
+        return json.dumps({"type": "error", "request_id": None, "error": _error(data)})
+    identity = data["id"]
+    same = {"request_id": identity.removeprefix("cmpl-")}
+    made = []
+    state = _streams.get(identity)
+    if state is None:
+        state = _streams[identity] = {"seq": 0, "reason": None}
+        while len(_streams) > KEPT:
+            _streams.popitem(last=False)
+        made.append({"type": "started", **same})
+    for choice in data["choices"]:
+        if choice.get("text"):
+            made.append(
+                {"type": "token", **same, "seq": state["seq"], "index": choice["index"], "text": choice["text"]}
+            )
+            state["seq"] += 1
+        if choice.get("finish_reason") and (state["reason"] is None or choice["index"] == 0):
+            state["reason"] = choice["finish_reason"]
+    if not data["choices"]:
+        usage = data.get("usage") or {}
+        counts = {key: usage.get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        made.append({"type": "complete", **same, "finish_reason": state["reason"] or "stop", "usage": counts})
+        _streams.pop(identity, None)
+    return "\n".join(json.dumps(message, ensure_ascii=False) for message in made)

@@ -1,0 +1,155 @@
+"""Clients of the gateway: Node's `ws`, and the whole path with the real server, model and `generate.py` behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import websockets
+from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
+from conftest import ROOT
+from local_stack import Stack
+
+from config import GenerationParams, ModelConfig
+
+
+@pytest.fixture(scope="session")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("node and npm are not installed: the Node client is not tried")
+    folder = tmp_path_factory.mktemp("node")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--no-save", "--prefix", str(folder), "ws@8"]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm install ws took over a minute: the Node client is not tried")
+    if made.returncode or not (folder / "node_modules" / "ws").is_dir():
+        pytest.skip(f"npm install ws failed: {made.stderr.strip()[-200:]}")
+    return folder
+
+
+def run_node(folder: Path, url: str) -> dict[str, Any]:
+    script = Path(__file__).with_name("client.mjs")
+    done = subprocess.run(["node", script, folder, url], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_node_client(stack: Stack, container: FakeContainer, node_modules: Path) -> None:
+    seen = run_node(node_modules, stack.url)
+    assert seen["refused"] == 403
+    assert [m["type"] for m in seen["whole"]] == ["started", *["token"] * 12, "complete"]
+    assert text(seen["whole"]) == "".join(words("It was", 12))
+    assert seen["stopped"][-1]["finish_reason"] == "cancelled"
+    assert seen["wrong"][-1]["error"]["param"] == "temperature"
+
+
+def test_web_page_in_chromium(stack: Stack, container: FakeContainer) -> None:
+    """The page of web/, opened as a file, with nothing but the gateway's address."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r requirements-dev.txt")
+    browser_path = shutil.which("chromium")
+    if not browser_path:
+        pytest.skip("chromium is not installed: the web page is not tried")
+    page_url = f"{(ROOT / 'web' / 'index.html').as_uri()}?server={quote(stack.url, safe='')}"
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(page_url)
+        page.fill("#opening", "It was")
+        page.wait_for_selector("#write:enabled")
+        container.produced, container.pace = 0, 0.02
+        page.click("#write")
+        page.wait_for_function("document.querySelector('.page .text')?.textContent.trim()")
+        assert container.produced < 200
+        page.wait_for_selector("#stop:disabled", timeout=30_000)
+        page.wait_for_selector("#write:enabled")
+        assert "".join(words("It was", 200)).strip() in page.text_content(".page .text")
+        page.click("#write")
+        page.wait_for_function("document.querySelector('.page .text')?.textContent.trim()")
+        page.click("#stop")
+        page.wait_for_selector("#stop:disabled", timeout=10_000)
+        assert not page.is_visible("#fault")
+        browser.close()
+    wait_for(lambda: container.running == 0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights, in a model folder of its own."""
+    try:
+        for name in ("api", "checkpoint", "generate", "tokenizer"):
+            importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(f"the server is not complete: {error}")
+    import torch
+
+    from checkpoint import save_model
+    from model import GPT
+    from tokenizer import char_tokenizer
+
+    tokenizer = char_tokenizer("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,\n", 1)
+    torch.manual_seed(3)
+    net = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size))
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(folder, net, tokenizer, card={}, generation=GenerationParams())
+    return folder
+
+
+def written(model: Path, prompt: str, seed: int, tokens: int) -> str:
+    """What `generate.py` writes to standard output."""
+    command = [sys.executable, ROOT / "generate.py", "--model", model, "--prompt", prompt, "--seed", str(seed)]
+    command += ["--max-tokens", str(tokens), "--json", "--dtype", "float32"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    found = found[0] if isinstance(found, list) else found
+    return found["text"] if "text" in found else found["samples"][0]["text"]
+
+
+@pytest.mark.slow
+def test_the_whole_path_writes_what_generate_writes(model: Path, tmp_path: Path) -> None:
+    """`local_stack.py` as a program: its own api.py, the printed address, and texts equal to the terminal's."""
+    command = [sys.executable, ROOT / "lambda" / "local_stack.py", "--model", model, "--port", "0", "--aws-port", "0"]
+    log = (tmp_path / "log").open("w")
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "VLG_DTYPE": "float32"}
+    program = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=ROOT
+    )
+    try:
+        assert program.stdout is not None
+        url = program.stdout.readline().strip()
+        assert url.startswith("ws://127.0.0.1:"), (tmp_path / "log").read_text()
+
+        async def conversation() -> list[list[dict[str, Any]]]:
+            async with websockets.connect(url) as socket:
+                await ask(socket, "first", prompt="It was the", seed=11, max_tokens=90)
+                first = await hear(socket, "first", 60)
+                await ask(socket, "pair", prompt="The", seed=12, max_tokens=20, n=2)
+                pair = await hear(socket, "pair", 60)
+                await ask(socket, "long", prompt="The", max_tokens=4000)
+                while json.loads(await socket.recv())["type"] != "token":
+                    pass
+                await socket.send('{"action": "stop", "request_id": "long"}')
+                return [first, pair, await hear(socket, "long", 60)]
+
+        first, pair, stopped = asyncio.run(conversation())
+    finally:
+        program.terminate()
+        program.wait(60)
+        log.close()
+    assert program.returncode == 0, (tmp_path / "log").read_text()
+    assert first[-1]["type"] == "complete" and first[-1]["usage"]["completion_tokens"] == 90
+    assert sum(m["type"] == "token" for m in first) == 90
+    assert text(first) == written(model, "It was the", 11, 90)
+    assert text(pair, 0) and text(pair, 1) and text(pair, 0) != text(pair, 1)
+    assert text(pair) == written(model, "The", 12, 20)
+    assert stopped[-1]["finish_reason"] == "cancelled"

@@ -1,0 +1,301 @@
+"""Endpoint deployments against moto's server: what is sent, in which order, and that all of it goes away again."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import sys
+import tarfile
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aws_fakes import FakeContainer, words
+from conftest import ROOT
+from local_stack import Stack
+
+
+def load(name: str) -> Any:
+    found = importlib.util.spec_from_file_location(name, ROOT / "sagemaker" / f"{name}.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+realtime = load("sagemaker_endpoint_deployment")
+serverless = load("sagemaker_serverless_endpoint_deployment")
+
+ROLE = "arn:aws:iam::123456789012:role/SageMaker"
+IMAGE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/victorian:1"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    moto = pytest.importorskip("moto.server", reason="needs moto[server]: pip install -r requirements-aws.txt")
+    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def account(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty account on the server, with one bucket."""
+    import urllib.request
+
+    import s3
+
+    urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/reset", method="POST")).close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    s3.client().create_bucket(Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    return server
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every call that changes something: (operation, parameters) as boto3 is given them."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    made = realtime.service
+
+    def recording(name: str, flags: Any, **settings: Any) -> Any:
+        client = made(name, flags, **settings)
+
+        def note(params: dict[str, Any], model: Any, **_: Any) -> None:
+            if not re.match("Describe|List", model.name):
+                calls.append((model.name, json.loads(json.dumps(params, default=str))))
+
+        client.meta.events.register("provide-client-params.*", note)
+        return client
+
+    monkeypatch.setattr(realtime, "service", recording)
+    return calls
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"n_positions": 64}')
+    (folder / "model.safetensors").write_bytes(b"weights" * 100)
+    (folder / "training_state.pt").write_bytes(b"moments" * 1000)
+    return folder
+
+
+def arguments(model: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--bucket", "models", "--role", ROLE, "--image", IMAGE, "--no-wait", *more]
+
+
+def test_a_realtime_endpoint_is_requested(account: str, sent: Any, model: Path) -> None:
+    flags = ["--instance-type", "ml.m5.xlarge", "--instances", "2", "--max-instances", "6", "--concurrency", "9"]
+    assert realtime.main(arguments(model, *flags)) == 0
+    calls = dict(sent)
+    assert [name for name, _ in sent] == [
+        "CreateModel", "CreateEndpointConfig", "CreateEndpoint", "RegisterScalableTarget", "PutScalingPolicy",
+    ]  # fmt: skip
+    container = calls["CreateModel"]["PrimaryContainer"]
+    assert container["Image"] == IMAGE and container["Environment"] == {"VLG_SLOTS": "16"}
+    assert calls["CreateModel"]["ExecutionRoleArn"] == ROLE
+    variant = calls["CreateEndpointConfig"]["ProductionVariants"][0]
+    assert (variant["InstanceType"], variant["InitialInstanceCount"]) == ("ml.m5.xlarge", 2)
+    assert variant["ModelName"] == calls["CreateModel"]["ModelName"]
+    assert 60 <= variant["ContainerStartupHealthCheckTimeoutInSeconds"] <= 3600
+    assert calls["CreateEndpoint"]["EndpointConfigName"] == calls["CreateEndpointConfig"]["EndpointConfigName"]
+    for name in ("CreateModel", "CreateEndpointConfig", "CreateEndpoint"):
+        assert calls[name]["Tags"] == [realtime.TAG]
+    target = calls["RegisterScalableTarget"]
+    assert (target["MinCapacity"], target["MaxCapacity"]) == (2, 6)
+    assert target["ResourceId"] == "endpoint/victorian/variant/primary"
+    policy = calls["PutScalingPolicy"]["TargetTrackingScalingPolicyConfiguration"]
+    assert policy["TargetValue"] == 9.0
+    assert "ConcurrentRequests" in policy["PredefinedMetricSpecification"]["PredefinedMetricType"]
+
+
+def test_the_packed_model_holds_the_folder_and_no_training_state(account: str, sent: Any, model: Path) -> None:
+    import s3
+
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
+    bucket, key = dict(sent)["CreateModel"]["PrimaryContainer"]["ModelDataUrl"].removeprefix("s3://").split("/", 1)
+    packed = s3.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        assert tar.getnames() == ["config.json", "model.safetensors"]
+        assert tar.extractfile("model.safetensors").read() == (model / "model.safetensors").read_bytes()
+    assert realtime.pack(model, "own") == packed
+
+
+def test_the_same_again_does_nothing_and_a_change_updates(
+    account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
+    first = dict(sent)
+    sent.clear()
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
+    assert sent == []
+
+    recording = realtime.service
+
+    def with_update(name: str, flags: Any, **settings: Any) -> Any:
+        from botocore.awsrequest import AWSResponse
+
+        class Raw:
+            def stream(self, *_: object, **__: object) -> Iterator[bytes]:
+                yield b'{"EndpointArn": "arn:aws:sagemaker:eu-west-1:123456789012:endpoint/victorian"}'
+
+        client = recording(name, flags, **settings)
+        reply = lambda **_: AWSResponse("", 200, {}, Raw())  # noqa: E731
+        client.meta.events.register("before-send.sagemaker.UpdateEndpoint", reply)
+        return client
+
+    monkeypatch.setattr(realtime, "service", with_update)
+    (model / "model.safetensors").write_bytes(b"better" * 100)
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
+    assert [name for name, _ in sent] == ["CreateModel", "CreateEndpointConfig", "UpdateEndpoint"]
+    changed = dict(sent)
+    assert changed["UpdateEndpoint"]["EndpointConfigName"] != first["CreateEndpoint"]["EndpointConfigName"]
+    assert changed["CreateModel"]["ModelName"] != first["CreateModel"]["ModelName"]
+
+
+def test_a_serverless_endpoint_is_requested(account: str, sent: Any, model: Path) -> None:
+    flags = ["--memory-mb", "3072", "--max-concurrency", "7", "--provisioned", "2", "--tokens-per-s", "4"]
+    assert serverless.main(arguments(model, *flags)) == 0
+    assert [name for name, _ in sent] == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
+    calls = dict(sent)
+    variant = calls["CreateEndpointConfig"]["ProductionVariants"][0]
+    wanted = {"MemorySizeInMB": 3072, "MaxConcurrency": 7, "ProvisionedConcurrency": 2}
+    assert variant["ServerlessConfig"] == wanted
+    assert not {"InstanceType", "InitialInstanceCount"} & set(variant)
+    environment = calls["CreateModel"]["PrimaryContainer"]["Environment"]
+    assert environment["VLG_MAX_TOKENS"] == "200" and float(environment["VLG_DEADLINE_S"]) < 60
+
+
+def test_the_vllm_engine_is_requested(account: str, sent: Any, model: Path) -> None:
+    words_ = arguments(model, "--engine", "vllm", "--instance-type", "ml.g4dn.xlarge", "--max-instances", "3")
+    words_ = [word for word in words_ if word not in ("--image", IMAGE)]
+    assert realtime.main(words_) == 0
+    container = dict(sent)["CreateModel"]["PrimaryContainer"]
+    assert re.fullmatch(r"763104351884\.dkr\.ecr\.eu-west-1\.amazonaws\.com/djl-inference:.+", container["Image"])
+    with tarfile.open(fileobj=io.BytesIO(realtime.pack(model, "vllm"))) as tar:
+        assert tar.getnames() == ["config.json", "model.py", "model.safetensors", "serving.properties"]
+    assert "PutScalingPolicy" in dict(sent)
+
+
+def test_delete_leaves_nothing_of_its_own(account: str, sent: Any, model: Path) -> None:
+    import boto3
+
+    import s3
+
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge", "--max-instances", "2")) == 0
+    assert serverless.main(arguments(model)) == 0
+    sagemaker = boto3.client("sagemaker")
+    sagemaker.create_model(ModelName="victorian-novel", ExecutionRoleArn=ROLE, PrimaryContainer={"Image": IMAGE})
+    boto3.client("logs").create_log_group(logGroupName="/aws/sagemaker/Endpoints/victorian")
+    assert realtime.main(["--delete", "--bucket", "models"]) == 0
+    left = [item["ModelName"] for item in sagemaker.list_models()["Models"]]
+    assert sorted(name.rpartition("-")[0] for name in left) == ["victorian", "victorian-serverless"]
+    assert "victorian-novel" in left
+    assert [item["EndpointName"] for item in sagemaker.list_endpoints()["Endpoints"]] == ["victorian-serverless"]
+    assert serverless.main(["--delete", "--bucket", "models"]) == 0
+    assert [item["ModelName"] for item in sagemaker.list_models()["Models"]] == ["victorian-novel"]
+    assert not sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    assert not s3.client().list_objects_v2(Bucket="models").get("Contents")
+    autoscaling = boto3.client("application-autoscaling")
+    assert not autoscaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
+    assert not boto3.client("logs").describe_log_groups()["logGroups"]
+    assert realtime.main(["--delete"]) == 0
+
+
+def test_dry_runs_send_nothing(monkeypatch: pytest.MonkeyPatch, model: Path, capsys: Any) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert realtime.main(arguments(model, "--dry-run", "--max-instances", "2")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [next(iter(entry)) for entry in printed] == [
+        "create_model", "create_endpoint_config", "register_scalable_target", "put_scaling_policy",
+    ]  # fmt: skip
+    assert serverless.main(arguments(model, "--dry-run")) == 0
+    assert "ServerlessConfig" in capsys.readouterr().out
+
+
+def test_missing_flags_are_all_named(capsys: Any, tmp_path: Path) -> None:
+    assert realtime.main([]) == 2
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--model", "--image", "--role"))
+    assert realtime.main(arguments(tmp_path)) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert serverless.main(["--memory-mb", "2048", "--max-concurrency", "500"]) == 2
+    assert serverless.main(arguments(tmp_path, "--provisioned", "9")) == 2
+
+
+def test_the_smoke_test_reads_both_kinds_of_answer(stack: Stack, container: FakeContainer) -> None:
+    import boto3
+
+    runtime = boto3.client("sagemaker-runtime", endpoint_url=stack.aws_url)
+    for stream in (True, False):
+        assert realtime.smoke_test(runtime, "victorian", stream) == "".join(words("It was", 20))
+    container.fault = "error_amid"
+    with pytest.raises(RuntimeError, match="did not come to an end"):
+        realtime.smoke_test(runtime, "victorian", True)
+
+
+@pytest.fixture
+def formatter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The vLLM image's formatters, loaded beside a model as the image does."""
+    for name, decorator in (("input_parser", "input_formatter"), ("output_formatter", "output_formatter")):
+        module = types.ModuleType(f"djl_python.{name}")
+        setattr(module, decorator, lambda function: function)
+        monkeypatch.setitem(sys.modules, f"djl_python.{name}", module)
+    monkeypatch.setitem(sys.modules, "djl_python", types.ModuleType("djl_python"))
+    (tmp_path / "config.json").write_text('{"n_positions": 64}')
+    (tmp_path / "model.py").write_text((ROOT / "sagemaker" / "vllm_format.py").read_text())
+    found = importlib.util.spec_from_file_location("vllm_model", tmp_path / "model.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_vllm_requests_and_answers_are_this_projects(formatter: Any) -> None:
+    asked = {"prompt": "It", "max_length": 20, "stream": True, "request_id": "r", "keep": 3, "seed": None}
+    made = formatter.request(asked)
+    assert made["prompt"] == "It" and made["max_tokens"] == 20 and made["truncate_prompt_tokens"] == 44
+    assert made["temperature"] == 1.3 and made["stream_options"] == {"include_usage": True}
+    assert not {"keep", "max_length", "seed"} & set(made)
+    assert formatter.request({"prompt": "It", "max_tokens": 5000})["max_tokens"] == 48
+
+    def chunk(**values: Any) -> str:
+        return "data: " + json.dumps({"id": "cmpl-r", "object": "text_completion", **values}) + "\n\n"
+
+    pieces = [
+        chunk(choices=[{"index": 0, "text": " was", "finish_reason": None}]),
+        chunk(choices=[{"index": 0, "text": " “", "finish_reason": "length"}]),
+        chunk(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}),
+        "data: [DONE]\n\n",
+    ]
+    wire = "".join(formatter.answer(piece) + "\n" for piece in pieces).encode()
+    from relay import lines
+
+    messages = list(lines([wire]))
+    assert [m["type"] for m in messages] == ["started", "token", "token", "complete"]
+    assert [m.get("seq") for m in messages[1:3]] == [0, 1] and messages[2]["text"] == " “"
+    assert messages[-1]["finish_reason"] == "length" and messages[-1]["usage"]["completion_tokens"] == 2
+    whole = formatter.answer(
+        {"choices": [{"index": 0, "text": "x", "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}
+    )
+    assert whole["generated_text"] == "x" and whole["finish_reason"] == "stop"
+    refused = formatter.answer({"error": {"message": "too long", "code": 400, "param": "prompt"}})
+    assert refused["error"]["type"] == "invalid_request_error"
+
+
+def test_formatters_defaults_are_the_products(formatter: Any) -> None:
+    from config import GenerationParams
+
+    for name, value in formatter.DEFAULTS.items():
+        assert GenerationParams.model_fields[name].default == value

@@ -1,0 +1,572 @@
+"""The relay's handlers, unmodified, behind the local gateway: real sockets, real boto3, a container with faults."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+import annotated_types
+import pytest
+import websockets
+from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
+from conftest import ROOT
+from local_stack import Quotas, Stack, load_relay
+from websockets.exceptions import InvalidStatus
+
+from config import GenerationParams
+
+
+def talk(stack: Stack, conversation: Any) -> Any:
+    """Run `conversation(socket)` on one connection, for a minute at most."""
+
+    async def run() -> Any:
+        async with asyncio.timeout(60), websockets.connect(stack.url) as socket:
+            return await conversation(socket)
+
+    return asyncio.run(run())
+
+
+def generate(stack: Stack, request_id: str = "r", **fields: Any) -> list[dict[str, Any]]:
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, request_id, **fields)
+        return await hear(socket, request_id)
+
+    return talk(stack, conversation)
+
+
+def outcomes(stack: Stack) -> list[Any]:
+    return [result for name, result in stack.functions.results if name == "worker"]
+
+
+def test_tokens_come_one_by_one_before_the_end(stack: Stack, container: FakeContainer) -> None:
+    container.pace = 0.03
+
+    async def conversation(socket: Any) -> tuple[int, list[dict[str, Any]]]:
+        container.produced = 0
+        await ask(socket, "one", max_tokens=20)
+        first: list[dict[str, Any]] = []
+        while sum(message["type"] == "token" for message in first) < 2:
+            first.append(json.loads(await socket.recv()))
+        produced = container.produced
+        return produced, first + await hear(socket, "one")
+
+    produced, messages = talk(stack, conversation)
+    assert produced < 20
+    assert [m["type"] for m in messages] == ["started", *["token"] * 20, "complete"]
+    assert {m["request_id"] for m in messages} == {"one"}
+    assert [m["seq"] for m in messages if m["type"] == "token"] == list(range(20))
+    assert [m["text"] for m in messages if m["type"] == "token"] == words("It was", 20)
+    assert messages[-1]["finish_reason"] == "length" and messages[-1]["streamed"] is True
+    assert messages[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 20, "total_tokens": 22}
+
+
+def test_parameters_reach_the_container(stack: Stack, container: FakeContainer) -> None:
+    generate(stack, max_length=4, temperature=0.5, seed=11, stop="END", n=2)
+    request = container.requests[0]
+    assert request.pop("request_id") != "r"
+    assert request == {
+        "prompt": "It was", "max_tokens": 4, "temperature": 0.5, "seed": 11, "stop": ["END"], "n": 2, "stream": True,
+    }  # fmt: skip
+
+
+def test_samples_of_one_prompt_are_told_apart(stack: Stack, container: FakeContainer) -> None:
+    messages = generate(stack, n=3, max_tokens=5)
+    for index in range(3):
+        assert text(messages, index) == "".join(words("It was", 5, index))
+
+
+def test_lines_cut_anywhere_are_put_together(stack: Stack, container: FakeContainer) -> None:
+    container.fault = "odd_cuts"
+    assert text(generate(stack, max_tokens=8)) == "".join(words("It was", 8))
+
+
+def test_flush_gathers_tokens(stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUSH_MS", "5000")
+    messages = generate(stack, max_tokens=12, n=2)
+    tokens = [m for m in messages if m["type"] == "token"]
+    assert [m["seq"] for m in tokens] == list(range(len(tokens))) == [0, 1, 2]
+    assert tokens[0]["text"] == words("It was", 1)[0]
+    assert {m.get("count") for m in tokens[1:]} == {11, 12}
+    for index in range(2):
+        assert text(messages, index) == "".join(words("It was", 12, index))
+
+
+def test_stop_ends_the_text_and_the_work(stack: Stack, container: FakeContainer) -> None:
+    container.pace = 0.02
+
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "long", max_tokens=2000)
+        heard = [json.loads(await socket.recv()) for _ in range(3)]
+        await socket.send(json.dumps({"action": "stop", "request_id": "long"}))
+        return heard + await hear(socket, "long")
+
+    messages = talk(stack, conversation)
+    assert messages[-1]["type"] == "complete" and messages[-1]["finish_reason"] == "cancelled"
+    usage = messages[-1]["usage"]
+    assert usage["completion_tokens"] == messages[-2]["seq"] + 1 and usage["prompt_tokens"] == 2
+    wait_for(lambda: container.running == 0)
+
+
+def test_two_generations_on_one_connection(stack: Stack, container: FakeContainer) -> None:
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "a", max_tokens=10)
+        await ask(socket, "b", prompt="The fog", max_tokens=10)
+        heard: list[dict[str, Any]] = []
+        while sum(m["type"] == "complete" for m in heard) < 2:
+            heard.append(json.loads(await socket.recv()))
+        return heard
+
+    heard = talk(stack, conversation)
+    assert text([m for m in heard if m["request_id"] == "a"]) == "".join(words("It was", 10))
+    assert text([m for m in heard if m["request_id"] == "b"]) == "".join(words("The fog", 10))
+
+
+def refused(url: str, **more: Any) -> int:
+    async def run() -> int:
+        try:
+            async with websockets.connect(url, **more):
+                return 101
+        except InvalidStatus as error:
+            return error.response.status_code
+
+    return asyncio.run(run())
+
+
+def test_only_a_known_token_opens_the_gateway(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = stack.url.partition("?")[0]
+    assert refused(bare) == 403
+    assert refused(f"{bare}?token=wrong") == 403
+    assert refused(f"{bare}?token=") == 403
+    assert refused(stack.url.replace("/prod", "/other")) == 403
+    assert refused(stack.url) == 101
+    assert refused(bare, additional_headers={"Authorization": "Bearer local"}) == 101
+    monkeypatch.setenv("ALLOWED_ORIGINS", "https://example.org")
+    assert refused(stack.url, origin="https://elsewhere.org") == 403
+    assert refused(stack.url, origin="https://example.org") == 101
+    assert refused(stack.url) == 101
+    monkeypatch.setenv("TOKENS", "")
+    assert refused(stack.url) == 403
+    assert refused(bare + "?token=") == 403
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "param"),
+    [
+        ("not json", "bad_json", None),
+        ("[1]", "bad_json", None),
+        ('{"action": "generate", "prompt": "It", "temperature": NaN}', "bad_json", None),
+        ('{"action": "sing", "request_id": "q"}', "unknown_action", "action"),
+        ('{"action": "$connect"}', "unknown_action", "action"),
+        ('{"action": "generate", "request_id": "q"}', "invalid_value", "prompt"),
+        ('{"action": "generate", "request_id": "", "prompt": "It"}', "invalid_value", "request_id"),
+        ('{"action": "generate", "request_id": "q", "prompt": "\\ud800"}', "invalid_value", "prompt"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "temperature": 3}', "invalid_value", "temperature"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "top_k": true}', "invalid_value", "top_k"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "top_k": 2.0}', "invalid_value", "top_k"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "top_p": 0}', "invalid_value", "top_p"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "keep": 1e999}', "invalid_value", "keep"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "stop": [""]}', "invalid_value", "stop"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "beams": 2}', "invalid_value", "beams"),
+        ('{"action": "generate", "request_id": "q", "prompt": "It", "max_tokens": 200000}', "invalid_value", "max_tokens"),
+        ('{"action": "stop", "request_id": "never"}', "unknown_request", "request_id"),
+        ('{"action": "generate", "request_id": "q", "prompt": "%s"}' % ("long " * 5000), "prompt_too_long", "prompt"),
+    ],
+)  # fmt: skip
+def test_bad_messages_are_explained(
+    stack: Stack, container: FakeContainer, sent: str, code: str, param: str | None
+) -> None:
+    async def conversation(socket: Any) -> dict[str, Any]:
+        await socket.send(sent)
+        return json.loads(await socket.recv())
+
+    answer = talk(stack, conversation)
+    assert answer["type"] == "error"
+    assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert not container.requests
+
+
+def test_ping_and_a_refusal_leave_the_connection_usable(stack: Stack, container: FakeContainer) -> None:
+    async def conversation(socket: Any) -> list[Any]:
+        await socket.send('{"action": "ping"}')
+        pong = json.loads(await socket.recv())
+        await socket.send("{}")
+        error = json.loads(await socket.recv())
+        await ask(socket, "r", max_tokens=2)
+        return [pong, error, *await hear(socket, "r")]
+
+    pong, error, *rest = talk(stack, conversation)
+    assert pong["type"] == "pong" and error["type"] == "error" and rest[-1]["type"] == "complete"
+
+
+def test_an_empty_prompt_and_a_missing_id_are_allowed(stack: Stack, container: FakeContainer) -> None:
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await socket.send('{"action": "generate", "prompt": "", "max_tokens": 2}')
+        started = json.loads(await socket.recv())
+        return [started, *await hear(socket, started["request_id"])]
+
+    messages = talk(stack, conversation)
+    assert messages[0]["type"] == "started" and len(messages[0]["request_id"]) == 32
+    assert messages[-1]["type"] == "complete"
+
+
+def test_this_gateways_own_limits(stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_TOKENS", "5")
+    monkeypatch.setenv("MAX_SAMPLES", "2")
+    assert generate(stack, "a", max_tokens=6)[-1]["error"]["code"] == "limit_exceeded"
+    assert generate(stack, "b", n=3)[-1]["error"]["param"] == "n"
+    assert generate(stack, "c")[-1]["usage"]["completion_tokens"] == 5
+
+
+def test_a_request_id_serves_once(stack: Stack, container: FakeContainer) -> None:
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "same", max_tokens=2)
+        await hear(socket, "same")
+        await ask(socket, "same", max_tokens=2)
+        return await hear(socket, "same")
+
+    assert talk(stack, conversation)[-1]["error"]["code"] == "duplicate_request"
+    assert len(container.requests) == 1
+
+
+def test_generations_on_one_connection_are_counted(
+    stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_ACTIVE", "2")
+
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        for name in ("a", "b"):
+            await ask(socket, name, max_tokens=2000)
+            while json.loads(await socket.recv())["request_id"] != name:
+                pass
+        await ask(socket, "c")
+        return await hear(socket, "c")
+
+    assert talk(stack, conversation)[-1]["error"]["code"] == "too_many_requests"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_work_stops_when_the_client_is_gone(stack: Stack, container: FakeContainer, bare: bool) -> None:
+    container.pace = 0.05
+    stack.faults.bare_gone = bare
+
+    async def conversation(socket: Any) -> int:
+        container.produced = 0
+        await ask(socket, "r", max_tokens=500)
+        while json.loads(await socket.recv())["type"] != "token":
+            pass
+        await socket.close()
+        return container.produced
+
+    left_at = talk(stack, conversation)
+    wait_for(lambda: container.running == 0)
+    assert container.produced <= left_at + 2
+    wait_for(lambda: outcomes(stack))
+    assert outcomes(stack)[0]["outcome"] in ("gone", "cancelled")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "tokens"),
+    [
+        ("error_before", "bad", 0),
+        ("crash", "endpoint_failed", 0),
+        ("busy", "unavailable", 0),
+        ("error_amid", "internal", 3),
+        ("abort", "endpoint_failed", 3),
+        ("ended", "stream_truncated", 3),
+        ("unterminated", "stream_truncated", 3),
+    ],
+)
+def test_container_faults_are_told(stack: Stack, container: FakeContainer, fault: str, code: str, tokens: int) -> None:
+    container.fault = fault
+    messages = generate(stack, max_tokens=9)
+    assert messages[-1]["type"] == "error" and messages[-1]["error"]["code"] == code
+    assert text(messages) == "".join(words("It was", tokens))
+    assert len(container.requests) == 1
+    container.fault = ""
+    assert generate(stack, "again", max_tokens=2)[-1]["type"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("corrupt_part", "endpoint_failed"), ("truncate_after", "stream_truncated")]
+)
+def test_damaged_streams_are_told(stack: Stack, container: FakeContainer, fault: str, code: str) -> None:
+    setattr(stack.faults, fault, 3)
+    messages = generate(stack, max_tokens=9)
+    assert messages[-1]["type"] == "error" and messages[-1]["error"]["code"] == code
+    assert text(messages) == "".join(words("It was", 2))
+    assert len(container.requests) == 1
+
+
+def test_a_silent_endpoint_is_given_up(stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SILENCE_S", "0.3")
+    container.fault = "stall"
+    messages = generate(stack, max_tokens=9)
+    assert messages[-1]["error"]["code"] == "stalled" and text(messages) == "".join(words("It was", 3))
+    wait_for(lambda: container.running == 0)
+
+
+def test_stop_reaches_a_silent_endpoint(stack: Stack, container: FakeContainer) -> None:
+    container.fault = "stall"
+
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "r")
+        while json.loads(await socket.recv()).get("seq") != 2:
+            pass
+        await socket.send('{"action": "stop", "request_id": "r"}')
+        return await hear(socket, "r")
+
+    assert talk(stack, conversation)[-1]["finish_reason"] == "cancelled"
+    wait_for(lambda: container.running == 0)
+
+
+def test_a_client_that_leaves_a_silent_endpoint_ends_it(stack: Stack, container: FakeContainer) -> None:
+    container.fault = "stall"
+
+    async def conversation(socket: Any) -> None:
+        await ask(socket, "r")
+        while json.loads(await socket.recv()).get("seq") != 2:
+            pass
+
+    talk(stack, conversation)
+    wait_for(lambda: container.running == 0)
+
+
+def test_throttled_posts_are_repeated_in_order(stack: Stack, container: FakeContainer) -> None:
+    stack.faults.throttle_posts = 3
+    messages = generate(stack, max_tokens=9)
+    assert [m["text"] for m in messages if m["type"] == "token"] == words("It was", 9)
+    assert messages[-1]["type"] == "complete"
+
+
+def test_an_event_delivered_twice_generates_once(stack: Stack, container: FakeContainer) -> None:
+    stack.faults.duplicate_events = True
+    messages = generate(stack, max_tokens=9)
+    wait_for(lambda: len(outcomes(stack)) == 2)
+    assert [m["type"] for m in messages] == ["started", *["token"] * 9, "complete"]
+    assert len(container.requests) == 1
+    assert sorted(result["outcome"] for result in outcomes(stack)) == ["complete", "duplicate"]
+
+
+def test_a_full_worker_is_told_and_frees_the_place(stack: Stack, container: FakeContainer) -> None:
+    stack.faults.refuse_events = 2
+
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "r", max_tokens=2)
+        first = await hear(socket, "r")
+        await ask(socket, "r2", max_tokens=2)
+        return first + await hear(socket, "r2")
+
+    messages = talk(stack, conversation)
+    assert messages[0]["error"]["code"] == "unavailable" and messages[-1]["type"] == "complete"
+
+
+def test_fifty_clients_at_once(stack: Stack, container: FakeContainer) -> None:
+    async def one(number: int) -> list[dict[str, Any]]:
+        async with websockets.connect(stack.url) as socket:
+            await ask(socket, "r", prompt=f"Client {number}", max_tokens=10)
+            return await hear(socket, "r", 60)
+
+    async def everyone() -> list[list[dict[str, Any]]]:
+        return await asyncio.gather(*(one(number) for number in range(50)))
+
+    for number, messages in enumerate(asyncio.run(everyone())):
+        assert messages[-1]["type"] == "complete"
+        assert [m["seq"] for m in messages if m["type"] == "token"] == list(range(10))
+        assert text(messages) == "".join(words(f"Client {number}", 10))
+
+
+def test_a_serverless_endpoint_answers_whole(container: FakeContainer) -> None:
+    with Stack(container.url, serverless=True) as stack:
+        generate(stack, max_tokens=1)
+        container.requests.clear()
+        messages = generate(stack, max_tokens=6, n=2)
+    assert [m["type"] for m in messages] == ["started", "token", "token", "complete"]
+    assert [text(messages, index) for index in range(2)] == ["".join(words("It was", 6, index)) for index in range(2)]
+    assert messages[-1]["streamed"] is False and messages[-1]["usage"]["completion_tokens"] == 12
+    assert [request["stream"] for request in container.requests] == [False]
+
+
+def test_a_long_whole_answer_fits_its_frames(
+    stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENDPOINT_MODE", "buffered")
+    container.pace = 0
+    messages = generate(stack, max_tokens=6000)
+    assert text(messages) == "".join(words("It was", 6000))
+    assert max(len(json.dumps(m, ensure_ascii=False).encode()) for m in messages) < 32 * 1024
+    assert sum(m["type"] == "token" for m in messages) > 3
+
+
+def test_the_functions_timeout_is_met_with_a_completion(container: FakeContainer) -> None:
+    with Stack(container.url, timeouts={"worker": 6.0}) as stack:
+        messages = generate(stack, max_tokens=5000)
+    assert messages[-1]["finish_reason"] == "deadline" and len(messages) > 2
+    wait_for(lambda: container.running == 0)
+
+
+def test_a_container_that_restarts(served: Any) -> None:
+    with FakeContainer() as first:
+        with Stack(first.url) as stack:
+            assert generate(stack, "a", max_tokens=2)[-1]["type"] == "complete"
+            first._server.should_exit = True
+            first._thread.join(5)
+            assert generate(stack, "b", max_tokens=2)[-1]["error"]["type"] == "server_error"
+            with FakeContainer() as second:
+                stack.endpoint.container, stack.endpoint.lines = second.url, None
+                assert generate(stack, "c", max_tokens=2)[-1]["type"] == "complete"
+
+
+def test_the_gateways_clocks(container: FakeContainer) -> None:
+    relay = load_relay()
+
+    def slow(event: dict[str, Any], context: Any) -> Any:
+        if event["requestContext"]["routeKey"] == "ping":
+            time.sleep(0.6)
+        return relay.router(event, context)
+
+    handlers = {"authorizer": relay.authorizer, "router": slow, "worker": relay.worker}
+    quotas = Quotas(integration=0.3, idle=1.5, rate=0.001, burst=3)
+
+    async def conversation(socket: Any) -> list[Any]:
+        await socket.send('{"action": "ping"}')
+        late = json.loads(await socket.recv())
+        await socket.recv()
+        await socket.send("{}")
+        await socket.recv()
+        await socket.send("{}")
+        throttled = json.loads(await socket.recv())
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await socket.recv()
+        return [late, throttled, closed.value.rcvd.code]
+
+    with Stack(container.url, handlers=handlers, quotas=quotas) as stack:
+        late, throttled, code = talk(stack, conversation)
+    assert late["message"] == "Endpoint request timed out" and "connectionId" in late
+    assert throttled["message"] == "Too Many Requests" and code == 1001
+
+
+@pytest.mark.parametrize("size", [32 * 1024 + 1, 140 * 1024])
+def test_oversized_frames_close_the_connection(stack: Stack, size: int) -> None:
+    async def conversation(socket: Any) -> int:
+        await socket.send("x" * size)
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await socket.recv()
+        return closed.value.rcvd.code
+
+    assert talk(stack, conversation) == 1009
+
+
+def test_connections_interface_answers_like_the_gateway(stack: Stack) -> None:
+    import boto3
+    from botocore.exceptions import ClientError
+
+    api = boto3.client("apigatewaymanagementapi", endpoint_url=f"{stack.aws_url}/prod")
+
+    async def conversation(socket: Any) -> int:
+        await socket.send('{"action": "ping"}')
+        await socket.recv()
+        line = next(iter(stack.gateway.open.values()))
+
+        def use() -> None:
+            assert api.get_connection(ConnectionId=line.id)["Identity"]["SourceIp"] == "127.0.0.1"
+            with pytest.raises(api.exceptions.PayloadTooLargeException):
+                api.post_to_connection(ConnectionId=line.id, Data=b"x" * 140_000)
+            for wrong in ("nonsense", "a" * 16):
+                with pytest.raises(ClientError) as bad:
+                    api.post_to_connection(ConnectionId=wrong, Data=b"x")
+                assert bad.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
+            with pytest.raises(api.exceptions.GoneException):
+                api.post_to_connection(ConnectionId="a" * 15 + "=", Data=b"x")
+            api.delete_connection(ConnectionId=line.id)
+
+        await asyncio.to_thread(use)
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await socket.recv()
+        return closed.value.rcvd.code
+
+    wait_for(lambda: not stack.gateway.open)
+    assert talk(stack, conversation) == 1000
+
+
+def test_prompts_and_texts_stay_out_of_the_logs(
+    stack: Stack, container: FakeContainer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = "xylophone"
+    generate(stack, "a", prompt=secret, max_tokens=3)
+    generate(stack, "b", prompt=secret, temperature=9)
+    container.fault = "abort"
+    generate(stack, "c", prompt=secret, max_tokens=9)
+    wait_for(lambda: len(outcomes(stack)) == 2)
+    printed = "".join(capfd.readouterr())
+    assert secret not in printed
+    lines = [json.loads(line) for line in printed.splitlines() if '"_aws"' in line]
+    assert [line["outcome"] for line in lines] == ["complete", "failed"]
+    for line in lines:
+        metrics = line["_aws"]["CloudWatchMetrics"][0]
+        assert all(isinstance(line[metric["Name"]], int) for metric in metrics["Metrics"])
+        assert all(name in line for name in metrics["Dimensions"][0])
+
+
+def test_limits_are_those_of_the_api() -> None:
+    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS
+
+    fields = dict(GenerationParams.model_fields)
+    stop = fields.pop("stop")
+    assert set(LIMITS) == set(fields)
+    kinds = {"ge": annotated_types.Ge, "gt": annotated_types.Gt, "le": annotated_types.Le, "lt": annotated_types.Lt}
+    for name, field in fields.items():
+        for key, kind in kinds.items():
+            found = [getattr(part, key) for part in field.metadata if isinstance(part, kind)]
+            assert getattr(LIMITS[name], key) == (found[0] if found else None), (name, key)
+        assert (LIMITS[name].kind is float) == (field.annotation is float), name
+        assert LIMITS[name].null == (field.default is None), name
+    assert next(part.max_length for part in stop.metadata) == STOP_STRINGS
+    assert f"max_length={STOP_CHARACTERS}" in str(GenerationParams.model_json_schema()["properties"]["stop"]) or (
+        GenerationParams.model_json_schema()["properties"]["stop"]["items"]["maxLength"] == STOP_CHARACTERS
+    )
+
+
+def test_the_package_needs_only_what_the_runtime_has() -> None:
+    allowed = set(sys.stdlib_module_names) | {"boto3", "botocore", "limits", "wire"}
+    for name in ("relay.py", "limits.py", "wire.py"):
+        for node in ast.walk(ast.parse((ROOT / "lambda" / name).read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                assert module and module.split(".")[0] in allowed, (name, module)
+
+
+def test_the_ledgers_calls_are_dynamodbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls against moto, which parses the expressions and refuses reserved words."""
+    moto = pytest.importorskip("moto", reason="needs moto: pip install -r requirements-aws.txt")
+    import boto3
+
+    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "TABLE_NAME": "ledger"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_DYNAMODB"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    with moto.mock_aws():
+        keys = [("connection_id", "HASH"), ("request_id", "RANGE")]
+        boto3.client("dynamodb").create_table(
+            TableName="ledger",
+            KeySchema=[{"AttributeName": name, "KeyType": kind} for name, kind in keys],
+            AttributeDefinitions=[{"AttributeName": name, "AttributeType": "S"} for name, _ in keys],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        load_relay()
+        import wire
+
+        ledger = wire.Ledger(wire.Settings.read(), "c=")
+        assert not ledger.begin("r") and not ledger.halt("r")
+        assert ledger.claim("r") and not ledger.claim("r")
+        assert ledger.active() == ["r"]
+        assert ledger.begin("r") and not ledger.begin("r")
+        assert not ledger.halted("r") and ledger.halt("r") and ledger.halted("r")
+        ledger.end("r")
+        assert ledger.active() == [] and not ledger.halted("other")

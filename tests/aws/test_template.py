@@ -1,0 +1,157 @@
+"""The SAM template: cfn-lint, the transform, and what neither of them looks at."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from local_stack import ROUTES, STAGE, TIMEOUTS
+
+yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install -r requirements-aws.txt")
+TEMPLATE = ROOT / "lambda" / "template.yaml"
+
+
+class Loader(yaml.SafeLoader):
+    pass
+
+
+def tagged(loader: Any, suffix: str, node: Any) -> Any:
+    kinds = {yaml.ScalarNode: loader.construct_scalar, yaml.SequenceNode: loader.construct_sequence}
+    kind = next((make for shape, make in kinds.items() if isinstance(node, shape)), loader.construct_mapping)
+    deep = {} if isinstance(node, yaml.ScalarNode) else {"deep": True}
+    value = kind(node, **deep)
+    if suffix == "GetAtt":
+        value = value.split(".", 1)
+    return {"Ref" if suffix == "Ref" else f"Fn::{suffix}": value}
+
+
+Loader.add_multi_constructor("!", tagged)
+
+
+@pytest.fixture(scope="module")
+def template() -> dict[str, Any]:
+    return yaml.load(TEMPLATE.read_text(), Loader)
+
+
+def of(template: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    return {name: body for name, body in template["Resources"].items() if body["Type"] == kind}
+
+
+def test_cfn_lint_is_clean() -> None:
+    pytest.importorskip("cfnlint", reason="needs cfn-lint: pip install -r requirements-aws.txt")
+    code = "import sys; from cfnlint.runner import main; sys.argv[0] = 'cfn-lint'; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, TEMPLATE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_transform_accepts_it(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    samtranslator = pytest.importorskip("samtranslator", reason="needs aws-sam-translator, which cfn-lint brings")
+    from samtranslator.translator.transform import transform
+
+    body = json.loads(json.dumps(template))
+    body["Globals"]["Function"]["CodeUri"] = "s3://bucket/relay.zip"
+    made = transform(body, {}, managed_policy_loader=None, feature_toggle=None)
+    functions = of(made, "AWS::Lambda::Function")
+    assert set(functions) == {"AuthorizerFunction", "RouterFunction", "WorkerFunction"}
+    assert samtranslator
+    config = of(made, "AWS::Lambda::EventInvokeConfig")
+    assert [entry["Properties"]["MaximumRetryAttempts"] for entry in config.values()] == [0]
+    roles = of(made, "AWS::IAM::Role")
+    assert set(roles) == set(of(template, "AWS::IAM::Role")), "the transform must not add roles of its own"
+
+
+def test_only_what_cloudformation_reads() -> None:
+    assert not re.search(r"(:|-)\s+[&*][A-Za-z]", TEMPLATE.read_text()), "CloudFormation refuses YAML aliases"
+
+
+def test_routes_and_the_authorizer_on_connect(template: dict[str, Any]) -> None:
+    routes = {body["Properties"]["RouteKey"]: body["Properties"] for body in of(template, "AWS::ApiGatewayV2::Route").values()}  # fmt: skip
+    assert set(routes) == set(ROUTES)
+    assert routes["$connect"]["AuthorizationType"] == "CUSTOM"
+    assert routes["$connect"]["AuthorizerId"] == {"Ref": "Authorizer"}
+    assert all("AuthorizationType" not in body for key, body in routes.items() if key != "$connect")
+    deployment = template["Resources"]["Deployment"]
+    assert set(deployment["DependsOn"]) == set(of(template, "AWS::ApiGatewayV2::Route"))
+    assert template["Resources"]["Api"]["Properties"]["RouteSelectionExpression"] == "$request.body.action"
+    assert template["Parameters"]["Tokens"]["Default"] == "" and template["Parameters"]["Tokens"]["NoEcho"] is True
+
+
+def test_timeouts_fit_the_gateway(template: dict[str, Any]) -> None:
+    for body in of(template, "AWS::ApiGatewayV2::Integration").values():
+        assert body["Properties"]["TimeoutInMillis"] <= 29_000
+    functions = of(template, "AWS::Serverless::Function")
+    for name, seconds in TIMEOUTS.items():
+        properties = functions[f"{name.title()}Function"]["Properties"]
+        assert properties["Timeout"] == seconds, "the local stack must run it as AWS does"
+        assert properties["Handler"] == f"relay.{name}"
+        assert seconds <= (900 if name == "worker" else 29)
+    worker = functions["WorkerFunction"]["Properties"]
+    assert worker["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
+    assert worker["ReservedConcurrentExecutions"] == {"Ref": "Workers"}
+
+
+def test_stage_is_throttled_and_named_as_the_permissions(template: dict[str, Any]) -> None:
+    stage = template["Resources"]["Stage"]["Properties"]
+    assert stage["StageName"] == STAGE
+    assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= set(stage["DefaultRouteSettings"])
+    assert TEMPLATE.read_text().count(f"${{Api}}/{STAGE}/POST/@connections/*") == 2
+
+
+def test_roles_name_actions_and_resources(template: dict[str, Any]) -> None:
+    wanted = {
+        "AuthorizerRole": {"logs:CreateLogStream", "logs:PutLogEvents"},
+        "RouterRole": {"logs:CreateLogStream", "logs:PutLogEvents", "dynamodb:PutItem", "dynamodb:UpdateItem",
+                       "dynamodb:Query", "lambda:InvokeFunction", "execute-api:ManageConnections"},
+        "WorkerRole": {"logs:CreateLogStream", "logs:PutLogEvents", "dynamodb:GetItem", "dynamodb:UpdateItem",
+                       "sagemaker:InvokeEndpoint", "execute-api:ManageConnections"},
+    }  # fmt: skip
+    for name, body in of(template, "AWS::IAM::Role").items():
+        properties = body["Properties"]
+        assert "ManagedPolicyArns" not in properties
+        found = set()
+        for policy in properties["Policies"]:
+            for statement in policy["PolicyDocument"]["Statement"]:
+                actions = statement["Action"]
+                found |= set([actions] if isinstance(actions, str) else actions)
+                assert statement["Resource"] != "*" and isinstance(statement["Resource"], dict)
+        assert found == wanted[name] and not any("*" in action for action in found)
+    for name, body in of(template, "AWS::Serverless::Function").items():
+        role = name.replace("Function", "Role")
+        assert body["Properties"]["Role"] == {"Fn::GetAtt": [role, "Arn"]}
+
+
+def test_every_function_logs_where_logs_expire(template: dict[str, Any]) -> None:
+    groups = of(template, "AWS::Logs::LogGroup")
+    assert all("RetentionInDays" in body["Properties"] for body in groups.values())
+    used = {body["Properties"]["LoggingConfig"]["LogGroup"]["Ref"] for body in of(template, "AWS::Serverless::Function").values()}  # fmt: skip
+    assert used == set(groups)
+    stored = [body for body in template["Resources"].values() if body["Type"] in ("AWS::Logs::LogGroup", "AWS::DynamoDB::Table")]  # fmt: skip
+    assert all(body["DeletionPolicy"] == "Delete" for body in stored), "deleting the stack must leave nothing behind"
+
+
+def test_environment_is_what_the_handlers_read(template: dict[str, Any]) -> None:
+    source = "".join((ROOT / "lambda" / name).read_text() for name in ("relay.py", "wire.py"))
+    read = set(re.findall(r'(?:get|environ\.get)\("([A-Z_]+)"', source))
+    given = set(template["Globals"]["Function"]["Environment"]["Variables"])
+    for body in of(template, "AWS::Serverless::Function").values():
+        given |= set(body["Properties"].get("Environment", {}).get("Variables", {}))
+    assert given <= read, "a variable that nobody reads"
+    assert read - given == {"MANAGEMENT_ENDPOINT", "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"}
+
+
+def test_alarms_watch_metrics_that_exist(template: dict[str, Any]) -> None:
+    source = (ROOT / "lambda" / "relay.py").read_text()
+    alarms = of(template, "AWS::CloudWatch::Alarm").values()
+    assert len(alarms) >= 3
+    for body in alarms:
+        if body["Properties"]["Namespace"] == "VictorianGenerator":
+            assert f'"{body["Properties"]["MetricName"]}"' in source
+    dashboard = template["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    widgets = json.loads(re.sub(r"\$\{[^}]+\}", "x", dashboard))["widgets"]
+    assert len(widgets) == 6
