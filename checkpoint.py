@@ -45,6 +45,7 @@ from storage import (
     read_tensors,
     recover,
     replacing,
+    unfinished,
     unpack,
     write_sums,
     write_tensors,
@@ -79,6 +80,10 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
 CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
+IN_PICKLE = (
+    "has its weights in a pickle, which can run any code and is not opened here; convert it with transformers, if you "
+    "trust it: GPT2LMHeadModel.from_pretrained({!r}).save_pretrained('NEW')"
+)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2")
 
 
@@ -104,13 +109,19 @@ def _job(
     texts = {
         "config.json": gpt2_config(core.config, tokenizer, facts),
         "generation_config.json": generation_config(generation, tokenizer.eot),
-        "README.md": model_card(Path(folder).name, core.config, tokenizer, facts),
+        "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
     }
     if state is None:
         return partial(_write, folder, held, tokenizer, texts, None, None)
     texts[STATE_REST], tensors = pack(state)
     training = {name: hold(tensor) for name, tensor in tensors.items()}
     return partial(_write, folder, held, tokenizer, texts, training, state.get("step"))
+
+
+def _title(folder: Path) -> str:
+    """The name to print on a model's card: the run's for `runs/NAME/best`, else the folder's own."""
+    place = folder.absolute()
+    return place.parent.name if place.name == "best" or CHECKPOINT_NAME.fullmatch(place.name) else place.name
 
 
 def _write(
@@ -241,10 +252,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         pieces = sorted({Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
         return {name: tensor for piece in pieces for name, tensor in read_tensors(folder / piece).items()}
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder} has its weights in a pickle, which can run any code and is not opened here; convert it with "
-            f"transformers, if you trust it: GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
-        )
+        raise CheckpointError(f"{folder} {IN_PICKLE.format(str(folder))}")
     raise CheckpointError(f"{folder / WEIGHTS}: no such file; copy the folder again")
 
 
@@ -366,7 +374,8 @@ def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
             raise CheckpointError(f"--model {path}: no model there (no config.json, best/ or last/): {make}")
         return found
     for parent in (Path(root) / "runs", Path(root) / "models"):
-        models = [_model_in(place) for place in parent.iterdir() if place.is_dir()] if parent.is_dir() else []
+        places = [place for place in parent.iterdir() if not unfinished(place)] if parent.is_dir() else []
+        models = [_model_in(place) for place in places]
         if newest := [model for model in models if model is not None]:
             return max(newest, key=lambda model: (model / "config.json").stat().st_mtime)
     raise CheckpointError(f"no model in {Path(root) / 'runs'} or {Path(root) / 'models'}: {make}")
@@ -385,9 +394,12 @@ def fetch_model(name: Path | str) -> Path:
 
     try:
         allowed = ["*.json", "*.safetensors", "*.txt"]
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=["*/*"]))
+        found = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=["*/*"]))
     except Exception as error:
         raise CheckpointError(
             f"{name}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}): "
             "check the name and the network, or download the model elsewhere and pass its folder"
         ) from error
+    if not list(found.glob("*.safetensors")):
+        raise CheckpointError(f"{name} on the hub {IN_PICKLE.format(name)}")
+    return found

@@ -1,583 +1,523 @@
 """Write with a model: at the terminal, or as functions.
 
-    python generate.py --prompt "The old house stood"                        # the newest model
+    python generate.py --prompt "The old house stood"                 # the newest model
     python generate.py --model runs/novels/best --prompt "It was" --n 3 --seed 7
+    echo "My dear Sister," | python generate.py --max-tokens 400 > letter.txt
     python generate.py --interactive
 
     >>> results = generate(model, tokenizer, "The old house", GenerationParams(max_tokens=50, seed=1))
+    >>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
 
-One seed, one text: sample `i` of seed `s` has a generator of its own, and rows are computed so that a row never depends
-on its neighbours (quantize.row_counts). The engine uses the same Writer, so its texts are these.
+Text goes to standard output, everything else to standard error. One seed, one text: see `sampling.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import secrets
+import os
+import shutil
 import sys
+import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from config import ROOT, GenerationParams, build, parse_flags, run_main
+from config import ROOT, ConfigError, GenerationParams, build, flag_value, parse_flags, run_main
 
 if TYPE_CHECKING:
-    import torch
-
     from model import GPT
+    from sampling import Event, Result, Writer
     from tokenizer import Tokenizer
 
-
-@dataclass
-class Piece:
-    """A token of one sample, or (finish_reason set) its end. `text` holds complete characters only.
-
-    logprob and top (id, text, logprob) are of the model's own distribution, before any filter.
-    """
-
-    index: int
-    text: str = ""
-    token_id: int | None = None
-    finish_reason: str | None = None
-    logprob: float | None = None
-    top: list[tuple[int, str, float]] = field(default_factory=list)
-    message: str | None = None
-
-
-@dataclass
-class Result:
-    """One finished sample."""
-
-    text: str
-    finish_reason: str
-    tokens: int
-    seed: int
-    prompt_tokens: int
-    truncated: bool
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index`: a fixed 63-bit mix (splitmix64), so that neighbouring seeds share nothing."""
-    z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) & (2**64 - 1)
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1
-
-
-def filter_logits(logits: torch.Tensor, params: GenerationParams, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """logits [N] float32 -> [N] with what may not be sampled at -inf.
-
-    Order: repetition penalty on the distinct ids in `seen`, temperature (0: untouched), top-k, top-p, min-p. Ties at the
-    k-th place all stay, as in transformers. The likeliest token always stays. Raises ValueError on NaN.
-    """
-    import torch
-
-    logits = logits.float()
-    if bool(torch.isnan(logits).any()):
-        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged, train it again")
-    if params.repetition_penalty != 1.0 and seen is not None and len(seen):
-        chosen = logits[seen]
-        penalty = params.repetition_penalty
-        logits = logits.clone()
-        logits[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
-    if params.temperature > 0:
-        logits = logits / params.temperature
-    if 0 < params.top_k < len(logits):
-        floor = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    if params.top_p < 1.0:
-        order = logits.sort(stable=True)
-        before = order.values.softmax(-1).cumsum(-1)
-        drop = before <= 1.0 - params.top_p
-        drop[-1] = False
-        logits = logits.index_fill(0, order.indices[drop], float("-inf"))
-    if params.min_p > 0.0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
-    return logits
-
-
-def sample(
-    logits: torch.Tensor, params: GenerationParams, generator: torch.Generator, seen: torch.Tensor | None = None
-) -> int:
-    """Draw one id from logits [N]; temperature 0 takes the likeliest."""
-    import torch
-
-    kept = filter_logits(logits, params, seen)
-    if params.temperature == 0:
-        return int(kept.argmax())
-    return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
-
-
-class StopFilter:
-    """Holds back text that may be the beginning of a stop string; nothing of a stop string is ever let out."""
-
-    def __init__(self, stops: Sequence[str]):
-        self.stops, self.held = tuple(stops), ""
-
-    def feed(self, text: str) -> tuple[str, bool]:
-        """(text that is safe, whether a stop string was reached)."""
-        self.held += text
-        at = min((place for place in (self.held.find(stop) for stop in self.stops) if place >= 0), default=-1)
-        if at >= 0:
-            out, self.held = self.held[:at], ""
-            return out, True
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out, False
-
-
-@dataclass
-class Row:
-    """One sample being written: its tokens (prompt first), generator, slot and what it holds back."""
-
-    index: int
-    ids: list[int]
-    params: GenerationParams
-    generator: torch.Generator
-    slot: int
-    text: Any
-    stops: StopFilter
-    logits: torch.Tensor
-    seen: dict[int, None]
-    logprobs: int | None = None
-    written: int = 0
-    finished: str = ""
-
-
-def window(ids: Sequence[int], block_size: int, keep: int) -> list[int]:
-    """What the model sees of a text that outgrew its context: the first `keep` tokens and the newest, 3/4 of it in all."""
-    size = block_size * 3 // 4
-    first = list(ids[: min(keep, size - 1)])
-    return first + list(ids[len(ids) - (size - len(first)) :])
-
-
-def prompt_window(ids: Sequence[int], block_size: int, params: GenerationParams) -> tuple[list[int], bool]:
-    """(the prompt as the model reads it, whether its beginning was left out): room stays for up to a quarter of new text."""
-    room = block_size - min(params.max_tokens, block_size // 4)
-    if len(ids) <= room:
-        return list(ids), False
-    first = list(ids[: min(params.keep, room - 1)])
-    return first + list(ids[len(ids) - (room - len(first)) :]), True
-
-
-class Writer:
-    """The decode core: slots of one cache, rows that join and leave between steps."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int):
-        from quantize import row_counts
-
-        model.eval()
-        self.model, self.tokenizer = model, tokenizer
-        self.cache = model.new_cache(slots)
-        self.counts = row_counts(model)
-        self.free = list(range(slots))[::-1]
-
-    def begin(
-        self,
-        ids: Sequence[int],
-        params: GenerationParams,
-        seed: int,
-        indexes: Sequence[int],
-        logprobs: int | None = None,
-    ) -> list[Row]:
-        """Rows for the samples `indexes` of one prompt, read once. Needs that many free slots.
-
-        logprobs: how many alternatives each piece carries; None: not even its own log-probability.
-        """
-        import torch
-
-        slots = [self.free.pop() for _ in indexes]
-        try:
-            self.cache.reset(slots[0])
-            logits = self.model.prefill(list(ids), self.cache, slots[0]).cpu()
-            for slot in slots[1:]:
-                self.cache.copy(slots[0], slot)
-        except BaseException:
-            self.free += slots
-            raise
-        rows = []
-        for index, slot in zip(indexes, slots, strict=True):
-            generator = torch.Generator().manual_seed(sample_seed(seed, index))
-            seen = dict.fromkeys(ids)
-            text, stops = self.tokenizer.stream(), StopFilter(params.stop)
-            rows.append(Row(index, list(ids), params, generator, slot, text, stops, logits, seen, logprobs))
-        return rows
-
-    def end(self, row: Row) -> None:
-        """Give the row's slot back."""
-        self.cache.reset(row.slot)
-        self.free.append(row.slot)
-        row.slot = -1
-
-    def step(self, rows: Sequence[Row]) -> list[tuple[Row, Piece]]:
-        """One token for every row; finished rows' slots are free afterwards."""
-        import torch
-
-        pieces: list[tuple[Row, Piece]] = []
-        going = []
-        for row in rows:
-            if row.params.max_tokens == 0:
-                pieces.append((row, self._finish(row, "length")))
-                continue
-            try:
-                token = sample(row.logits, row.params, row.generator, torch.tensor(list(row.seen)))
-            except (ValueError, RuntimeError) as error:
-                piece = self._finish(row, "error", flush=False)
-                piece.message = str(error)
-                pieces.append((row, piece))
-                continue
-            if token == self.tokenizer.eot:
-                pieces.append((row, self._finish(row, "stop")))
-                continue
-            row.ids.append(token)
-            row.seen[token] = None
-            row.written += 1
-            text, stopped = row.stops.feed(row.text.feed(token))
-            logprob, top = self._likely(row, token)
-            pieces.append((row, Piece(row.index, text, token, logprob=logprob, top=top)))
-            if stopped:
-                pieces.append((row, self._finish(row, "stop", flush=False)))
-            elif row.written >= row.params.max_tokens:
-                pieces.append((row, self._finish(row, "length")))
-            else:
-                going.append(row)
-        self._advance(going)
-        return pieces
-
-    def _likely(self, row: Row, token: int) -> tuple[float | None, list[tuple[int, str, float]]]:
-        """(log-probability of the token, the likeliest alternatives), where the row asks for them."""
-        if row.logprobs is None:
-            return None, []
-        line = row.logits.log_softmax(-1)
-        best = line.topk(min(row.logprobs, len(line)))
-        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return float(line[token]), [(number, self.tokenizer.decode([number]), value) for number, value in found]
-
-    def _finish(self, row: Row, reason: str, flush: bool = True) -> Piece:
-        text = ""
-        if flush:
-            text, stopped = row.stops.feed(row.text.flush())
-            reason = "stop" if stopped else reason
-            text += "" if stopped else row.stops.held
-        row.finished = reason
-        self.end(row)
-        return Piece(row.index, text, finish_reason=reason)
-
-    def _advance(self, rows: Sequence[Row]) -> None:
-        ready = []
-        for row in rows:
-            if self.cache.length[row.slot] >= self.model.config.block_size:
-                self.cache.reset(row.slot)
-                seen = window(row.ids, self.model.config.block_size, row.params.keep)
-                row.logits = self.model.prefill(seen, self.cache, row.slot).cpu()
-            else:
-                ready.append(row)
-        most = self.counts[-1]
-        for start in range(0, len(ready), most):
-            part = ready[start : start + most]
-            count = next(count for count in self.counts if count >= len(part))
-            logits = self.model.decode(
-                [row.ids[-1] for row in part], self.cache, [row.slot for row in part], count
-            ).cpu()
-            for row, line in zip(part, logits, strict=True):
-                row.logits = line
+SIDE_BY_SIDE = 16  # samples of one prompt written at the same time
+NARROWEST = 32  # characters of a column below which samples go below each other
+PARAMS = tuple(GenerationParams.model_fields)
+HELP = """\
+any text           goes to the end of the story, and the model writes on (\\n is a new line)
+/continue          write on                       /retry   write the last piece anew
+/undo              take the last piece back       /new     begin another story
+/set NAME VALUE    e.g. /set temperature 0.9      /show    the settings
+/save FILE         save the story                 /stats   speed of the last piece
+/help              this list                      /quit    end (Ctrl-C stops a piece, then ends)"""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The prompt's ids; an empty prompt begins with the tokenizer's start."""
+    """The prompt's ids, at least one: an empty prompt is the tokenizer's start. ValueError for ids it does not have."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    size = tokenizer.vocab_size
+    for id in ids:
+        if not 0 <= id < size:
+            raise ValueError(f"prompt: id {id} is not among the tokenizer's {size} (0 to {size - 1})")
     return ids or [tokenizer.start]
 
 
-def fresh_seed() -> int:
-    """A new seed, small enough to be typed again."""
-    return secrets.randbelow(2**31)
+def prompt_window(ids: Sequence[int], context: int, params: GenerationParams) -> tuple[list[int], bool]:
+    """(what is read of a prompt, whether it was cut): its end, behind the `keep` first tokens of its opening.
+
+    A quarter of the context, or max_tokens if that is less, stays free for writing.
+    """
+    room = context - min(params.max_tokens, context // 4)
+    if len(ids) <= room:
+        return list(ids), False
+    keep = min(params.keep, room // 2)
+    return [*ids[:keep], *ids[len(ids) - room + keep :]], True
+
+
+def seeded(params: GenerationParams) -> GenerationParams:
+    """`params` with a seed: its own, or a new one."""
+    from sampling import fresh_seed
+
+    return params if params.seed is not None else params.model_copy(update={"seed": fresh_seed()})
 
 
 def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams, seed: int | None = None
-) -> Iterator[Piece]:
-    """Pieces of all `params.n` samples as they are written, up to eight side by side."""
-    seed = seed if seed is not None else params.seed if params.seed is not None else fresh_seed()
-    ids, _ = prompt_window(encode_prompt(tokenizer, prompt), model.config.block_size, params)
-    writer = Writer(model, tokenizer, min(params.n, 8))
-    for first in range(0, params.n, 8):
-        rows = writer.begin(ids, params, seed, range(first, min(first + 8, params.n)))
-        while rows:
-            yield from (piece for _, piece in writer.step(rows))
-            rows = [row for row in rows if not row.finished]
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    params: GenerationParams,
+    *,
+    logprobs: int | None = None,
+    writer: Writer | None = None,
+) -> Generator[Event]:
+    """Events of all `params.n` samples, side by side, as they are written; see `sampling.Event`.
+
+    A prompt longer than the context keeps its end (`prompt_window`). logprobs: so many alternatives with each token.
+    writer: one of this model's, to be used again: what it has read of a prompt is not read twice.
+    """
+    from sampling import Text, Writer, dropout_off, fresh_seed
+
+    context = model.config.block_size
+    seed = fresh_seed() if params.seed is None else params.seed
+    ids, _ = prompt_window(encode_prompt(tokenizer, prompt), context, params)
+    with dropout_off(model):
+        writer = writer or Writer(model, min(params.n, SIDE_BY_SIDE))
+        waiting = iter(range(params.n))
+        seq = 0
+        try:
+            while True:
+                while writer.free and (index := next(waiting, None)) is not None:
+                    writer.add(Text(tokenizer, ids, params, seed=seed, index=index, context=context, logprobs=logprobs))
+                if not writer.texts:
+                    return
+                for text, event in writer.step():
+                    if text.error is not None:
+                        raise text.error
+                    event.seq, seq = seq, seq + 1
+                    yield event
+        finally:
+            for text in list(writer.texts):
+                writer.remove(text)
+
+
+def blank_results(
+    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams
+) -> list[Result]:
+    """A result for each sample, of which nothing is written yet; params.seed must be set."""
+    from sampling import Result
+
+    ids, truncated = prompt_window(encode_prompt(tokenizer, prompt), model.config.block_size, params)
+    return [Result("", "cancelled", 0, [], params.seed or 0, len(ids), truncated) for _ in range(params.n)]
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams) -> list[Result]:
-    """All samples of one prompt, finished. Reproducible from the seed in each Result."""
-    seed = params.seed if params.seed is not None else fresh_seed()
-    whole = encode_prompt(tokenizer, prompt)
-    ids, truncated = prompt_window(whole, model.config.block_size, params)
-    results = [Result("", "length", 0, seed, len(ids), truncated) for _ in range(params.n)]
-    for piece in stream(model, tokenizer, prompt, params, seed):
-        result = results[piece.index]
-        result.text += piece.text
-        result.tokens += piece.token_id is not None
-        result.finish_reason = piece.finish_reason or result.finish_reason
+    """All samples of one prompt, completed. `seed` in a result with the same settings writes them again."""
+    params = seeded(params)
+    results = blank_results(model, tokenizer, prompt, params)
+    for event in stream(model, tokenizer, prompt, params):
+        results[event.index].add(event)
     return results
 
 
-warnings.filterwarnings("ignore", message='Field name "json"')  # a flag, not pydantic's old method of that name
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
 
+    class GenerateArgs(GenerationParams):
+        """Write with a model. The prompt comes from --prompt or from a pipe; the text goes to standard output."""
 
-class GenerateArgs(GenerationParams):
-    """Write with a model. The prompt comes from --prompt or from a pipe; text goes to standard output."""
-
-    model: str = ""
-    """Model folder, run folder or hub id; none: the newest in runs/, else in models/."""
-    prompt: str = ""
-    """What the text begins with."""
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Number format of the weights; auto: what this processor multiplies fast."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    json: bool = False  # type: ignore[assignment]
-    """Print one JSON object instead of text."""
-    stream: bool = True
-    """Print words as they are written."""
-    interactive: bool = False
-    """Write a story together, turn by turn."""
-    creative: bool = False
-    """Write from a gallery of openings."""
-
-
-PARAMS = tuple(GenerationParams.model_fields)
-HELP = """\
-(text)             add it to the story and let the model go on; an empty line just goes on
-/retry             write the last piece anew        /undo    take the last piece back
-/set NAME VALUE    e.g. /set temperature 0.9        /show    settings and seed
-/save FILE         write the story into a file      /stats   speed of the last piece
-/new               begin another story              /quit    end (Ctrl-C stops a piece, Ctrl-D ends)"""
+        model: str = ""
+        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; none: the newest in runs/ or models/."""
+        prompt: str | None = None
+        """What the text begins with; none: what is piped in, else nothing."""
+        dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+        """Number format of the weights; auto: bfloat16 where the processor has instructions for it, else float32."""
+        device: str = "auto"
+        """auto, cpu, cuda, cuda:N or mps."""
+        echo: bool = True
+        """Print the prompt before the text (plain text only)."""
+        json: bool = False  # type: ignore[assignment]
+        """Print one JSON object instead of text."""
+        stream: bool = True
+        """Print words as they are written."""
+        interactive: bool = False
+        """Write a story together, piece by piece."""
+        creative: bool = False
+        """Write on from a gallery of openings, one of each kind (--seed chooses which)."""
 
 
 @dataclass
-class Speed:
-    """Seconds to the first token, and tokens a second after it."""
+class Pace:
+    """Time to the first token and tokens a second after it."""
 
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
     tokens: int = 0
 
-    def count(self, piece: Piece) -> None:
-        if piece.token_id is not None:
-            self.first = self.first or time.perf_counter()
-            self.tokens += 1
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Pass events on, counting them."""
+        for event in events:
+            if event.token_id is not None:
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+                self.tokens += 1
+            yield event
+
+    @property
+    def first_s(self) -> float | None:
+        return None if self.first is None else self.first - self.begun
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None where there is too little to measure."""
+        spent = self.last - (self.first or self.last)
+        return (self.tokens - 1) / spent if spent > 0 else None
 
     def __str__(self) -> str:
-        spent = time.perf_counter() - (self.first or self.started)
-        rate = (self.tokens - 1) / spent if self.tokens > 1 and spent else 0.0
-        return (
-            f"{self.tokens} tokens, first after {max(0.0, self.first - self.started):.2f} s, then {rate:.1f} tokens/s"
-        )
+        said = f"{self.tokens} tokens"
+        if self.first_s is not None:
+            said += f", the first after {self.first_s:.2f} s"
+        return said if self.tokens_per_s is None else f"{said}, then {self.tokens_per_s:.1f} tokens/s"
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write_out(model: GPT, tokenizer: Tokenizer, prompt: str, params: GenerationParams, speed: Speed) -> str:
-    """Stream one sample to standard output; Ctrl-C ends it and keeps what was written."""
-    text = ""
-    try:
-        for piece in stream(model, tokenizer, prompt, params.model_copy(update={"n": 1})):
-            speed.count(piece)
-            text += piece.text
-            print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        say("\n(stopped)")
-    return text
+def show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
-def write_all(model: GPT, tokenizer: Tokenizer, prompt: str, params: GenerationParams, speed: Speed) -> list[Result]:
-    """All samples, finished; after Ctrl-C what there is of each."""
-    ids, truncated = prompt_window(encode_prompt(tokenizer, prompt), model.config.block_size, params)
-    results = [Result("", "stopped", 0, params.seed or 0, len(ids), truncated) for _ in range(params.n)]
-    try:
-        for piece in stream(model, tokenizer, prompt, params):
-            speed.count(piece)
-            result = results[piece.index]
-            result.text += piece.text
-            result.tokens += piece.token_id is not None
-            result.finish_reason = piece.finish_reason or result.finish_reason
-    except KeyboardInterrupt:
-        say("\n(stopped)")
-    return results
+@dataclass
+class Pen:
+    """A loaded model that writes for the terminal."""
 
+    model: GPT
+    tokenizer: Tokenizer
+    writer: Writer | None = None
 
-def interact(model: GPT, tokenizer: Tokenizer, params: GenerationParams) -> int:
-    """The turn-by-turn program."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-    story: list[str] = []
-    turn, last = 0, ""
-    say(HELP)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            say("")
-            return 0
-        word, _, rest = line.partition(" ")
-        if word in ("/quit", "/exit"):
-            return 0
-        if word == "/help":
-            say(HELP)
-        elif word == "/new":
-            story, turn = [], 0
-        elif word == "/undo":
-            if story:
-                story.pop()
-            print("".join(story), flush=True)
-        elif word == "/set":
-            params = changed(params, rest)
-        elif word == "/show":
-            say(str(params.model_dump()))
-        elif word == "/stats":
-            say(last or "nothing written yet")
-        elif word == "/save":
-            save(rest.strip(), "".join(story))
-        elif word.startswith("/") and word not in ("/retry", "/continue"):
-            say(f"{word}: unknown; /help lists the commands")
-        else:
-            if word == "/retry":
-                story = story[:-1]
-            elif word != "/continue" and line:
-                story.append(line if not story else f" {line}")
-            turn += 1
-            base = params.seed if params.seed is not None else fresh_seed()
-            speed = Speed()
-            print("".join(story), end="", flush=True)
-            story.append(
-                write_out(model, tokenizer, "".join(story), params.model_copy(update={"seed": base + turn}), speed)
+    def write(self, prompt: str, params: GenerationParams, pace: Pace, *, live: bool) -> tuple[list[Result], bool]:
+        """(results, completed): all samples; the first is shown as it is written if `live`. Ctrl-C keeps what there is."""
+        results = blank_results(self.model, self.tokenizer, prompt, params)
+        if results[0].truncated:
+            say(
+                f"the prompt is longer than this model's context of {self.model.config.block_size} tokens: "
+                f"only {results[0].prompt_tokens} of them are read, the end"
+                + (f" and the {params.keep} first" if params.keep else "")
             )
+        events = stream(self.model, self.tokenizer, prompt, params, writer=self.writer)
+        with contextlib.closing(events):
+            try:
+                for event in pace.watch(events):
+                    results[event.index].add(event)
+                    if live and event.index == 0:
+                        show(event.text)
+            except KeyboardInterrupt:
+                return results, False
+        return results, True
+
+
+def columns(texts: Sequence[str], width: int) -> str:
+    """Texts side by side, each wrapped to its share of `width`; below each other where that would be too narrow."""
+    share = (width - 3 * (len(texts) - 1)) // len(texts)
+    if share < NARROWEST:
+        return "\n\n".join(f"--- {number} of {len(texts)} ---\n{text}" for number, text in enumerate(texts, 1))
+    wrapped = [
+        [row for line in text.split("\n") for row in textwrap.wrap(line, share, drop_whitespace=False) or [""]]
+        for text in texts
+    ]
+    rows = max(map(len, wrapped))
+    padded = [[row.strip().ljust(share) for row in part + [""] * (rows - len(part))] for part in wrapped]
+    return "\n".join(" | ".join(row).rstrip() for row in zip(*padded, strict=True))
+
+
+def print_samples(texts: Sequence[str]) -> None:
+    """Several samples: side by side on a terminal, else as sections."""
+    print(columns(texts, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0), flush=True)
+
+
+def write_once(pen: Pen, args: GenerateArgs, prompt: str, params: GenerationParams, folder: Path) -> int:
+    """One prompt: text, samples or JSON. 130 when it was interrupted."""
+    pace = Pace()
+    live = args.stream and params.n == 1 and not args.json
+    opening = prompt if args.echo else ""
+    if live:
+        show(opening)
+    results, completed = pen.write(prompt, params, pace, live=live)
+    if args.json:
+        print(jsonlib.dumps(report(results, prompt, params, folder, pace), ensure_ascii=False))
+    elif live:
+        print(flush=True)
+    elif params.n == 1:
+        print(opening + results[0].text, flush=True)
+    else:
+        print_samples([opening + result.text for result in results])
+    say(f"{'' if completed else 'stopped: '}{pace}; --seed {params.seed}")
+    return 0 if completed else 130
+
+
+def report(results: list[Result], prompt: str, params: GenerationParams, folder: Path, pace: Pace) -> dict[str, Any]:
+    """What --json prints."""
+    samples = [
+        {"index": index, "text": result.text, "finish_reason": result.finish_reason, "tokens": result.tokens}
+        for index, result in enumerate(results)
+    ]
+    return {
+        "model": str(folder),
+        "prompt": prompt,
+        "seed": params.seed,
+        "params": params.model_dump(mode="json"),
+        "prompt_tokens": results[0].prompt_tokens,
+        "truncated": results[0].truncated,
+        "samples": samples,
+        "first_token_s": pace.first_s,
+        "tokens_per_s": pace.tokens_per_s,
+    }
+
+
+def write_gallery(pen: Pen, params: GenerationParams) -> int:
+    """One text for each kind of opening. 130 when interrupted."""
+    from prompts import GALLERY
+
+    for number, (kind, openings) in enumerate(GALLERY.items()):
+        opening = openings[((params.seed or 0) + number) % len(openings)]
+        try:
+            pen.tokenizer.encode(opening)
+        except ValueError as error:  # a small alphabet may lack a character
+            say(f"{kind} is left out: {error}")
+            continue
+        show(f"{chr(10) if number else ''}--- {kind} ---\n{opening if params.n == 1 else ''}")
+        results, completed = pen.write(opening, params, Pace(), live=params.n == 1)
+        if params.n == 1:
             print(flush=True)
-            last = f"{speed} (seed {base + turn})"
+        else:
+            print_samples([opening + result.text for result in results])
+        if not completed:
+            return 130
+    say(f"--seed {params.seed}")
+    return 0
 
 
-def changed(params: GenerationParams, words: str) -> GenerationParams:
-    """`params` with one `NAME VALUE` set; a fault is said and nothing changes."""
-    name, _, value = words.strip().partition(" ")
-    name = name.replace("-", "_")
-    if name not in PARAMS or not value:
-        say(f"/set NAME VALUE, NAME one of {', '.join(PARAMS)}")
-        return params
-    given: Any = [value] if name == "stop" else None if value == "none" else value
-    try:
-        return build(GenerationParams, params.model_dump() | {name: given})
-    except ValueError as error:
-        say(str(error))
-        return params
+class Session:
+    """A story written together: pieces of text, each by the writer or by the model."""
 
+    def __init__(self, pen: Pen, params: GenerationParams):
+        self.pen, self.params = pen, params
+        self.pieces: list[str] = []
+        self.ours: list[bool] = []  # which pieces the model wrote
+        self.pace: Pace | None = None
+        self.seed: int | None = None
 
-def save(name: str, text: str) -> None:
-    """Write the story; an existing file is not overwritten."""
-    if not name:
-        return say("/save FILE")
-    try:
-        with Path(name).expanduser().open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-        say(f"saved {len(text):,} characters in {name}")
-    except OSError as error:
-        say(f"{name}: {error.strerror}")
+    @property
+    def story(self) -> str:
+        return "".join(self.pieces)
+
+    def line(self, line: str) -> bool:
+        """Do what one line says; False to end."""
+        command, _, rest = line.strip().partition(" ")
+        if not command.startswith("/"):
+            if line.strip():
+                self.add(line)
+            return True
+        acts = {
+            "/help": lambda: say(HELP),
+            "/continue": self.write_on,
+            "/retry": self.retry,
+            "/undo": self.undo,
+            "/new": self.new,
+            "/set": lambda: self.set(rest),
+            "/show": lambda: say("\n".join(f"{name} = {value}" for name, value in self.params.model_dump().items())),
+            "/save": lambda: self.save(rest.strip()),
+            "/stats": lambda: say(f"{self.pace}; --seed {self.seed}" if self.pace else "nothing is written yet"),
+        }
+        if command in ("/quit", "/exit"):
+            return False
+        if command in acts:
+            acts[command]()
+        else:
+            say(f"{command}: no such command; /help lists them")
+        return True
+
+    def add(self, text: str) -> None:
+        """The writer's words, then the model's."""
+        text = text.replace("\\n", "\n")
+        gap = "" if not self.pieces or self.story[-1:].isspace() or text[:1].isspace() else " "
+        self.pen.tokenizer.encode(text)  # a small alphabet may lack a character: nothing changes then
+        self.pieces.append(gap + text)
+        self.ours.append(False)
+        self.write_on()
+
+    def write_on(self) -> None:
+        """The next piece, by the model. Ctrl-C ends it and keeps what was written."""
+        params = seeded(self.params.model_copy(update={"n": 1}))
+        pace = Pace()
+        results, _ = self.pen.write(self.story, params, pace, live=True)
+        print(flush=True)
+        self.pieces.append(results[0].text)
+        self.ours.append(True)
+        self.pace, self.seed = pace, params.seed
+
+    def retry(self) -> None:
+        """The model's last piece anew, with another seed."""
+        if not self.ours or not self.ours[-1]:
+            say("nothing to write anew")
+            return
+        self.pieces.pop()
+        self.ours.pop()
+        if self.params.seed is not None:
+            self.params = self.params.model_copy(update={"seed": (self.params.seed + 1) % 2**63})
+        self.write_on()
+
+    def undo(self) -> None:
+        """Take back the model's last piece, and the words before it that asked for it."""
+        if not self.pieces:
+            say("nothing to take back")
+            return
+        for mine in (True, False):
+            if self.ours and self.ours[-1] is mine:
+                self.pieces.pop()
+                self.ours.pop()
+        say(f"… {self.story[-200:]}" if self.story else "the story is empty")
+
+    def new(self) -> None:
+        """Forget the story."""
+        self.pieces, self.ours = [], []
+
+    def set(self, words: str) -> None:
+        """Change one setting; a fault is named and changes nothing."""
+        name, _, value = words.strip().partition(" ")
+        name = name.lstrip("-").replace("-", "_")
+        if name not in PARAMS or not value:
+            say(f"/set NAME VALUE, where NAME is one of {', '.join(PARAMS)}")
+            return
+        given: Any = value.strip()
+        if given == "none":
+            given = () if name == "stop" else None
+        elif name == "stop":
+            given = (given.replace("\\n", "\n"),)
+        try:
+            self.params = build(GenerationParams, self.params.model_dump() | {name: given})
+        except ConfigError as error:
+            say("\n".join(error.faults))
+
+    def save(self, name: str) -> None:
+        """Write the story into a new file."""
+        if not name:
+            say("/save FILE")
+            return
+        try:
+            with Path(name).expanduser().open("x", encoding="utf-8") as file:
+                file.write(self.story + "\n")
+            say(f"{len(self.story):,} characters saved in {name}")
+        except FileExistsError:
+            say(f"{name} exists already: choose another name")
+        except OSError as error:
+            say(f"{name}: {error.strerror}")
+
+    def run(self) -> int:
+        """Read lines until the end."""
+        terminal = sys.stdin.isatty()
+        if terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (arrow keys and history)
+            say(HELP)
+        while True:
+            try:
+                if not self.line(input("> " if terminal else "")):
+                    return 0
+            except (EOFError, KeyboardInterrupt):
+                say("")
+                return 0
+            except (RuntimeError, ValueError) as error:
+                say(f"error: {error}")
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:
-    """The sampling defaults a model folder carries in generation_config.json."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    """The sampling settings in a model folder's generation_config.json, those that are within our bounds."""
+    try:
+        held = jsonlib.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    values = jsonlib.loads(path.read_text(encoding="utf-8"))
-    names = {"max_new_tokens": "max_tokens"} | {
-        n: n for n in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    }
-    return {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) is not None}
+    ours = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    found = {name: held[name] for name in ours if held.get(name) is not None}
+    if held.get("max_new_tokens"):
+        found["max_tokens"] = held["max_new_tokens"]
+    if held.get("do_sample") is False and "temperature" not in found:
+        found["temperature"] = 0.0
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        with contextlib.suppress(ConfigError):
+            build(GenerationParams, {name: value})
+            values[name] = value
+    return values
 
 
-def read_args(argv: list[str]) -> tuple[GenerateArgs, Path]:
-    """Flags over the model folder's own sampling defaults."""
+def read_prompt(args: GenerateArgs) -> str:
+    """--prompt, or what is piped in without its last line break."""
+    if args.prompt is not None or sys.stdin is None or sys.stdin.isatty():
+        return args.prompt or ""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        fault = f"the piped prompt is not UTF-8 (byte {error.start}): convert it, or give --prompt"
+        raise ConfigError([fault]) from None
+
+
+def write(argv: list[str]) -> int:
+    """Everything behind `main`: 0, or 130 after Ctrl-C."""
     from checkpoint import fetch_model, find_model
-    from config import flag_value
 
     wanted = flag_value(argv, "model")
-    folder = find_model(None, ROOT) if wanted is None else find_model(fetch_model(wanted))
-    return parse_flags(GenerateArgs, argv, defaults=folder_defaults(folder)), folder
+    folder = fetch_model(wanted) if wanted else find_model(None, ROOT)
+    args = parse_flags(GenerateArgs, argv, defaults=folder_defaults(folder))
+    if args.interactive and args.creative:
+        raise ConfigError(["--interactive and --creative exclude each other: choose one"])
+    params = GenerationParams(**{name: getattr(args, name) for name in PARAMS})
+    prompt = "" if args.interactive or args.creative else read_prompt(args)
+    from quantize import load_for_writing
+
+    model, tokenizer, remark = load_for_writing(folder, device=args.device, dtype=args.dtype)
+    if remark:
+        say(remark)
+    pen = Pen(model, tokenizer)
+    if args.interactive:
+        from sampling import Writer
+
+        pen.writer = Writer(model, 1)
+        session = Session(pen, params)
+        if args.prompt:
+            show(args.prompt if args.echo else "")
+            session.add(args.prompt)
+        return session.run()
+    params = seeded(params)
+    if args.creative:
+        return write_gallery(pen, params)
+    return write_once(pen, args, prompt, params, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write; exit code 0, 1 when it failed, 2 for bad flags."""
+    """Exit code 0; 1 when something failed, 2 for bad flags, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
         parse_flags(GenerateArgs, words)
-    return run_main(lambda: _main(words))
-
-
-def _main(words: list[str]) -> int:
-    args, folder = read_args(words)
-    prompt = args.prompt
-    if not prompt and not (args.interactive or args.creative) and not sys.stdin.isatty():
-        prompt = sys.stdin.read().rstrip("\n")
-    from quantize import load_for_writing
-
-    began = time.perf_counter()
-    model, tokenizer, remark = load_for_writing(folder, device=args.device, dtype=args.dtype)
-    if remark:
-        say(f"note: {remark}")
-    params = GenerationParams(**{name: getattr(args, name) for name in PARAMS})
-    if args.interactive:
-        return interact(model, tokenizer, params)
-    seed = params.seed if params.seed is not None else fresh_seed()
-    params = params.model_copy(update={"seed": seed})
-    say(f"{folder}: loaded in {time.perf_counter() - began:.2f} s; --seed {seed}")
-    if args.creative:
-        return gallery(model, tokenizer, params)
-    ids, truncated = prompt_window(encode_prompt(tokenizer, prompt), model.config.block_size, params)
-    if truncated:
-        say(
-            f"note: the prompt is longer than the context of {model.config.block_size}: only its end is read ({len(ids)} tokens)"
-        )
-    speed = Speed()
-    if args.stream and params.n == 1 and not args.json:
-        print(prompt, end="", flush=True)
-        write_out(model, tokenizer, prompt, params, speed)
-        print(flush=True)
-    else:
-        results = write_all(model, tokenizer, prompt, params, speed)
-        if args.json:
-            print(
-                jsonlib.dumps(
-                    {"prompt": prompt, "model": str(folder), "samples": [vars(r) for r in results]}, ensure_ascii=False
-                )
-            )
-        else:
-            for number, result in enumerate(results, 1):
-                print(
-                    f"--- {number} of {params.n} ---\n{prompt}{result.text}\n"
-                    if params.n > 1
-                    else f"{prompt}{result.text}"
-                )
-    say(str(speed))
-    return 0
-
-
-def gallery(model: GPT, tokenizer: Tokenizer, params: GenerationParams) -> int:
-    """One text for each opening of the gallery."""
-    from prompts import GALLERY
-
-    for kind, openings in GALLERY.items():
-        print(f"--- {kind} ---\n{openings[0]}", end="", flush=True)
-        write_out(model, tokenizer, openings[0], params, Speed())
-        print("\n", flush=True)
-    return 0
+    try:
+        return run_main(lambda: write(words))
+    except BrokenPipeError:  # whoever read the text has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -188,10 +188,11 @@ def model_card(name: str, config: ModelConfig, tokenizer: Tokenizer, card: Mappi
         f"# {name}\n\n{card.get('description') or 'A GPT-2 style language model, trained from scratch.'}\n\n"
         f"| | |\n|---|---|\n{table}\n"
         f"## Data\n\n{card.get('data') or 'Not recorded.'}\n\n## Limits\n\n{card.get('limits') or LIMITS}\n\n## Use\n\n"
-        f'```\npython generate.py --model {name} --prompt "It was a dark night"\n```\n\n'
+        "FOLDER is where this file lies.\n\n"
+        '```\npython generate.py --model FOLDER --prompt "It was a dark night"\n```\n\n'
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
     )
 
 

@@ -26,6 +26,8 @@ from model import GPT, Block
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 WORTH_PACKING = 1 << 19  # numbers in a weight; below, oneDNN's 45 microseconds a call cost more than they save
+WORTH_THREADS = 1 << 23  # numbers in all weights; below, waiting for other threads costs what they save, or far more
+THREADS = torch.get_num_threads()
 TINY = 1e-30  # keeps a row of zeros from dividing by zero
 CPU_COUNTS = ((1, 2, 4, 8, 16), (2, 4, 8, 16), (2, 4, 8), (4, 8), (8,), (1,))
 GPU_COUNTS = ((1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64), (64,), (1,))
@@ -136,6 +138,8 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     """Bring a model into the form it writes fastest in, in place: it can no longer be trained or saved.
 
     dtype: float32, bfloat16, int8, or auto: bfloat16 where the processor multiplies it natively, else float32.
+    A small model is given one thread (of the whole process, `torch.set_num_threads`): two are no faster on an idle
+    machine, and 25 times slower where something else keeps the second core busy.
     Returns (dtype used, remark for the user or ""). Where int8 is impossible the remark says why, and auto is used.
     """
     if dtype not in DTYPES:
@@ -158,6 +162,7 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     if kind is None and can_pack(device, model.wte.weight.dtype):
         kind = PackedLinear
     model.eval()
+    torch.set_num_threads(1 if model.num_parameters() < WORTH_THREADS else THREADS)
     if kind is not None:
         _replace(model, kind)
     return dtype, remark

@@ -205,10 +205,16 @@ def present(folder: Path | str) -> Path:
     return folder
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether this is a draft that was never finished, or a folder on its way out."""
+    match = LEFTOVER.fullmatch(folder.name)
+    return match is not None and match["kind"] == "tmp"
+
+
 def discard(folder: Path) -> None:
     """Remove a folder that `replacing` made; from the first moment on it no longer passes for a whole one."""
-    match = LEFTOVER.fullmatch(folder.name)
-    if match is None or match["kind"] == "old":
+    if not unfinished(folder):
+        match = LEFTOVER.fullmatch(folder.name)
         name = match["name"] if match else folder.name
         folder = folder.rename(folder.with_name(f"{name}.tmp-{os.getpid()}"))
     shutil.rmtree(folder)

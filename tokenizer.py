@@ -53,9 +53,7 @@ class TextStream:
 
     def flush(self) -> str:
         """What is still held back, as U+FFFD; the stream can then be used anew."""
-        rest = self._decoder.decode(b"", True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", True)
 
 
 class Tokenizer:

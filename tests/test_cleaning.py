@@ -120,6 +120,7 @@ def test_dashes_at_line_ends() -> None:
         b"and he went -\nand came": b"and he went - and came",
         b"and he went --\nand came": b"and he went -- and came",
         b"he went away  \nand came": b"he went away and came",
+        b"he went away" + b" \t" * 20 + b"\nand came  ": b"he went away and came  ",
     }
     for text, expected in cases.items():
         assert unwrap(text, layout)[0] == expected
@@ -192,6 +193,7 @@ def test_pieces_give_the_tokens_of_the_whole(text: str) -> None:
 def test_wrapped_lines_are_cut_at_the_end_of_a_paragraph_only() -> None:
     text = b"one two three\nfour five\n \nsix"
     assert cut_after(text, Layout(70)) == len(b"one two three\nfour five")
-    assert cut_after(text, Layout()) == len(b"one two three\nfour five")
+    assert cut_after(text, Layout()) == 3
+    assert cut_after(" x\u3000 — y".encode(), Layout()) == len(" x\u3000 —".encode())
     assert cut_after(b"one two\nthree", Layout(70)) is None
     assert cut_after(b"one two\nthree", Layout()) == 3

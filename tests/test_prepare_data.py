@@ -416,6 +416,7 @@ def test_the_old_folder_stands_until_the_new_one_is_whole(
     monkeypatch.undo()
     out.rename(tmp_path / ".out.old")  # as a crash between two renames leaves it
     assert run("--input", texts, "--tokenizer", "char", "--out", out) == 0
+    assert "already prepared" in capsys.readouterr().err
     assert hashes(out) == before and not (tmp_path / ".out.old").exists()
 
 

@@ -1,0 +1,468 @@
+"""From logits to text: filters, seeds, stop strings, and the loop that every surface writes with.
+
+    >>> values, ids = candidates(logits, GenerationParams(top_k=40), seen=None)    # what may still be drawn
+    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), seen)
+    >>> writer = Writer(model, slots=4)
+    >>> writer.add(Text(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
+    >>> while writer.texts: print(writer.step())
+
+One seed, one text. Whether a text is written alone or beside others, by `generate.py` or by the server, its bits are the
+same, because nothing about it depends on its neighbours:
+- A prompt is read alone, in chunks of CHUNK tokens counted from the start of its window. What one text has read may be
+  copied for another that begins with the same chunks: reading them again would give the same bits.
+- Then all texts take a step together. The matrices see one of the row counts that `quantize.row_counts` found to
+  agree bit for bit; attention goes text by text.
+- Each text draws from its own generator, on the CPU in float32, one number a token.
+- When a text has filled its context, its window is read anew: a rule of its own tokens only (`Text.roll`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from config import GenerationParams
+from model import GPT
+from quantize import row_counts
+
+if TYPE_CHECKING:
+    from tokenizer import Tokenizer
+
+COLD = 1e-6  # temperatures below it are 0: the likeliest token
+CHUNK = 256  # tokens of a prompt read at a time; more of them do not multiply faster, and others wait for a chunk
+MASK = 2**64 - 1
+
+
+class LogitsError(RuntimeError):
+    """The model computed something that is no probability."""
+
+
+@dataclass
+class Event:
+    """Something that happened to sample `index` of a request. `seq` counts the request's events."""
+
+    index: int
+    kind: Literal["started", "token", "done", "error"]
+    text: str = ""
+    token_id: int | None = None
+    logprob: float | None = None
+    top: list[tuple[int, str, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    message: str | None = None
+    seq: int = 0
+    usage: dict[str, int] | None = None
+
+
+@dataclass
+class Result:
+    """A sample, completed. `seed` with the same settings writes all of the request's samples again."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    ids: list[int]
+    seed: int
+    prompt_tokens: int
+    truncated: bool
+
+    def add(self, event: Event) -> None:
+        """Take in an event of this sample."""
+        self.text += event.text
+        if event.token_id is not None:
+            self.tokens += 1
+            self.ids.append(event.token_id)
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+
+def fresh_seed() -> int:
+    """A new seed; of 53 bits, which every JSON reader keeps exactly."""
+    return secrets.randbits(53)
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The generator's seed of sample `index`: SplitMix64 (Steele et al. 2014), so that samples share nothing."""
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def penalised(logits: Tensor, penalty: float, seen: Tensor | None) -> Tensor:
+    """logits [N] with those of the ids `seen` divided by `penalty`, or multiplied where negative (Keskar et al. 2019)."""
+    if penalty == 1.0 or seen is None or not len(seen):
+        return logits
+    held = logits[seen]
+    return logits.index_put((seen,), torch.where(held < 0, held * penalty, held / penalty))
+
+
+def _check(top: Tensor) -> None:
+    """Raise LogitsError unless the largest logit (NaN counts as larger than all) is a number."""
+    value = float(top)
+    if not math.isfinite(value):
+        raise LogitsError(
+            f"the model's logits hold {value}: its weights are damaged, or too large for their number format; "
+            "check the checkpoint, or try --dtype float32"
+        )
+
+
+def candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(logits [M], ids [M]) of the tokens that may be drawn from logits [N], after temperature; greedy leaves one.
+
+    The same set and the same values as transformers' processors in the order repetition penalty, temperature, top-k,
+    top-p, min-p, ties included. Raises LogitsError where the logits hold NaN or plus infinity. With top_k the vocabulary is passed over once, and the rest works on k numbers.
+    """
+    logits = penalised(logits, params.repetition_penalty, seen)
+    N = len(logits)
+    if params.temperature < COLD:
+        best = logits.argmax()[None]
+        _check(logits[best])
+        return logits[best], best
+    if 0 < params.top_k < N:
+        values, ids = logits.topk(params.top_k + 1)  # one more, to see whether the last place is shared
+        _check(values[0])
+        values = values / params.temperature
+        if values[-1] == values[-2]:
+            scaled = logits / params.temperature
+            ids = (scaled >= values[-2]).nonzero()[:, 0]
+            values = scaled[ids]
+        else:
+            values, ids = values[:-1], ids[:-1]
+    else:
+        _check(logits.max())
+        values, ids = logits / params.temperature, torch.arange(N)
+    if params.top_p < 1:
+        if len(ids) < N:
+            ids, order = ids.sort()
+            values = values[order]
+        values, order = values.sort(stable=True)
+        ids = ids[order]
+        kept = values.softmax(-1).cumsum(-1) > 1 - params.top_p
+        kept[-1] = True
+        values, ids = values[kept], ids[kept]
+    if params.min_p > 0:
+        shares = values.softmax(-1)
+        kept = shares >= params.min_p * shares.max()
+        values, ids = values[kept], ids[kept]
+    return values, ids
+
+
+def filter_logits(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> Tensor:
+    """logits [N] after penalty and temperature, -inf where a token may not be drawn; for comparison and display."""
+    values, ids = candidates(logits, params, seen)
+    return torch.full_like(logits, float("-inf")).index_put((ids,), values)
+
+
+def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, seen: Tensor | None = None) -> int:
+    """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
+    values, ids = candidates(logits, params, seen)
+    if len(ids) == 1 and params.temperature < COLD:
+        return int(ids)
+    summed = values.softmax(-1).cumsum(-1, dtype=torch.float64)
+    drawn = torch.rand((), generator=generator, dtype=torch.float64) * summed[-1]
+    return int(ids[min(int(torch.searchsorted(summed, drawn, right=True)), len(ids) - 1)])
+
+
+def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """(log-probability of `token`, the `top` likeliest as (id, log-probability)) under logits [N], unfiltered."""
+    total = logits.logsumexp(-1)
+    values, ids = logits.topk(min(top, len(logits)))
+    return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))
+
+
+class Stopper:
+    """Cuts a growing text before the first stop string that it completes, and holds back what may begin one.
+
+    One matcher of Knuth, Morris & Pratt (1977) a stop string, so that it does not matter how the text is cut in pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = [(stop, self._table(stop)) for stop in stops]
+        self.matched = [0] * len(stops)  # characters of each stop string that the text ends with
+        self.held = ""
+
+    @staticmethod
+    def _table(stop: str) -> list[int]:
+        """For each prefix the length of its longest end that is also its beginning."""
+        table = [0] * len(stop)
+        for at in range(1, len(stop)):
+            length = table[at - 1]
+            while length and stop[at] != stop[length]:
+                length = table[length - 1]
+            table[at] = length + (stop[at] == stop[length])
+        return table
+
+    def feed(self, piece: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string has ended it)"""
+        if not self.stops:
+            return piece, False
+        text = self.held + piece
+        for at in range(len(self.held), len(text)):
+            longest = 0
+            for which, (stop, table) in enumerate(self.stops):
+                length = self.matched[which]
+                while length and text[at] != stop[length]:
+                    length = table[length - 1]
+                length += text[at] == stop[length]
+                if length == len(stop):
+                    longest = max(longest, length)
+                self.matched[which] = length
+            if longest:
+                self.held = ""
+                return text[: at + 1 - longest], True
+        safe = len(text) - max(self.matched)
+        self.held = text[safe:]
+        return text[:safe], False
+
+    def rest(self) -> str:
+        """What was held back, when no more text will come."""
+        rest, self.held = self.held, ""
+        return rest
+
+
+class Seen:
+    """The distinct ids of a text as a tensor that grows in place, for the repetition penalty."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids = set(ids)
+        self.store = torch.tensor(sorted(self.ids), dtype=torch.int64)
+
+    def add(self, token: int) -> None:
+        if token not in self.ids:
+            if len(self.ids) == len(self.store):
+                self.store = torch.cat((self.store, self.store.new_empty(64 + len(self.store))))
+            self.store[len(self.ids)] = token
+            self.ids.add(token)
+
+    def tensor(self) -> Tensor:
+        return self.store[: len(self.ids)]
+
+
+class Text:
+    """One sample in the making. All of it follows from its prompt, settings, seed and index."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        params: GenerationParams,
+        *,
+        seed: int,
+        index: int,
+        context: int,
+        logprobs: int | None = None,
+    ):
+        """prompt: ids as `generate.prompt_window` leaves them, not empty. context: the model's. logprobs: alternatives wanted."""
+        self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
+        self.logprobs = logprobs
+        self.ids, self.prompt_tokens = list(prompt), len(prompt)
+        self.generator = torch.Generator().manual_seed(seed_of(seed, index))
+        self.seen = Seen(prompt) if params.repetition_penalty != 1 else None
+        self.stream, self.stopper = tokenizer.stream(), Stopper(params.stop)
+        self.unread = list(prompt)  # a window still to be read, or one token to go on from
+        self.reading, self.begun, self.paused, self.slot = True, False, False, -1
+        self.reason: str | None = None
+        self.error: Exception | None = None
+
+    @property
+    def written(self) -> list[int]:
+        """The ids written so far."""
+        return self.ids[self.prompt_tokens :]
+
+    def usage(self) -> dict[str, int]:
+        written = len(self.ids) - self.prompt_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+        }
+
+    def roll(self) -> None:
+        """The context is full: go on from the `keep` first tokens and the newest, three quarters of it together."""
+        window = self.context * 3 // 4
+        keep = min(self.params.keep, window // 2)
+        self.reading, self.begun = True, False
+        self.unread = self.ids[:keep] + self.ids[keep - window :]
+
+    def choose(self, logits: Tensor) -> list[Event]:
+        """Draw the next token from logits [N]; the events that follow from it, the last of them `done` at the end."""
+        token = sample(logits, self.params, self.generator, self.seen.tensor() if self.seen else None)
+        if token == self.tokenizer.eot:
+            return [self.finish("stop")]
+        self.ids.append(token)
+        self.unread = [token]
+        if self.seen:
+            self.seen.add(token)
+        text, stopped = self.stopper.feed(self.stream.feed(token))
+        event = Event(self.index, "token", text, token)
+        if self.logprobs is not None:
+            event.logprob, others = likelihoods(logits, token, self.logprobs)
+            event.top = [(id, self.tokenizer.decode([id]), value) for id, value in others]
+        if stopped:
+            return [event, self.finish("stop", flush=False)]
+        if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
+            return [event, self.finish("length")]
+        return [event]
+
+    def finish(self, reason: str, flush: bool = True) -> Event:
+        """The closing event, with the text that was held back."""
+        self.reason = reason
+        text = ""
+        if flush:
+            text, stopped = self.stopper.feed(self.stream.flush())
+            text += "" if stopped else self.stopper.rest()
+        return Event(self.index, "done", text, finish_reason=reason, usage=self.usage())
+
+    def fail(self, error: Exception) -> Event:
+        """The closing event of a text that could not be written on."""
+        self.reason, self.error = "error", error
+        return Event(self.index, "error", message=str(error) or type(error).__name__)
+
+
+@dataclass
+class Held:
+    """What the first tokens of a slot are, read as a prompt: another text that begins alike may copy them."""
+
+    ids: list[int] = field(default_factory=list)
+    logits: Tensor | None = None  # after the last of ids
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many of `ids` need not be read again: whole chunks, or all of them."""
+        if self.logits is not None and len(ids) == len(self.ids) and self.ids == ids:
+            return len(ids)
+        most = min(len(self.ids), len(ids) - 1) // CHUNK * CHUNK
+        for start in range(0, most, CHUNK):
+            if self.ids[start : start + CHUNK] != ids[start : start + CHUNK]:
+                return start
+        return most
+
+
+class Writer:
+    """Texts written side by side with one model and one cache. Not for several threads at once."""
+
+    def __init__(self, model: GPT, slots: int):
+        self.model, self.counts = model, row_counts(model)
+        self.cache = model.new_cache(slots)
+        self.held = [Held() for _ in range(slots)]
+        self.free = list(range(slots))
+        self.texts: list[Text] = []
+
+    def add(self, text: Text) -> None:
+        """Give a text a slot, of which one must be free: the one that holds most of its prompt."""
+        text.slot = max(self.free, key=lambda slot: (self.held[slot].shared(text.unread), -len(self.held[slot].ids)))
+        self.free.remove(text.slot)
+        self.texts.append(text)
+
+    def remove(self, text: Text) -> None:
+        """Take a text out; its slot is free at once."""
+        self.texts.remove(text)
+        self.free.append(text.slot)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Text, Event]]:
+        """Read at most one chunk of one prompt, then one token of every text that is not paused.
+
+        Texts that end are removed. A failure ends the text it belongs to, with an error event, and no other.
+        """
+        found: list[tuple[Text, Event]] = []
+        ready: list[tuple[Text, Tensor]] = []
+        active = [text for text in self.texts if not text.paused]
+        for text in active:
+            if not text.reading and self.cache.length[text.slot] >= text.context:
+                text.roll()
+        writing = [text for text in active if not text.reading]
+        chunks = 1
+        for text in [text for text in active if text.reading]:
+            if not text.begun and len(text.ids) == text.prompt_tokens:
+                found.append((text, Event(text.index, "started")))
+            if text.params.max_tokens == 0:
+                found.append((text, text.finish("length")))
+            elif chunks or self._known(text):
+                chunks -= not self._known(text)
+                self._attempt([text], self._read, ready, found)
+        most = self.counts[-1]
+        for first in range(0, len(writing), most):
+            self._attempt(writing[first : first + most], self._decode, ready, found)
+        for text, logits in ready:
+            try:
+                found += [(text, event) for event in text.choose(logits)]
+            except Exception as error:
+                found.append((text, text.fail(error)))
+        for text in active:
+            if text.reason is not None:
+                self.remove(text)
+        return found
+
+    def _attempt(
+        self,
+        texts: list[Text],
+        act: Callable[[list[Text]], list[tuple[Text, Tensor]]],
+        ready: list[tuple[Text, Tensor]],
+        found: list[tuple[Text, Event]],
+    ) -> None:
+        """`act` on all the texts; where that fails, on each alone, so that only the guilty ones end."""
+        try:
+            ready += act(texts)
+        except Exception as error:
+            if len(texts) == 1:
+                found.append((texts[0], texts[0].fail(error)))
+                return
+            for text in texts:
+                self._attempt([text], act, ready, found)
+
+    def _known(self, text: Text) -> bool:
+        """Whether some slot holds all of a text's prompt, so that nothing needs to be computed."""
+        return not text.begun and any(held.shared(text.unread) == len(text.unread) for held in self.held)
+
+    def _begin(self, text: Text) -> None:
+        """Start a text's window with what some slot, best its own, has read of it."""
+        shared = [held.shared(text.unread) for held in self.held]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot == text.slot))
+        count, held = shared[source], self.held[source]
+        if source != text.slot and count:
+            self.cache.copy(source, text.slot, count)
+        self.cache.length[text.slot] = count
+        self.held[text.slot] = Held(held.ids[:count], held.logits if count == len(held.ids) else None)
+        text.begun, text.unread = True, text.unread[count:]
+
+    def _read(self, texts: list[Text]) -> list[tuple[Text, Tensor]]:
+        """The next chunk of one text's window; its logits when that was the last."""
+        (text,) = texts
+        if not text.begun:
+            self._begin(text)
+        held = self.held[text.slot]
+        if text.unread:
+            chunk = text.unread[:CHUNK]
+            held.logits = None
+            logits = self.model.prefill(chunk, self.cache, text.slot)
+            held.ids = held.ids + chunk
+            text.unread = text.unread[CHUNK:]
+            if text.unread:
+                return []
+            held.logits = logits.float().cpu()
+        text.reading = False
+        assert held.logits is not None
+        return [(text, held.logits)]
+
+    def _decode(self, texts: list[Text]) -> list[tuple[Text, Tensor]]:
+        """The next logits of texts that are being written, all at once."""
+        rows = next(count for count in self.counts if count >= len(texts))
+        logits = self.model.decode([t.unread[0] for t in texts], self.cache, [t.slot for t in texts], rows)
+        return list(zip(texts, logits.cpu().unbind(), strict=True))
+
+
+@contextlib.contextmanager
+def dropout_off(model: GPT) -> Iterator[None]:
+    """Evaluation mode inside; the model's own mode is restored afterwards, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

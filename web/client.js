@@ -1,0 +1,415 @@
+// The page's side of the WebSocket protocol. All text from the server becomes text nodes; nothing is parsed as HTML.
+"use strict";
+
+const PARAMETERS = [
+  // field, label, least, most, step, default, help; the server checks them again
+  ["max_tokens", "Length", 1, 4096, 1, 200, "Tokens at most; about four letters each."],
+  ["temperature", "Temperature", 0, 2, 0.05, 1.3, "Higher is more surprising; 0 always takes the likeliest."],
+  ["n", "Samples", 1, 16, 1, 1, "Texts written side by side."],
+  ["top_k", "Top-k", 0, 100, 1, 50, "Choose among this many tokens; 0 for all."],
+  ["top_p", "Top-p", 0.01, 1, 0.01, 0.95, "Choose among tokens that share this probability."],
+  ["min_p", "Min-p", 0, 0.99, 0.01, 0, "Drop tokens less likely than this share of the best."],
+  ["repetition_penalty", "Repetition penalty", 0.5, 3, 0.05, 1.2, "Above 1 shuns words already used."],
+  ["keep", "Opening kept", 0, 512, 1, 0, "Tokens of the opening that stay in view of a long story."],
+];
+const PING_MS = 4 * 60 * 1000; // gateways close a connection after ten silent minutes
+const FIRST_RETRY_MS = 500;
+const LAST_RETRY_MS = 30_000;
+
+const $ = (id) => document.getElementById(id);
+
+/** One connection that comes back by itself, waiting longer after every failure. */
+class Line {
+  constructor(onState, onMessage) {
+    this.onState = onState;
+    this.onMessage = onMessage;
+    this.socket = null;
+    this.address = null;
+    this.failures = 0;
+    this.timer = null;
+    setInterval(() => this.send({ action: "ping" }), PING_MS);
+    window.addEventListener("online", () => this.retry(0));
+    document.addEventListener("visibilitychange", () => document.hidden || this.retry(0));
+  }
+
+  get open() {
+    return this.socket !== null && this.socket.readyState === WebSocket.OPEN;
+  }
+
+  connect(address) {
+    this.address = address;
+    this.failures = 0;
+    this.hangUp();
+    this.dial();
+  }
+
+  hangUp() {
+    clearTimeout(this.timer);
+    this.timer = null;
+    const socket = this.socket;
+    this.socket = null;
+    if (socket) socket.close();
+  }
+
+  dial() {
+    clearTimeout(this.timer);
+    this.timer = null;
+    let socket;
+    try {
+      socket = new WebSocket(this.address);
+    } catch (error) {
+      this.onState("refused", `This address cannot be used: ${error.message}`);
+      return;
+    }
+    this.socket = socket;
+    this.onState("dialling", "Connecting…");
+    socket.onopen = () => {
+      if (socket !== this.socket) return;
+      this.failures = 0;
+      this.onState("open", `Connected to ${new URL(this.address).host}`);
+    };
+    socket.onmessage = (event) => {
+      if (socket !== this.socket) return;
+      let message;
+      try {
+        message = JSON.parse(event.data);
+      } catch {
+        return;
+      }
+      if (message && typeof message === "object") this.onMessage(message);
+    };
+    socket.onclose = (event) => {
+      if (socket !== this.socket) return;
+      this.socket = null;
+      this.failures += 1;
+      const ceiling = Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** (this.failures - 1));
+      const delay = ceiling * (0.5 + Math.random() / 2);
+      const reason = event.reason ? ` (${event.reason})` : "";
+      this.onState("lost", `No connection${reason}; trying again in ${Math.ceil(delay / 1000)} s`);
+      this.timer = setTimeout(() => this.dial(), delay);
+    };
+  }
+
+  retry(delay) {
+    if (this.timer === null) return;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.dial(), delay);
+  }
+
+  send(message) {
+    if (!this.open) return false;
+    this.socket.send(JSON.stringify(message));
+    return true;
+  }
+}
+
+/** One request's texts on the page; puts the tokens in order and drops repeated ones. */
+class Story {
+  constructor(id, prompt, n, given) {
+    this.id = id;
+    this.prompt = prompt;
+    this.begun = performance.now();
+    this.first = null;
+    this.tokens = 0;
+    this.next = 0;
+    this.early = new Map();
+    this.given = given; // the seed as it was typed: it may have more digits than a number holds
+    this.seed = null;
+    this.pages = Array.from({ length: n }, (_, index) => this.page(index, n));
+  }
+
+  page(index, n) {
+    const article = $("page").content.firstElementChild.cloneNode(true);
+    article.querySelector("h2").textContent = n > 1 ? `Sample ${index + 1} of ${n}` : "❦";
+    if (n === 1) article.querySelector("h2").setAttribute("aria-label", "The text");
+    const text = article.querySelector(".text");
+    if (this.prompt) {
+      const given = document.createElement("span");
+      given.className = "given";
+      given.textContent = this.prompt;
+      text.append(given);
+    }
+    const node = document.createTextNode("");
+    text.append(node);
+    article.classList.add("writing");
+    article.querySelector(".continue").addEventListener("click", () => {
+      $("opening").value = this.prompt + node.data;
+      $("opening").focus();
+      $("opening").scrollTop = $("opening").scrollHeight;
+    });
+    article.querySelector(".copy").addEventListener("click", () => copy(this.prompt + node.data));
+    return { article, node, colophon: article.querySelector(".colophon") };
+  }
+
+  token(message) {
+    if (message.seq < this.next || this.early.has(message.seq)) return;
+    this.early.set(message.seq, message);
+    while (this.early.has(this.next)) {
+      const due = this.early.get(this.next);
+      this.early.delete(this.next);
+      this.next += 1;
+      this.append(due);
+    }
+  }
+
+  append(message) {
+    this.first ??= performance.now();
+    this.tokens += 1;
+    const page = this.pages[message.index];
+    if (page) page.node.appendData(String(message.text));
+  }
+
+  /** Whatever still waits for a message that was lost, then the last line of each page. */
+  end(describe) {
+    for (const seq of [...this.early.keys()].sort((a, b) => a - b)) this.append(this.early.get(seq));
+    this.early.clear();
+    this.pages.forEach((page, index) => {
+      page.article.classList.remove("writing");
+      page.colophon.textContent = describe(index);
+    });
+  }
+
+  pace(tokens) {
+    const seconds = (performance.now() - (this.first ?? this.begun)) / 1000;
+    return seconds > 0.05 && tokens > 1 ? `${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+  }
+}
+
+const REASONS = {
+  stop: "came to its end",
+  length: "full length",
+  cancelled: "stopped",
+  deadline: "the server's time was up",
+};
+
+let story = null;
+let line = null;
+
+function copy(text) {
+  const done = () => notice("Copied.");
+  if (navigator.clipboard) {
+    navigator.clipboard.writeText(text).then(done, () => notice("The browser did not allow copying."));
+    return;
+  }
+  const box = document.createElement("textarea"); // no clipboard outside secure pages
+  box.value = text;
+  document.body.append(box);
+  box.select();
+  if (document.execCommand("copy")) done();
+  box.remove();
+}
+
+function notice(text) {
+  $("notice").textContent = text;
+}
+
+function fault(text) {
+  $("fault").textContent = text;
+  $("fault").hidden = !text;
+}
+
+function busy(on) {
+  $("pages").setAttribute("aria-busy", String(on));
+  $("stop").disabled = !on;
+  $("write").disabled = on || !line.open;
+}
+
+function finish(described) {
+  if (!story) return;
+  story.end(described);
+  story = null;
+  busy(false);
+}
+
+function onState(state, text) {
+  $("link").textContent = text;
+  $("lamp").className = `lamp ${{ open: "open", dialling: "wait" }[state] ?? ""}`;
+  if (state !== "open" && story) {
+    finish(() => "The connection was lost; what was written is kept.");
+    notice("The connection was lost.");
+  }
+  busy(story !== null);
+}
+
+function onMessage(message) {
+  if (message.type === "pong") return;
+  if (!story || message.request_id !== story.id) {
+    if (message.type === "error" && message.request_id == null) fault(describeError(message.error));
+    return;
+  }
+  if (message.type === "started") {
+    story.seed = message.seed ?? null;
+    notice(message.truncated ? "Writing… (the opening was too long: its end was kept)" : "Writing…");
+  } else if (message.type === "token") {
+    story.token(message);
+  } else if (message.type === "complete") {
+    complete(message);
+  } else if (message.type === "error") {
+    fault(describeError(message.error));
+    finish(() => "An error ended this text.");
+    notice("");
+  }
+}
+
+function complete(message) {
+  const usage = message.usage ?? {};
+  const total = usage.completion_tokens ?? story.tokens;
+  const seed = story.given || (message.seed ?? story.seed);
+  const pace = message.streamed === false ? "" : story.pace(total);
+  finish((index) => {
+    const sample = message.samples?.[index];
+    const reason = sample?.finish_reason ?? message.finish_reason;
+    const parts = [REASONS[reason] ?? reason, sample && `${sample.tokens} tokens`, pace, seed != null && `seed ${seed}`];
+    return parts.filter(Boolean).join(" · ");
+  });
+  notice(`Done: ${total} tokens.`);
+}
+
+function describeError(error) {
+  return error && error.message ? String(error.message) : "The server reported an error.";
+}
+
+function values() {
+  const body = {};
+  for (const [field, , , , step] of PARAMETERS) {
+    const value = Number($(field).value);
+    body[field] = Number.isInteger(step) ? Math.round(value) : value;
+  }
+  const seed = $("seed").value.trim();
+  const stops = $("stops").value.split("\n").filter(Boolean);
+  if (stops.length) body.stop = stops;
+  return { body, seed };
+}
+
+function write(event) {
+  event?.preventDefault();
+  if (story || !$("desk").reportValidity()) return;
+  const { body, seed } = values();
+  const prompt = $("opening").value;
+  const id = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  // a seed may have 19 digits, more than a JavaScript number holds: it goes into the JSON as it was typed
+  const request = JSON.stringify({ action: "generate", request_id: id, prompt, ...body });
+  const text = seed ? `${request.slice(0, -1)},"seed":${seed.replace(/^0+(?=.)/, "")}}` : request;
+  if (!line.open) {
+    notice("There is no connection.");
+    return;
+  }
+  fault("");
+  story = new Story(id, prompt, body.n, seed);
+  $("pages").replaceChildren(...story.pages.map((page) => page.article));
+  busy(true);
+  notice("Waiting for the first word…");
+  line.socket.send(text);
+  remember();
+}
+
+function stop() {
+  if (story && line.send({ action: "stop", request_id: story.id })) notice("Stopping…");
+}
+
+function clear() {
+  stop();
+  finish(() => "");
+  $("opening").value = "";
+  $("pages").replaceChildren(blank);
+  notice("");
+  fault("");
+  $("opening").focus();
+}
+
+function buildSliders() {
+  for (const [field, label, least, most, step, usual, help] of PARAMETERS) {
+    const row = $("slider").content.firstElementChild.cloneNode(true);
+    const [range, figure] = row.querySelectorAll("input");
+    const [name, note] = [row.querySelector("label"), row.querySelector("small")];
+    name.textContent = label;
+    name.htmlFor = figure.id = field;
+    note.id = `${field}-help`;
+    note.textContent = help;
+    figure.setAttribute("aria-describedby", note.id);
+    range.setAttribute("aria-label", `${label}, slider`);
+    for (const input of [range, figure]) Object.assign(input, { min: least, max: most, step, value: usual });
+    figure.required = true;
+    range.addEventListener("input", () => (figure.value = range.value));
+    figure.addEventListener("input", () => (range.value = figure.value));
+    $("sliders").append(row);
+  }
+}
+
+function set(field, value) {
+  const input = $(field);
+  input.value = value;
+  input.dispatchEvent(new Event("input"));
+}
+
+const KEPT = "victorian-generator";
+
+function remember() {
+  try {
+    const kept = Object.fromEntries(PARAMETERS.map(([field]) => [field, $(field).value]));
+    localStorage.setItem(KEPT, JSON.stringify({ ...kept, opening: $("opening").value }));
+  } catch {
+    // private windows and files may have no storage
+  }
+}
+
+function recall() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(KEPT) ?? "{}");
+    for (const [field] of PARAMETERS) if (kept[field]) set(field, kept[field]);
+    if (typeof kept.opening === "string") $("opening").value = kept.opening;
+  } catch {
+    // nothing kept, or damaged: the defaults stand
+  }
+}
+
+/** The address typed, `?server=`, or this page's own server; http becomes ws. */
+function startAddress() {
+  const given = new URLSearchParams(location.search).get("server");
+  if (given) return given;
+  if (!location.protocol.startsWith("http")) return "";
+  return new URL("ws", location.href.split(/[?#]/)[0]).href.replace(/^http/, "ws");
+}
+
+function connect() {
+  const typed = $("server").value.trim().replace(/^http/, "ws");
+  if (!/^wss?:\/\/\S+$/.test(typed)) {
+    $("line").open = true;
+    $("server").focus();
+    onState("refused", "Give a server's address: ws://… or wss://…");
+    return;
+  }
+  const address = new URL(typed);
+  const key = $("key").value;
+  if (key) address.searchParams.set("token", key);
+  line.connect(address.href);
+}
+
+const blank = $("blank");
+buildSliders();
+recall();
+line = new Line(onState, onMessage);
+$("desk").addEventListener("submit", write);
+$("stop").addEventListener("click", stop);
+$("clear").addEventListener("click", clear);
+$("connect").addEventListener("click", connect);
+$("reset").addEventListener("click", () => {
+  for (const [field, , , , , usual] of PARAMETERS) set(field, usual);
+  $("seed").value = $("stops").value = "";
+});
+for (const id of ["server", "key"]) {
+  $(id).addEventListener("keydown", (event) => {
+    if (event.key === "Enter") {
+      event.preventDefault();
+      connect();
+    }
+  });
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) write(event);
+});
+if (matchMedia("(max-width: 61.99rem)").matches) $("settings").open = false;
+$("server").value = startAddress();
+if ($("server").value) connect();
+else onState("refused", "Give a server's address below");
