@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint format app api soak clean local-aws aws-validate aws-package aws-deploy aws-delete
 

@@ -195,6 +195,7 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path: Path) -> None:
 def test_only_leftovers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
     kept = ["best", "last.tmp-1", "last-000001", "other.tmp-99999999", "last.tmp-x", "last.old-1"]
     gone = [f"last.tmp-{DEAD}", f"last-000007.tmp-{DEAD}", f"last-000001.old-{DEAD}", f"last.tmp-{os.getpid()}"]
+    gone.append(f"last-000001.tmp-{os.getpid()}")
     for name in [*kept, *gone]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
