@@ -129,11 +129,10 @@ class Metrics:
         return generate_latest(self.registry)
 
     def ended(self, run: Run) -> None:
-        """Note a run's times."""
-        if run.first_s is not None:
-            self.first.observe(run.first_s)
+        """Note how fast a run was."""
+        if run.first_s is not None and run.tokens > 1:
             rest = time.monotonic() - run.begun - run.first_s
-            if run.tokens > 1 and rest > 0:
+            if rest > 0:
                 self.speed.observe((run.tokens - 1) / rest)
 
 
@@ -224,7 +223,7 @@ class Service:
             raise shutting_down() from None
         except ValueError as error:
             raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from None
-        run = Run(job, params, request_id, prompt, on_end=self._ended)
+        run = Run(job, params, request_id, on_first=self.metrics.first.observe, on_end=self._ended)
         self.runs.add(run)
         return run
 

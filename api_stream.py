@@ -39,7 +39,7 @@ class Run:
     job: Job
     params: GenerationParams
     request_id: str
-    prompt: str | list[int] = ""
+    on_first: Callable[[float], None] = lambda seconds: None
     on_end: Callable[[Run], None] = lambda run: None
     begun: float = field(default_factory=time.monotonic)
     first_s: float | None = None
@@ -60,6 +60,7 @@ class Run:
             if event.kind == "token":
                 if self.first_s is None:
                     self.first_s = time.monotonic() - self.begun
+                    self.on_first(self.first_s)
                 if event.token_id is not None:
                     self.tokens += 1
                     self.counts[event.index] += 1

@@ -90,6 +90,10 @@ class Task(Protocol):
     def size(self) -> int:
         """Bytes, about."""
 
+    @property
+    def place(self) -> str:
+        """Where it comes from, for messages."""
+
     def read(self, options: Options) -> Iterator[Piece]:
         """Its pieces in order. Raises DocumentError."""
 
@@ -130,6 +134,10 @@ class TextPart:
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
 
     def read(self, options: Options) -> Iterator[Piece]:
         with self.path.open("rb") as file:
@@ -202,6 +210,10 @@ class LinesPart:
     def size(self) -> int:
         return self.stop - self.start
 
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
     def read(self, options: Options) -> Iterator[Piece]:
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -244,7 +256,10 @@ class LinesFile:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A `.parquet` file, read by this process a few rows at a time and cleaned by the workers."""
+    """A `.parquet` file, read by this process a few rows at a time and cleaned by the workers.
+
+    Takes about two row groups of memory: what is compressed together must be unpacked together.
+    """
 
     name: str
     path: Path
@@ -258,7 +273,8 @@ class TableFile:
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as table:
-            for batch in table.iter_batches(batch_size=64, columns=[FIELD], use_threads=False):
+            rows = max(1, min(1024, PIECE * self.documents // max(self.size, 1)))
+            for batch in table.iter_batches(batch_size=rows, columns=[FIELD], use_threads=False):
                 for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     yield Row(first, f"{self.path}, row {first}", data or b"")
                     first += 1
@@ -439,7 +455,7 @@ def _inspect_table(path: Path, name: str) -> TableFile | str:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            fields, rows = table.schema_arrow, table.metadata.num_rows
+            fields, facts = table.schema_arrow, table.metadata
     except pyarrow.ArrowInvalid as error:
         return f"{path}: not a parquet file ({str(error).splitlines()[0]})"
     if FIELD not in fields.names:
@@ -447,7 +463,8 @@ def _inspect_table(path: Path, name: str) -> TableFile | str:
     kind = fields.field(FIELD).type
     if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
         return f"{path}: field '{FIELD}' holds {kind}, not text"
-    return TableFile(name, path, path.stat().st_size, rows)
+    size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
+    return TableFile(name, path, size, facts.num_rows)
 
 
 def _field(line: bytes, place: str, offset: int) -> bytes:

@@ -508,16 +508,21 @@ def write(argv: list[str]) -> int:
     return write_once(pen, args, prompt, params, folder)
 
 
+def write_while_read(argv: list[str]) -> int:
+    """`write`, ended without a complaint when whoever reads the text has had enough (`| head`)."""
+    try:
+        return write(argv)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
         parse_flags(GenerateArgs, words)
-    try:
-        return run_main(lambda: write(words))
-    except BrokenPipeError:  # whoever read the text has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run_main(lambda: write_while_read(words))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,12 @@ class TiedHead(nn.Module):
         return F.linear(x, self.weight)
 
 
+def embedding(rows: int, channels: int) -> nn.Embedding:
+    """A table of `rows`; without numbers to draw on the meta device, where that alone loads torch's compiler (1.6 s)."""
+    weight = torch.empty(rows, channels)
+    return nn.Embedding(rows, channels, _weight=weight if weight.is_meta else None)
+
+
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, pre-norm blocks, a final LayerNorm and a (tied) head."""
 
@@ -230,9 +236,9 @@ class GPT(nn.Module):
         if not config.vocab_size:
             raise ValueError("vocab_size 0: set it to the tokenizer's size before the model is built")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.wpe = embedding(config.block_size, config.n_embd)
         else:
             self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))

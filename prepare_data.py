@@ -32,7 +32,7 @@ from pydantic import Field
 from config import ROOT, ConfigError, DataConfig, flag_value, load_config, parse_flags, run_main
 from documents import SUFFIXES, Corpus, DocumentError, File, Options, Task, find, inspect
 from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, write_whole
-from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from tokenizer import Tokenizer, TokenizerError, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from workers import Pool, Progress
 
 __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
@@ -86,7 +86,7 @@ def choose_validation(corpus: Corpus, fraction: float) -> np.ndarray:
     At least one document, and never all; none where there is only one document, which is split by position instead.
     """
     chosen = np.zeros(corpus.documents, dtype=bool)
-    if any(file.split for file in corpus.files):
+    if any(file.split == "val" for file in corpus.files):
         first = 0
         for file in corpus.files:
             chosen[first : first + file.documents] = file.split == "val"
@@ -116,8 +116,9 @@ def encode(
 ) -> Encoded:
     """The tokens of `tasks`, end-of-text after each document. Runs in a worker.
 
-    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. chosen: of their documents, from the first on, those that validate.
-    cut: where training ends, in characters from the first task's begin, when one document is split by position.
+    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. chosen: of their documents, from the first on,
+    those that validate. cut: where training ends, in characters from the first task's begin, when one document is split
+    by position. Raises DocumentError for a text that cannot be read or holds characters the tokenizer lacks.
     """
     coder = _tokenizer(*tokenizer)
     end = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
@@ -135,7 +136,10 @@ def encode(
                 pairs = [("train", piece.text[:at]), ("val", piece.text[at:])]
             for name, text in pairs:
                 if text:
-                    parts[name].append(coder.encode_array(text))
+                    try:
+                        parts[name].append(coder.encode_array(text))
+                    except TokenizerError as error:
+                        raise DocumentError(f"{task.place}: {error}") from None
                     made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
             if piece.text and piece.last:
                 parts[pairs[-1][0]].append(end)
@@ -151,7 +155,11 @@ def measure(tasks: list[Task], options: Options) -> int:
 
 def alphabet(tasks: list[Task], options: Options) -> str:
     """The distinct characters of the clean text of `tasks`, in order."""
-    return "".join(sorted(set().union(*(piece.text for task in tasks for piece in task.read(options)))))
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for task in tasks:
+        for piece in task.read(options):
+            seen[np.frombuffer(piece.text.encode("utf-32-le"), dtype="<u4")] = True
+    return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
 @lru_cache(maxsize=1)
@@ -219,7 +227,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         state = _state(part, identity)
         tokenizer = load_tokenizer(part) if state else _tokenizer_for(flags, work, pool, part)
         if not state:
-            state = {"identity": identity, "batches": 0, "counts": {}, "train": {}, "val": {}}
+            state = _start(identity)
             write_whole(part / STATE, json.dumps(state))
         writers, cleaning = _write_shards(pool, work, flags, tokenizer, part, state)
         source = Source(name=corpus.name, documents=corpus.documents, settings=settings, identity=identity)
@@ -296,7 +304,11 @@ def _refuse_foreign(out: Path) -> None:
     """Refuse to replace what this program did not write."""
     if out.exists() and not out.is_dir():
         raise ConfigError([f"--out {out} is a file: give a folder"])
-    foreign = [path.name for path in out.iterdir() if not OURS.fullmatch(path.name)] if out.exists() else []
+    foreign = (
+        [path.name for path in out.iterdir() if not OURS.fullmatch(path.name) and path.name[0] != "."]
+        if out.exists()
+        else []
+    )
     if foreign:
         raise ConfigError(
             [f"--out {out} holds {foreign[0]}, which is no prepared data: give another --out, or move it away"]
@@ -400,10 +412,17 @@ def _state(part: Path, identity: str) -> dict[str, Any]:
     return {}
 
 
+def _start(identity: str) -> dict[str, Any]:
+    empty = {"shards": [], "bytes": 0, "documents": 0, "open_tokens": 0, "max_id": -1}
+    return {"identity": identity, "batches": 0, "counts": {}, "train": empty, "val": empty}
+
+
 def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> Tokenizer:
     """The tokenizer that `flags` ask for, saved in `part`. A new vocabulary is learned from the training text alone."""
     if flags.tokenizer_from:
         tokenizer = load_tokenizer(flags.tokenizer_from)
+        if tokenizer.eot is None and work.corpus.documents > 1:
+            print("this tokenizer has no end-of-text: the documents follow each other unmarked", file=sys.stderr)
     elif flags.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     elif flags.tokenizer == "bpe":
@@ -425,8 +444,12 @@ def _write_shards(
     writers: dict[str, ShardWriter] = {
         name: ShardWriter(part, name, flags.shard_tokens, tokenizer.dtype) for name in SPLITS
     }
-    for name, writer in writers.items():
-        writer.restore(state[name])
+    try:
+        for name, writer in writers.items():
+            writer.restore(state[name])
+    except OSError as error:
+        print(f"{part}: {error}: starting anew", file=sys.stderr)
+        return _write_shards(pool, work, flags, tokenizer, part, _start(state["identity"]))
     counts = Counter(state["counts"])
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
     remaining = work.batches()

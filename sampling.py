@@ -116,7 +116,7 @@ def candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None = N
     """(logits [M], ids [M]) of the tokens that may be drawn from logits [N], after temperature; greedy leaves one.
 
     The same set and the same values as transformers' processors in the order repetition penalty, temperature, top-k,
-    top-p, min-p, ties included. Raises LogitsError where the logits hold NaN or plus infinity. With top_k the vocabulary is passed over once, and the rest works on k numbers.
+    top-p, min-p; of equal logits at the edge of top-p those with larger ids stay (there it is left open). Raises LogitsError where the logits hold NaN or plus infinity. With top_k the vocabulary is passed over once, and the rest works on k numbers.
     """
     logits = penalised(logits, params.repetition_penalty, seen)
     N = len(logits)

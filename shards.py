@@ -171,6 +171,7 @@ class ShardWriter:
         """Go back to `state`: what was written after it is dropped. Raises OSError where the files are not there."""
         for name, value in state.items():
             setattr(self, name, value)
+        self.shards = list(self.shards)
         self._digest = hashlib.sha256()
         for shard in self.shards:
             if (self.folder / shard["file"]).stat().st_size != shard["tokens"] * self.dtype.itemsize:

@@ -353,7 +353,7 @@ def test_sigterm_under_load_cuts_no_answer_short(folder: Path, tmp_path: Path) -
         async def load() -> list[tuple[str, dict[str, Any]]]:
             async with asyncio.timeout(40):
                 tasks = [asyncio.create_task(one(number)) for number in range(40)]
-                while await asyncio.to_thread(server.metric, "vlg_first_token_seconds_count") < 3:
+                while await asyncio.to_thread(server.metric, "vlg_finished_total") < 3:
                     await asyncio.sleep(0.02)
                 server.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.3)

@@ -166,6 +166,12 @@ class Tab:
         self.button("Continue").wait_for()
         return self
 
+    def settled(self) -> Tab:
+        """Until nothing on the page belongs to a former run of the script."""
+        self.page.wait_for_timeout(200)
+        self.until(lambda: self.page.locator("[data-stale=true]").count() == 0)
+        return self
+
     def slider(self, name: str, *keys: str) -> Tab:
         handle = self.page.get_by_role("slider", name=name)
         for key in keys:
@@ -216,8 +222,7 @@ def test_typing_survives_sliders_reruns_and_a_reload(tab: Tab) -> None:
     tab.write("My own words")
     tab.story.press_sequentially(", more of them", delay=5)
     tab.slider("Temperature", "ArrowRight", "ArrowRight")
-    tab.until(lambda: "1.10" in tab.page.get_by_role("slider", name="Temperature").inner_text() or True)
-    tab.page.wait_for_timeout(800)
+    tab.settled()
     assert tab.text() == "My own words, more of them"
     tab.page.reload()
     tab.idle()
@@ -303,6 +308,7 @@ def test_look_inside_and_go_on_from_another_word(tab: Tab) -> None:
     assert tab.page.locator(".alternative").count() == 10
     tab.page.locator(".glass").press("ArrowRight")
     tab.until(lambda: tab.page.locator(".token").nth(5).get_attribute("aria-selected") == "true")
+    tab.settled()
     word = re.sub(r"[ ◂]+$", "", str(tab.page.locator(".alternative b").nth(1).text_content()))
     word = word.replace("␣", " ").replace("⏎", "\n")
     tab.page.get_by_role("button", name="Take this").nth(1).click()

@@ -202,6 +202,8 @@ def test_a_sources_own_split_is_kept(texts: Path) -> None:
     files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
     chosen = prepare_data.choose_validation(documents.Corpus("x", files), 0.9)
     assert chosen.tolist() == [False, True, True, False]
+    files = [dataclasses.replace(file, split="train") for file in files]
+    assert prepare_data.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
@@ -308,10 +310,14 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
         assert hashes(out) == now
 
 
-def test_a_tokenizer_can_be_taken_over(texts: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_can_be_taken_over(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--input", texts / "more", "--vocab-size", 400, "--out", tmp_path / "first")
     run("--input", texts, "--tokenizer-from", tmp_path / "first", "--out", tmp_path / "second")
     assert Manifest.load(tmp_path / "second").tokenizer == Manifest.load(tmp_path / "first").tokenizer
+    run("--input", texts / "s02.txt", "--tokenizer", "char", "--out", tmp_path / "few")
+    assert run("--input", texts, "--tokenizer-from", tmp_path / "few", "--out", tmp_path / "unknown") == 1
+    shown = capsys.readouterr().err
+    assert "no end-of-text" in shown and re.search(r"s\d\d\.txt: characters? outside this tokenizer's alphabet", shown)
 
 
 def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +400,16 @@ def test_an_interrupted_preparation_of_other_texts_is_not_gone_on_with(texts: Pa
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert (tmp_path / ".out.part" / "state.json").is_file()
     (texts / "s04.txt").write_text("Changed.", encoding="utf-8")
+    run("--input", texts, *common, "--out", out)
+    run("--input", texts, *common, "--out", tmp_path / "fresh")
+    assert hashes(out) == hashes(tmp_path / "fresh")
+
+
+def test_an_interrupted_preparation_whose_files_were_altered_starts_anew(texts: Path, tmp_path: Path) -> None:
+    out, common = tmp_path / "out", ["--tokenizer", "char", "--workers", "1", "--shard-tokens", "1024"]
+    command = [sys.executable, "-c", INTERRUPTED, "25", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    (tmp_path / ".out.part" / "train_000001.bin").write_bytes(b"?")
     run("--input", texts, *common, "--out", out)
     run("--input", texts, *common, "--out", tmp_path / "fresh")
     assert hashes(out) == hashes(tmp_path / "fresh")

@@ -1,0 +1,48 @@
+"""A place to write: the model's words on a page of your own, in the browser.
+
+streamlit run app.py                                            # with the newest model under runs/ or models/
+streamlit run app.py -- --model runs/sample/best
+streamlit run app.py -- --server http://127.0.0.1:8000          # or wss://… for a gateway; a key comes from VLG_KEY
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+HERE = Path(__file__).resolve().parent
+PAGES = (
+    ("write", "Write", ":material/edit_note:"),
+    ("inside", "Look inside", ":material/visibility:"),
+    ("compare", "Compare", ":material/view_column_2:"),
+    ("history", "History", ":material/auto_stories:"),
+    ("statistics", "Statistics", ":material/bar_chart:"),
+    ("training", "Training", ":material/model_training:"),
+    ("model", "Model", ":material/deployed_code:"),
+)
+
+
+def main() -> None:
+    """Draw the page that is open."""
+    from config import ConfigError
+    from ui import state
+    from ui.history import HistoryError
+
+    st.set_page_config(page_title="Victorian Literature Generator", page_icon=HERE / "ui" / "icon.svg", layout="wide")
+    st.html(HERE / "ui" / "look.css")
+    try:
+        state.flags()
+        state.desks()
+    except (ConfigError, HistoryError) as error:
+        st.error("The app cannot start with these settings.")
+        st.text(str(error))
+        st.stop()
+    pages = [
+        st.Page(HERE / "ui" / "pages" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "write")
+        for name, title, icon in PAGES
+    ]
+    st.navigation(pages, position="top").run()
+
+
+main()

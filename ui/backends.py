@@ -1,0 +1,384 @@
+"""Where the words come from: an engine in this process, a server's URL, or a WebSocket gateway; one interface.
+
+    >>> backend = connect(Place("server", "http://127.0.0.1:8000"))
+    >>> for update in backend.write("The fog", GenerationParams(max_tokens=20)):
+    ...     print(update.text, end="")
+
+`api.py`'s `/ws` and the gateway in front of SageMaker speak the same protocol, so one class streams from both.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from config import GenerationParams
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+CONNECT_S = 5.0
+SILENCE_S = 120.0  # a server that says nothing for this long has gone
+
+
+class BackendError(RuntimeError):
+    """The request was refused or cannot be answered; the message says why and what to do."""
+
+
+class BackendLost(BackendError):
+    """The connection broke; the same request may succeed once the server is back."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a backend is made from. `where`: a model folder, an http(s) URL, or a ws(s) URL."""
+
+    kind: Literal["local", "server", "gateway"]
+    where: str
+    key: str = ""
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of a text: `started`, then `text` pieces of sample `index`, then `ended` once for each sample."""
+
+    kind: Literal["started", "text", "ended"]
+    index: int = 0
+    text: str = ""
+    tokens: int = 0
+    seed: int | None = None
+    prompt_tokens: int | None = None
+    truncated: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that could stand at a place, with its probability."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of a text: where it begins (characters), how likely it was, its rank, what else was likely."""
+
+    text: str
+    start: int
+    probability: float | None
+    rank: int | None
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much of a text the model sees: its tokens, the context, the first visible character; `exact` or estimated."""
+
+    tokens: int
+    context: int
+    start: int
+    exact: bool = True
+
+
+class Writing(Protocol):
+    """A text being written: iterate over its updates; `cancel` from any thread ends it soon."""
+
+    def __iter__(self) -> Iterator[Update]: ...
+    def cancel(self) -> None: ...
+
+
+class Backend(Protocol):
+    """What the pages need of a model, wherever it is."""
+
+    place: Place
+    name: str
+
+    def write(self, prompt: str, params: GenerationParams) -> Writing: ...
+    def score(self, text: str, top: int = 10) -> list[Scored]: ...
+    def seen(self, text: str, params: GenerationParams) -> Seen | None: ...
+    def alive(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class LocalWriting:
+    """A job of the engine as updates."""
+
+    def __init__(self, job: Any):
+        self.job = job
+
+    def cancel(self) -> None:
+        self.job.cancel()
+
+    def __iter__(self) -> Iterator[Update]:
+        job = self.job
+        yield Update("started", seed=job.seed, prompt_tokens=job.prompt_tokens, truncated=bool(job.truncated))
+        for event in job:
+            if event.kind == "token":
+                yield Update("text", event.index, event.text, tokens=int(event.token_id is not None))
+            elif event.kind == "done":
+                if event.text or event.token_id is not None:
+                    yield Update("text", event.index, event.text, tokens=int(event.token_id is not None))
+                yield Update("ended", event.index, reason=event.finish_reason or "")
+            elif event.kind == "error":
+                raise BackendError(event.message or "the model failed")
+
+
+class LocalBackend:
+    """An engine in this process."""
+
+    def __init__(self, place: Place, engine: Engine):
+        self.place, self.engine, self.name = place, engine, engine.name
+
+    def write(self, prompt: str, params: GenerationParams) -> Writing:
+        try:
+            return LocalWriting(self.engine.submit(prompt, params))
+        except (ValueError, RuntimeError) as error:
+            raise BackendError(str(error)) from None
+
+    def score(self, text: str, top: int = 10) -> list[Scored]:
+        import math
+
+        def share(logprob: float | None) -> float | None:
+            return None if logprob is None else math.exp(logprob)
+
+        try:
+            scores = self.engine.score(text, top)
+        except (ValueError, RuntimeError) as error:
+            raise BackendError(str(error)) from None
+        return [
+            Scored(
+                token.text,
+                token.start,
+                share(token.logprob),
+                token.rank,
+                tuple(Alternative(word, math.exp(logprob)) for _, word, logprob in token.top),
+            )
+            for token in scores
+        ]
+
+    def seen(self, text: str, params: GenerationParams) -> Seen | None:
+        from generate import prompt_window
+
+        tokenizer, context = self.engine.tokenizer, self.engine.context
+        try:
+            ids = tokenizer.encode(text)
+        except ValueError:
+            return None
+        kept, cut = prompt_window(ids, context, params)
+        newest = len(kept) - min(params.keep, len(kept) - 1) if cut else len(ids)
+        start = len(text) - len(tokenizer.decode(ids[-newest:])) if cut else 0
+        return Seen(len(ids), context, max(0, start))
+
+    def alive(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.engine.close(timeout=5.0, finish=False)
+
+
+class SocketWriting:
+    """One request over a WebSocket of its own."""
+
+    def __init__(self, url: str, headers: dict[str, str], prompt: str, params: GenerationParams):
+        from websockets.exceptions import InvalidHandshake, InvalidURI
+        from websockets.sync.client import connect
+
+        self.id = uuid.uuid4().hex
+        self.cancelled = threading.Event()
+        self.n = params.n
+        body = {name: value for name, value in params.model_dump(mode="json").items() if value is not None}
+        try:
+            self.socket = connect(url, additional_headers=headers, open_timeout=CONNECT_S, max_size=None)
+        except InvalidURI:
+            raise BackendError(f"{url}: not a WebSocket address: it begins with ws:// or wss://") from None
+        except InvalidHandshake as error:
+            raise refused(url, error) from None
+        except (OSError, TimeoutError) as error:
+            raise BackendLost(f"{url}: cannot be reached ({reason(error)})") from None
+        self._send({"action": "generate", "request_id": self.id, "prompt": prompt, **body})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            self.socket.send(json.dumps(message))
+        except (ConnectionClosed, OSError) as error:
+            raise BackendLost(f"the connection to the server broke ({reason(error)})") from None
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        try:
+            self._send({"action": "stop", "request_id": self.id})
+        except BackendLost:
+            return
+
+    def __iter__(self) -> Iterator[Update]:
+        from websockets.exceptions import ConnectionClosed
+
+        open_samples = set(range(self.n))
+        try:
+            while True:
+                try:
+                    message = json.loads(self.socket.recv(timeout=5.0 if self.cancelled.is_set() else SILENCE_S))
+                except TimeoutError:
+                    if self.cancelled.is_set():
+                        return
+                    raise BackendLost("the server fell silent") from None
+                except (ConnectionClosed, OSError) as error:
+                    if self.cancelled.is_set():
+                        return
+                    raise BackendLost(f"the connection to the server broke ({reason(error)})") from None
+                if message.get("request_id") not in (self.id, None):
+                    continue
+                kind = message.get("type")
+                if kind == "started":
+                    yield Update(
+                        "started",
+                        seed=message.get("seed"),
+                        prompt_tokens=message.get("prompt_tokens"),
+                        truncated=bool(message.get("truncated")),
+                    )
+                elif kind == "token":
+                    yield Update("text", message.get("index", 0), message.get("text", ""), tokens=1)
+                elif kind == "complete":
+                    for sample in message.get("samples") or ():
+                        open_samples.discard(sample["index"])
+                        yield Update(
+                            "ended", sample["index"], tokens=sample.get("tokens", 0), reason=sample["finish_reason"]
+                        )
+                    for index in sorted(open_samples):
+                        yield Update("ended", index, reason=message.get("finish_reason") or "")
+                    return
+                elif kind == "error":
+                    raise failure(message.get("error") or {})
+        finally:
+            self.socket.close()
+
+
+class RemoteBackend:
+    """A server's `/ws`, `/health` and `/v1/score`; of a gateway, only its WebSocket."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        url = place.where.rstrip("/")
+        self.gateway = place.kind == "gateway"
+        self.socket_url = place.where if self.gateway else "ws" + url.removeprefix("http") + "/ws"
+        self.http_url = "" if self.gateway else url
+        self.headers = {"Authorization": f"Bearer {place.key}"} if place.key else {}
+        self.name = url.split("//")[-1].split("?")[0]
+        self.context: int | None = None
+        self.characters_a_token = 4.0
+        if not self.gateway:
+            health = self._http("GET", "/health")
+            self.name, self.context = health["model"], health["context"]
+
+    def _http(self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
+        import httpx
+
+        try:
+            limits = httpx.Timeout(timeout, connect=CONNECT_S)
+            answer = httpx.request(method, self.http_url + path, json=body, headers=self.headers, timeout=limits)
+        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise BackendLost(f"{self.http_url}: cannot be reached ({reason(error)})") from None
+        try:
+            content = answer.json()
+        except ValueError:
+            raise BackendError(f"{self.http_url}{path}: answered {answer.status_code}, not in JSON") from None
+        if answer.is_error:
+            raise failure(content.get("error") or {}, answer.status_code)
+        return content
+
+    def write(self, prompt: str, params: GenerationParams) -> Writing:
+        return Measured(self, SocketWriting(self.socket_url, self.headers, prompt, params), len(prompt))
+
+    def score(self, text: str, top: int = 10) -> list[Scored]:
+        if self.gateway:
+            raise BackendError("a gateway only writes; to look inside, choose a model folder or a server")
+        return [
+            Scored(
+                token["text"],
+                token["start"],
+                token["probability"],
+                token["rank"],
+                tuple(Alternative(other["text"], other["probability"]) for other in token["top"]),
+            )
+            for token in self._http("POST", "/v1/score", {"text": text, "top": top})["tokens"]
+        ]
+
+    def seen(self, text: str, params: GenerationParams) -> Seen | None:
+        if self.context is None:
+            return None
+        room = self.context - min(params.max_tokens, self.context // 4) - params.keep
+        start = max(0, len(text) - round(max(1, room) * self.characters_a_token))
+        return Seen(round(len(text) / self.characters_a_token), self.context, start, exact=False)
+
+    def alive(self) -> bool:
+        if self.gateway:
+            return True
+        try:
+            self._http("GET", "/health", timeout=CONNECT_S)
+        except BackendError:
+            return False
+        return True
+
+    def close(self) -> None:
+        return
+
+
+class Measured:
+    """A writing that tells its backend how many characters a token of the prompt had."""
+
+    def __init__(self, backend: RemoteBackend, inner: SocketWriting, characters: int):
+        self.backend, self.inner, self.characters = backend, inner, characters
+
+    def cancel(self) -> None:
+        self.inner.cancel()
+
+    def __iter__(self) -> Iterator[Update]:
+        for update in self.inner:
+            if update.kind == "started" and update.prompt_tokens and not update.truncated and self.characters > 20:
+                self.backend.characters_a_token = self.characters / update.prompt_tokens
+            yield update
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def refused(url: str, error: Exception) -> BackendError:
+    """A handshake that was answered, but not with a WebSocket."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return BackendError(f"{url}: the key was not accepted: give the right one")
+    if status is not None and status >= 500:
+        return BackendLost(f"{url}: answered {status}")
+    return BackendError(f"{url}: no WebSocket there (answered {status or reason(error)})")
+
+
+def failure(error: dict[str, Any], status: int | None = None) -> BackendError:
+    """The server's error object as an exception; one that passes with time is a BackendLost."""
+    message = error.get("message") or f"the server answered {status}"
+    if error.get("type") == "unavailable_error" or status == 503:
+        return BackendLost(message)
+    return BackendError(message)
+
+
+def connect(place: Place) -> Backend:
+    """The backend of a place. Raises BackendError (or what loading a model raises) with a remedy."""
+    if place.kind == "local":
+        from engine import Engine
+
+        return LocalBackend(place, Engine.load(Path(place.where), dtype=place.dtype))
+    if place.kind == "server" and not place.where.startswith(("http://", "https://")):
+        raise BackendError(f"{place.where}: a server's address begins with http:// or https://")
+    if place.kind == "gateway" and not place.where.startswith(("ws://", "wss://")):
+        raise BackendError(f"{place.where}: a gateway's address begins with ws:// or wss://")
+    return RemoteBackend(place)

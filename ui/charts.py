@@ -1,0 +1,148 @@
+"""Charts of training runs and of what was written, in Altair; Streamlit's theme gives fonts and colours.
+
+>>> st.altair_chart(loss_chart(frame), alt="loss")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import altair as alt
+    import pandas as pd
+
+CURVES = {
+    "lr": ("Learning rate", ".2e"),
+    "grad_norm": ("Gradient norm", ".3f"),
+    "tokens_per_s": ("Tokens a second", ",.0f"),
+    "val_bpb": ("Validation, bits a byte", ".3f"),
+    "mfu": ("Share of the peak (MFU)", ".1%"),
+}
+AXES = {"step": "step", "tokens": "tokens seen", "minutes": "minutes"}
+HEIGHT = 340
+
+
+def run_frame(rows_by_run: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    """The logged rows of several runs as one table, a column `run` in front and `minutes` added."""
+    import pandas as pd
+
+    frames = []
+    for name, rows in rows_by_run.items():
+        frame = pd.DataFrame(rows)
+        frame.insert(0, "run", name)
+        frames.append(frame)
+    whole = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"run": []})
+    if "elapsed_s" in whole:
+        whole["minutes"] = whole["elapsed_s"] / 60
+    return whole
+
+
+def thinned(frame: pd.DataFrame, most: int = 1500) -> pd.DataFrame:
+    """At most `most` rows a run, evenly taken; the browser draws no more than it can show."""
+    parts = [part.iloc[:: max(1, -(-len(part) // most))] for _, part in frame.groupby("run", sort=False)]
+    import pandas as pd
+
+    return pd.concat(parts, ignore_index=True) if parts else frame
+
+
+def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> Any:
+    """Training loss as thin lines, validation loss as thick ones with points; one colour a run."""
+    import altair as alt
+    import pandas as pd
+
+    kinds = {"train_loss": "training", "val_loss": "validation"}
+    have = [name for name in kinds if name in frame]
+    parts = []
+    for name in have:
+        part = frame.dropna(subset=[name])[["run", x, name]].rename(columns={name: "loss"})
+        part["kind"] = kinds[name]
+        parts.append(thinned(part))
+    long = pd.concat(parts, ignore_index=True)
+    several = frame["run"].nunique() > 1
+    color = (
+        alt.Color("run:N", title=None) if several else alt.Color("kind:N", title=None, sort=["validation", "training"])
+    )
+    base = alt.Chart(long).encode(
+        x=alt.X(f"{x}:Q", title=AXES[x]),
+        y=alt.Y("loss:Q", title="loss (nats a token)", scale=alt.Scale(zero=False, type="log" if log else "linear")),
+        color=color,
+        tooltip=["run", "kind", alt.Tooltip(f"{x}:Q", format=",.6~g"), alt.Tooltip("loss:Q", format=".4f")],
+    )
+    train = base.transform_filter("datum.kind == 'training'").mark_line(strokeWidth=1.2, opacity=0.75)
+    val = base.transform_filter("datum.kind == 'validation'").mark_line(
+        strokeWidth=2.2, point=alt.OverlayMarkDef(size=36)
+    )
+    return alt.layer(train, val).properties(height=HEIGHT)
+
+
+def curve_chart(frame: pd.DataFrame, column: str, *, x: str = "step") -> alt.Chart:
+    """One logged quantity, a line a run."""
+    import altair as alt
+
+    title, form = CURVES[column]
+    part = thinned(frame.dropna(subset=[column])[["run", x, column]])
+    return (
+        alt.Chart(part)
+        .mark_line(strokeWidth=1.6)
+        .encode(
+            x=alt.X(f"{x}:Q", title=AXES[x]),
+            y=alt.Y(f"{column}:Q", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color("run:N", legend=None),
+            tooltip=[
+                "run",
+                alt.Tooltip(f"{x}:Q", format=",.6~g"),
+                alt.Tooltip(f"{column}:Q", format=form, title=title),
+            ],
+        )
+        .properties(height=190, title=title)
+    )
+
+
+def bars(frame: pd.DataFrame, x: str, y: str, *, title: str, kind: str = "N", y_title: str = "") -> alt.Chart:
+    """A bar for each value of `x`."""
+    import altair as alt
+
+    return (
+        alt.Chart(frame)
+        .mark_bar(cornerRadiusEnd=3)
+        .encode(
+            x=alt.X(f"{x}:{kind}", title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y(f"{y}:Q", title=y_title or None),
+            tooltip=list(frame.columns),
+        )
+        .properties(height=220, title=title)
+    )
+
+
+def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: int = 24) -> alt.Chart:
+    """How often which values occur, one colour a model."""
+    import altair as alt
+
+    return (
+        alt.Chart(frame.dropna(subset=[column]))
+        .mark_bar(cornerRadiusEnd=2)
+        .encode(
+            x=alt.X(f"{column}:Q", bin=alt.Bin(maxbins=bins), title=axis),
+            y=alt.Y("count():Q", title="passages"),
+            color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom")),
+            tooltip=["model", "count()"],
+        )
+        .properties(height=220, title=title)
+    )
+
+
+def scatter(frame: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str) -> alt.Chart:
+    """A point a passage."""
+    import altair as alt
+
+    return (
+        alt.Chart(frame.dropna(subset=[x, y]))
+        .mark_circle(size=46, opacity=0.6)
+        .encode(
+            x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False)),
+            color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom")),
+            tooltip=["model", alt.Tooltip(f"{x}:Q", format=".2f"), alt.Tooltip(f"{y}:Q", format=".3f")],
+        )
+        .properties(height=240, title=title)
+    )

@@ -1,0 +1,72 @@
+"""The sheet of paper on the Write page, as a Streamlit component: `sheet(desk.live(), key="sheet", ...)`.
+
+The writer types in the browser; the text comes here after a pause in typing and whenever the field is left, tagged with
+the revision it is an edit of. Keyboard commands arrive as the trigger `command`: continue, retry, stop, undo, redo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from ui.desk import Live
+
+HERE = Path(__file__).parent
+CSS = (HERE / "editor.css").read_text("utf-8")
+JS = (HERE / "editor.js").read_text("utf-8")
+HTML = """
+<div class="sheet">
+  <input class="title" aria-label="Title" placeholder="Untitled" maxlength="200" autocomplete="off">
+  <div class="page">
+    <div class="mirror" aria-hidden="true"></div>
+    <textarea class="ink" spellcheck="false" rows="1" autocapitalize="sentences"></textarea>
+  </div>
+  <div class="said" role="status" aria-live="polite"></div>
+</div>
+"""
+PLACEHOLDER = "Write the first words here, or take one of the openings below. The model goes on from them."
+
+
+@st.cache_resource(show_spinner=False)
+def _component() -> Any:
+    return st.components.v2.component("story_sheet", html=HTML, css=CSS, js=JS)
+
+
+def sheet(
+    live: Live,
+    *,
+    rev: str,
+    key: str,
+    title: str,
+    seen: int,
+    focus: str,
+    on_edit: Callable[[], None],
+    on_title: Callable[[], None],
+    on_command: Callable[[], None],
+) -> None:
+    """Show a story. `rev`: a name for the text as Python last changed it; `seen`: the first character the model still reads; `focus`: a new value moves the caret there.
+
+    The callbacks read `st.session_state[key]`: `.edit` ({"rev", "text"}), `.title`, `.command`.
+    """
+    component = _component()
+    component(
+        key=key,
+        data={
+            "text": live.text,
+            "rev": rev,
+            "live": live.running,
+            "fresh": live.fresh,
+            "seen": seen,
+            "title": title,
+            "focus": focus,
+            "label": "Story",
+            "placeholder": PLACEHOLDER,
+            "saying": "The model is writing.",
+        },
+        on_edit_change=on_edit,
+        on_title_change=on_title,
+        on_command_change=on_command,
+    )

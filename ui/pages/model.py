@@ -1,0 +1,149 @@
+"""Model: which one writes, what it is made of, and what is wrong where it cannot be opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from ui import state
+from ui.backends import Backend, LocalBackend, Place
+
+DTYPES = ["auto", "float32", "bfloat16", "int8"]
+LOCAL, SERVER, GATEWAY = "On this machine", "A server", "A gateway"
+KINDS = {"local": LOCAL, "server": SERVER, "gateway": GATEWAY}
+
+
+def choose(place: Place) -> None:
+    state.choose_place(place)
+
+
+def draw_choice(now: Place | None) -> None:
+    """Where the words shall come from."""
+    kind = st.segmented_control(
+        "Where it runs",
+        [LOCAL, SERVER, GATEWAY],
+        default=KINDS[now.kind] if now else LOCAL,
+        key="place_kind",
+        required=True,
+        label_visibility="collapsed",
+    )
+    if kind == LOCAL:
+        draw_folders(now)
+        return
+    gateway = kind == GATEWAY
+    with st.form("remote", border=False):
+        same = now is not None and KINDS[now.kind] == kind
+        url = st.text_input(
+            "Address",
+            value=now.where if now and same else ("" if gateway else "http://127.0.0.1:8000"),
+            placeholder="wss://….execute-api.….amazonaws.com/prod" if gateway else "http://127.0.0.1:8000",
+        )
+        key = st.text_input("Key, where one is needed", value=now.key if now and same else "", type="password")
+        if st.form_submit_button("Use it", type="primary"):
+            choose(Place("gateway" if gateway else "server", url.strip(), key.strip()))
+            st.rerun()
+
+
+def draw_folders(now: Place | None) -> None:
+    models = state.found_models()
+    if not models:
+        st.info("There is no model folder under runs/ or models/ yet.", icon=":material/deployed_code:")
+        st.page_link("ui/pages/training.py", label="Train one", icon=":material/model_training:")
+        return
+    paths = [str(model.path) for model in models]
+    at = paths.index(now.where) if now and now.kind == "local" and now.where in paths else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        path = st.selectbox(
+            "Model folder",
+            paths,
+            index=at,
+            format_func=lambda value: models[paths.index(value)].label,
+            key="model_path",
+        )
+        dtype = st.selectbox(
+            "Arithmetic",
+            DTYPES,
+            index=DTYPES.index(now.dtype if now else "auto"),
+            key="model_dtype",
+            help="auto: what this processor does fast; int8 halves the memory of bfloat16 again",
+            width=180,
+        )
+        wanted = Place("local", str(path), dtype=str(dtype))
+        st.button("Use it", type="primary", key="use_model", disabled=wanted == now, on_click=choose, args=(wanted,))
+
+
+def draw_parts(backend: Backend) -> None:
+    """Parameters by component; of a server, what it tells."""
+    if not isinstance(backend, LocalBackend):
+        facts = [("Address", backend.place.where)]
+        context = getattr(backend, "context", None)
+        if context:
+            facts.append(("Context", f"{context:,} tokens"))
+        for label, value in facts:
+            st.caption(label)
+            st.text(value)
+        return
+    import pandas as pd
+
+    model, tokenizer = backend.engine.model, backend.engine.tokenizer
+    config = model.config
+    first = next(model.parameters())
+    cells = [
+        ("Parameters", f"{model.num_parameters():,}"),
+        ("Context", f"{config.block_size:,} tokens"),
+        ("Vocabulary", f"{tokenizer.vocab_size:,} ({tokenizer.kind})"),
+        ("Layers × heads", f"{config.n_layer} × {config.n_head}"),
+        ("Channels", f"{config.n_embd:,}"),
+        ("Device", f"{first.device}, {str(getattr(backend.engine, 'dtype', first.dtype)).removeprefix('torch.')}"),
+    ]
+    with st.grid(min_column_width=170, gap="small"):
+        for label, value in cells:
+            st.metric(label, value)
+    rows = [(str(name), int(count), float(size) / 2**20) for name, count, size in model.report()]
+    frame = pd.DataFrame(rows, columns=["Component", "Parameters", "MB"])
+    st.dataframe(
+        frame,
+        hide_index=True,
+        column_config={
+            "Parameters": st.column_config.NumberColumn(format="localized"),
+            "MB": st.column_config.NumberColumn(format="%.2f"),
+        },
+        alt="Parameters by component",
+    )
+
+
+def draw_card(place: Place) -> None:
+    """The model card, without its header for machines."""
+    card = Path(place.where) / "README.md"
+    if place.kind != "local" or not card.is_file():
+        return
+    text = card.read_text("utf-8", "replace")
+    if text.startswith("---\n"):
+        text = text.split("\n---\n", 1)[-1]
+    st.subheader("Its card", anchor=False)
+    with st.container(border=True):
+        st.markdown(text)
+
+
+def draw() -> None:
+    with st.container(key="page_read"):
+        st.title("Model", anchor=False)
+        now = state.place()
+        draw_choice(now)
+        if now is None:
+            return
+        st.divider()
+        with st.spinner(state.LOADING):
+            backend = state.backend()
+        if backend is None:
+            st.error("This model cannot be used:", icon=":material/error:")
+            st.text(state.fault())
+            return
+        st.subheader(state.plain(backend.name), anchor=False)
+        st.caption(state.plain(now.where))
+        draw_parts(backend)
+        draw_card(now)
+
+
+draw()

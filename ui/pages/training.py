@@ -1,0 +1,202 @@
+"""Training: watch runs learn, compare them, start one on texts of one's own, stop it, go on with it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from config import ConfigError, preset_names, preset_values
+from runlog import duration
+from ui import state, training
+from ui.charts import CURVES, curve_chart, loss_chart, run_frame
+from ui.training import Run, TrainingError
+
+POLL_S = 2.0
+
+
+def found() -> list[Run]:
+    return training.runs(state.flags().runs)
+
+
+def act(action: str, run: Run) -> None:
+    """Stop a run or go on with it; what cannot be done is said on the page."""
+    try:
+        getattr(training, action)(run)
+    except (TrainingError, OSError) as error:
+        st.session_state["training_fault"] = str(error)
+
+
+def draw_head(run: Run, running: bool) -> None:
+    """How far a run is, and what can be done with it."""
+    rows = run.rows()
+    total = run.total_steps()
+    last = rows[-1] if rows else {}
+    step = int(last.get("step", 0))
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader(run.name, anchor=False, width="content")
+        if running:
+            st.badge("training", icon=":material/model_training:", color="green")
+            st.button("Stop and save", icon=":material/stop:", key="stop_run", on_click=act, args=("stop", run))
+        elif run.resumable():
+            st.badge("stopped", color="orange")
+            st.button("Resume", icon=":material/play_arrow:", key="resume_run", on_click=act, args=("resume", run))
+        elif rows:
+            st.badge("finished", icon=":material/check:", color="gray")
+    if description := run.settings().get("description"):
+        st.caption(state.plain(str(description)))
+    if running and not rows:
+        st.info("The texts are being prepared; the first numbers come in a moment.", icon=":material/hourglass_top:")
+    if total and rows:
+        left = ""
+        if running and step and last.get("elapsed_s"):
+            left = f", about {duration(last['elapsed_s'] / step * max(0, total - step))} left"
+        st.progress(min(1.0, step / total), text=f"step {step:,} of {total:,}{left}")
+    vals = [row for row in rows if "val_loss" in row]
+    best = min(vals, key=lambda row: row["val_loss"]) if vals else None
+    trained = [row for row in rows if "train_loss" in row]
+    speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")]
+    cells = [
+        (
+            "Training loss",
+            f"{trained[-1]['train_loss']:.3f}" if trained else "–",
+            "nats a token, at the last logged step",
+        ),
+        (
+            "Best validation loss",
+            f"{best['val_loss']:.3f}" if best else "–",
+            f"at step {best['step']:,}" if best else "not measured yet",
+        ),
+        ("Tokens seen", f"{last.get('tokens', 0):,}", "by all steps so far"),
+        ("Tokens a second", f"{speeds[-1]:,.0f}" if speeds else "–", "without evaluation and saving"),
+        ("Time", duration(last.get("elapsed_s", 0)), "wall clock, over all sessions of the run"),
+    ]
+    with st.grid(min_column_width=150, gap="small"):
+        for label, value, help_text in cells:
+            st.metric(label, value, help=help_text)
+
+
+def draw_charts(runs: list[Run]) -> None:
+    rows = {run.name: run.rows() for run in runs}
+    rows = {name: given for name, given in rows.items() if given}
+    if not rows:
+        return
+    frame = run_frame(rows)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        x = st.segmented_control(
+            "Along", ["step", "tokens", "minutes"], default="step", key="along", required=True, persist_state="session"
+        )
+        log = st.toggle("Logarithmic loss", key="log_loss", persist_state="session")
+    axis = x if x in frame else "step"
+    if "train_loss" in frame or "val_loss" in frame:
+        st.altair_chart(loss_chart(frame, x=axis, log=log), alt="Training and validation loss")
+    with st.grid(min_column_width=300):
+        for column, (title, _) in CURVES.items():
+            if column in frame and frame[column].notna().any():
+                st.altair_chart(curve_chart(frame, column, x=axis), alt=title)
+
+
+def draw_samples(run: Run) -> None:
+    """Watch it learn: the same prompt at every stage."""
+    samples = run.samples()
+    if not samples:
+        return
+    st.subheader("Watch it learn", anchor=False)
+    by_step = {sample["step"]: sample for sample in samples}
+    steps = sorted(by_step)
+    if len(steps) > 1:
+        state_key = f"sample_{run.name}"
+        if st.session_state.get(state_key) not in steps:
+            st.session_state[state_key] = steps[-1]
+        step = st.select_slider("Step", steps, key=state_key, format_func=lambda value: f"{value:,}")
+    else:
+        step = steps[0]
+        st.caption(f"step {step:,}")
+    sample = by_step[step]
+    with st.container(border=True):
+        st.html(
+            f'<div class="prose"><span style="opacity:.55">{state.escaped(sample.get("prompt", ""))}</span>'
+            f"{state.escaped(sample.get('text', ''))}</div>"
+        )
+
+
+def draw_run(run: Run, others: list[Run], polling: bool) -> None:
+    """Everything about one run; by itself every two seconds while it trains."""
+    running = run.running()
+    if fault := st.session_state.pop("training_fault", ""):
+        st.error(state.plain(fault))
+    draw_head(run, running)
+    draw_charts([run, *others])
+    draw_samples(run)
+    tail = run.log_tail()
+    failed = not running and not run.rows() and bool(tail)
+    if failed:
+        st.error("This run ended before its first step. What it said:")
+    if tail:
+        with st.expander("What the process says", expanded=failed):
+            st.code(tail, language=None, wrap_lines=True)
+    if polling != running:
+        st.rerun()
+
+
+def begin(name: str, preset: str, texts: dict[str, bytes] | None, steps: int, minutes: float) -> None:
+    given = state.flags()
+    flags: dict[str, float] = {}
+    if steps:
+        flags["train.max-steps"] = steps
+    if minutes:
+        flags["train.max-minutes"] = minutes
+    try:
+        run = training.start(
+            name, preset=preset, runs_folder=given.runs, data_folder=given.data, texts=texts, flags=flags
+        )
+    except (TrainingError, ConfigError, OSError) as error:
+        st.error(state.plain(str(error)))
+        return
+    st.session_state["run_shown"] = run.name
+    st.rerun()
+
+
+def draw_start(expanded: bool) -> None:
+    """The form for a new run."""
+    with st.expander("Train a new model", icon=":material/add:", expanded=expanded):
+        presets = preset_names()
+        preset = st.selectbox(
+            "Preset",
+            presets,
+            index=presets.index("sample"),
+            key="preset_new",
+            format_func=lambda name: f"{name} — {preset_values(name).get('description', '')}",
+        )
+        files = st.file_uploader(
+            "Texts to learn from (plain text, UTF-8); none: the preset's own",
+            type=["txt", "md"],
+            accept_multiple_files=True,
+        )
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            name = st.text_input("Name", value=preset, max_chars=60)
+            steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
+            minutes = st.number_input("Minutes at most (0: no limit)", 0.0, 100_000.0, 0.0, step=5.0)
+        if st.button("Start training", type="primary", icon=":material/model_training:"):
+            texts = {file.name: file.getvalue() for file in files} if files else None
+            begin(str(name).strip(), str(preset), texts, int(steps), float(minutes))
+
+
+def draw() -> None:
+    st.title("Training", anchor=False)
+    runs = found()
+    draw_start(not runs)
+    if not runs:
+        st.info("No model has been trained yet. The sample preset takes about three minutes on two cores.")
+        return
+    names = [run.name for run in runs]
+    if st.session_state.get("run_shown") not in names:
+        st.session_state["run_shown"] = names[0]
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        shown = st.selectbox("Run", names, key="run_shown", persist_state="session")
+        others = st.multiselect("Compare with", [name for name in names if name != shown], key="runs_beside")
+    run = next(run for run in runs if run.name == shown)
+    beside = [other for other in runs if other.name in others]
+    running = run.running()
+    st.fragment(draw_run, run_every=POLL_S if running else None, key="run")(run, beside, running)
+
+
+draw()

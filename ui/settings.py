@@ -1,0 +1,230 @@
+"""How the next words are chosen: sliders made from `GenerationParams`, named presets, one's own presets.
+
+>>> params = sidebar(backend, history)      # draws the controls
+>>> params = current()                      # the same values, read in a callback
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from config import ConfigError, GenerationParams, build
+from ui.backends import Place
+from ui.history import History
+
+DEFAULTS = GenerationParams()
+OWN = "This model's own"
+PRESETS: dict[str, dict[str, Any]] = {
+    "Faithful": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": 0.0},
+    "Balanced": {
+        name: getattr(DEFAULTS, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty", "min_p")
+    },
+    "Fanciful": {"temperature": 1.6, "top_k": 100, "top_p": 0.98, "repetition_penalty": 1.25, "min_p": 0.02},
+}
+ADJUSTED = "Adjusted"
+LABELS = {
+    "max_tokens": "Length",
+    "temperature": "Temperature",
+    "top_k": "Top-k",
+    "top_p": "Top-p",
+    "min_p": "Min-p",
+    "repetition_penalty": "Repetition penalty",
+    "n": "Versions at once",
+    "seed": "Seed",
+    "stop": "End before",
+    "keep": "Keep in view",
+}
+# Where a slider over all that is allowed would be too coarse to use: (lowest, highest), within the model's bounds.
+HANDY: dict[str, tuple[float, float]] = {
+    "max_tokens": (10, 1000),
+    "repetition_penalty": (1.0, 2.0),
+    "min_p": (0.0, 0.5),
+    "top_p": (0.05, 1.0),
+    "n": (1, 6),
+    "keep": (0, 256),
+}
+STEPS: dict[str, float] = {
+    "max_tokens": 10,
+    "temperature": 0.05,
+    "top_p": 0.01,
+    "min_p": 0.01,
+    "repetition_penalty": 0.05,
+}
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "min_p")
+PREFIX = "set_"
+
+
+def span(name: str) -> tuple[float, float]:
+    """A slider's ends: the bounds of the field, narrowed to the handy part."""
+    field = GenerationParams.model_fields[name]
+    limits = {
+        kind: getattr(part, kind) for part in field.metadata for kind in ("ge", "gt", "le", "lt") if hasattr(part, kind)
+    }
+    low = limits.get("ge", limits.get("gt", 0))
+    high = limits.get("le", limits.get("lt", low))
+    if name in HANDY:
+        low, high = max(low, HANDY[name][0]), min(high, HANDY[name][1]) if high > low else HANDY[name][1]
+    return low, high
+
+
+def clipped(name: str, value: Any) -> Any:
+    """`value` moved into the slider's span, as the slider's number type."""
+    low, high = span(name)
+    kind = int if isinstance(getattr(DEFAULTS, name), int) else float
+    return kind(min(max(value, low), high))
+
+
+def own_of(place: Place) -> dict[str, Any]:
+    """What a model folder's generation_config.json recommends; empty where it says nothing usable."""
+    from generate import folder_defaults
+
+    try:
+        found = (
+            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in SAMPLING}
+            if place.kind == "local"
+            else {}
+        )
+        build(GenerationParams, found)
+    except (OSError, ValueError):
+        return {}
+    return {**{name: getattr(DEFAULTS, name) for name in SAMPLING}, **found} if found else {}
+
+
+def apply(values: Mapping[str, Any]) -> None:
+    """Set the controls; only before they are drawn, or in a callback."""
+    for name, value in values.items():
+        if name == "seed":
+            st.session_state[PREFIX + name] = value
+        elif name == "stop":
+            st.session_state[PREFIX + name] = "\n".join(text.replace("\n", "\\n") for text in value)
+        elif name in LABELS:
+            st.session_state[PREFIX + name] = clipped(name, value)
+
+
+def current() -> GenerationParams:
+    """The values of the controls. Raises ConfigError where they cannot be used together."""
+    state = st.session_state
+    values = {name: state[PREFIX + name] for name in LABELS if name != "stop" and PREFIX + name in state}
+    lines = (line.replace("\\n", "\n") for line in state.get(PREFIX + "stop", "").split("\n"))
+    stops = tuple(line for line in lines if line)
+    return build(GenerationParams, {**values, "stop": stops})
+
+
+def matching(params: GenerationParams, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of the preset that these values are, or `ADJUSTED`."""
+    for name, values in known.items():
+        if all(
+            abs(getattr(params, key) - clipped(key, value)) < 1e-9 for key, value in values.items() if key in SAMPLING
+        ):
+            return name
+    return ADJUSTED
+
+
+def known_presets(place: Place | None, history: History) -> dict[str, dict[str, Any]]:
+    """Every preset there is for this model, in the order of the menu."""
+    own = own_of(place) if place else {}
+    return {**({OWN: own} if own else {}), **PRESETS, **history.presets()}
+
+
+def _choose() -> None:
+    name = st.session_state.preset
+    known = st.session_state.presets_known
+    if name in known:
+        apply(known[name])
+
+
+def _roll() -> None:
+    st.session_state[PREFIX + "seed"] = secrets.randbelow(1_000_000)
+
+
+def _save(history: History) -> None:
+    name = st.session_state.preset_name.strip()
+    if name and name not in PRESETS and name not in (OWN, ADJUSTED):
+        history.save_preset(name, current().model_dump(mode="json", include=set(SAMPLING)))
+        st.session_state.preset_name = ""
+    elif name:
+        st.session_state.preset_fault = f"{name}: that name is taken"
+
+
+def start(place: Place | None, history: History) -> None:
+    """Give every control its first value, once a session."""
+    state = st.session_state
+    if PREFIX + "temperature" not in state:
+        first = {name: getattr(DEFAULTS, name) for name in LABELS}
+        known = known_presets(place, history)
+        apply({**first, **known.get(OWN, {}), "seed": None})
+
+
+def number(name: str) -> None:
+    """One slider."""
+    low, high = span(name)
+    whole = isinstance(getattr(DEFAULTS, name), int)
+    kind: Any = int if whole else float
+    step = STEPS.get(name, 1)
+    st.slider(
+        LABELS[name],
+        kind(low),
+        kind(high),
+        step=kind(step),
+        key=PREFIX + name,
+        help=GenerationParams.model_fields[name].description,
+        persist_state="session",
+        format="%d" if whole else "%.2f",
+    )
+
+
+def sidebar(place: Place | None, history: History) -> None:
+    """Draw the controls in the sidebar; `start` must have run."""
+    known = known_presets(place, history)
+    st.session_state.presets_known = known
+    found = matching(current(), known)
+    options = [*known, ADJUSTED] if found == ADJUSTED else list(known)
+    st.session_state.preset = found
+    st.selectbox("Manner", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
+    number("max_tokens")
+    number("temperature")
+    with st.expander("Finer choices", key="finer", on_change="rerun"):
+        for name in ("top_k", "top_p", "repetition_penalty", "min_p", "n", "keep"):
+            number(name)
+        with st.container(horizontal=True, vertical_alignment="bottom", wrap=False, gap="small"):
+            st.number_input(
+                "Seed",
+                min_value=0,
+                max_value=2**53 - 1,
+                step=1,
+                key=PREFIX + "seed",
+                placeholder="new each time",
+                help="The same seed, text and settings give the same words again.",
+                persist_state="session",
+            )
+            st.button("Roll a seed", icon=":material/casino:", on_click=_roll, key="dice", help="Roll a seed")
+        st.text_area(
+            LABELS["stop"],
+            key=PREFIX + "stop",
+            height=80,
+            placeholder="one a line; \\n is a line break",
+            help=GenerationParams.model_fields["stop"].description,
+            persist_state="session",
+        )
+        own = history.presets()
+        with st.form("preset_form", border=False):
+            st.text_input("Keep these values as", key="preset_name", placeholder="a name of your own", max_chars=40)
+            st.form_submit_button("Save the manner", on_click=_save, args=(history,))
+        if fault := st.session_state.pop("preset_fault", ""):
+            st.warning(fault)
+        if found in own:
+            st.button(f"Forget “{found}”", on_click=history.delete_preset, args=(found,), key="forget")
+
+
+def problems() -> list[str]:
+    """What is wrong with the values of the controls; empty when they can be used."""
+    try:
+        current()
+    except ConfigError as error:
+        return error.faults
+    return []

@@ -1,0 +1,192 @@
+"""What all pages share: the flags, the history, the model in use, the story on the desk, small pieces of HTML."""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from config import ROOT, ConfigError, Strict, parse_flags
+from ui.backends import Backend, BackendError, Place, connect
+from ui.desk import Desk, Desks
+from ui.history import History, default_path
+
+LOADING = "Opening the model …"
+SWITCH_S = 0.0005  # an engine gives up the interpreter at every product, and would wait 5 ms for a busy page each time
+
+
+class AppFlags(Strict):
+    """The app's flags, given after `--`: `streamlit run app.py -- --model runs/sample/best`."""
+
+    model: Path | None = None
+    """Model folder to begin with; none: the newest one under runs/ or models/."""
+    server: str = ""
+    """Write with a server (http://…) or a gateway (wss://…) instead. A key is read from VLG_KEY."""
+    dtype: str = "auto"
+    """Arithmetic of a model folder's weights: auto, float32, bfloat16 or int8."""
+    history: Path | None = None
+    """SQLite file that keeps everything written; none: one in the user's data folder."""
+    runs: Path = ROOT / "runs"
+    """Folder of training runs."""
+    models: Path = ROOT / "models"
+    """Folder of other models."""
+    data: Path = ROOT / "data"
+    """Folder that texts for training are put into."""
+
+
+@st.cache_resource(show_spinner=False)
+def _flags(argv: tuple[str, ...]) -> AppFlags:
+    try:
+        return parse_flags(AppFlags, argv)
+    except SystemExit:
+        raise ConfigError([f"the flags after -- cannot be read: {' '.join(argv)}"]) from None
+
+
+def flags() -> AppFlags:
+    """The flags of this process. Raises ConfigError."""
+    return _flags(tuple(sys.argv[1:]))
+
+
+@st.cache_resource(show_spinner=False)
+def _desks(path: Path) -> Desks:
+    return Desks(History(path))
+
+
+def desks() -> Desks:
+    """Every story on a desk, for all sessions. Raises HistoryError where the file cannot be used."""
+    return _desks(flags().history or default_path())
+
+
+def history() -> History:
+    return desks().history
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model folder on this machine."""
+
+    path: Path
+    label: str
+    modified: float
+
+
+def is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def found_models() -> list[FoundModel]:
+    """Model folders under runs/ and models/, newest first."""
+    given = flags()
+    candidates: list[Path] = [given.model] if given.model else []
+    for run in sorted(given.runs.glob("*/")):
+        candidates += [run / "best", *sorted(run.glob("last*"))[:1]]
+    candidates += sorted(given.models.glob("*/"))
+    found: dict[Path, FoundModel] = {}
+    for folder in candidates:
+        if is_model(folder):
+            inside = folder.parent.parent == given.runs
+            label = f"{folder.parent.name} · {folder.name}" if inside else folder.name
+            found[folder.resolve()] = FoundModel(folder, label, (folder / "config.json").stat().st_mtime)
+    return sorted(found.values(), key=lambda model: -model.modified)
+
+
+def default_place() -> Place | None:
+    """What the flags ask for, else the newest model; None where there is nothing to write with yet."""
+    given = flags()
+    if given.server:
+        kind: Any = "gateway" if given.server.startswith(("ws://", "wss://")) else "server"
+        return Place(kind, given.server, os.environ.get("VLG_KEY", ""))
+    if given.model:
+        return Place("local", str(given.model), dtype=given.dtype)
+    models = found_models()
+    best = [model for model in models if model.path.name == "best"] or models
+    return Place("local", str(best[0].path), dtype=given.dtype) if best else None
+
+
+def place() -> Place | None:
+    """What this session writes with."""
+    chosen = st.session_state.get("place")
+    if chosen is None:
+        chosen = st.session_state["place"] = default_place()
+    return chosen
+
+
+def choose_place(chosen: Place) -> None:
+    st.session_state["place"] = chosen
+    st.session_state.pop("place_fault", None)
+
+
+def stamp(chosen: Place) -> float:
+    """Changes when the model folder was written anew."""
+    path = Path(chosen.where) / "model.safetensors"
+    return path.stat().st_mtime if chosen.kind == "local" and path.is_file() else 0.0
+
+
+def _release(backend: Backend) -> None:
+    backend.close()
+
+
+@st.cache_resource(show_spinner=False, max_entries=3, on_release=_release)
+def _backend(chosen: Place, stamp: float) -> Backend:
+    sys.setswitchinterval(SWITCH_S)
+    return connect(chosen)
+
+
+def backend() -> Backend | None:
+    """The model of this session, opened; None where there is none, or where it cannot be used (see `fault`)."""
+    chosen = place()
+    if chosen is None:
+        return None
+    try:
+        opened = _backend(chosen, stamp(chosen))
+    except (BackendError, OSError, ValueError, RuntimeError, ImportError) as error:
+        st.session_state["place_fault"] = str(error)
+        return None
+    st.session_state.pop("place_fault", None)
+    return opened
+
+
+def fault() -> str:
+    """Why the model of this session cannot be used; empty when it can."""
+    return st.session_state.get("place_fault", "")
+
+
+def desk() -> Desk:
+    """The story this session works on; the page's address names it, so that a reload brings it back."""
+    state = st.session_state
+    if "story_id" not in state:
+        state["story_id"] = desks().open(str(st.query_params.get("story", ""))[:64]).id
+    return desks().open(state["story_id"])
+
+
+def put_on_desk(story_id: str = "") -> Desk:
+    """Work on another story, or on a new one."""
+    opened = desks().open(story_id)
+    st.session_state["story_id"] = opened.id
+    return opened
+
+
+def escaped(text: str) -> str:
+    """For HTML."""
+    return html.escape(text, quote=True)
+
+
+def plain(text: str) -> str:
+    """For labels, where Streamlit reads Markdown: every character that could mean something is escaped."""
+    return "".join("\\" + c if c in "\\`*_{}[]()#+-.!|<>$~:&^=" else c for c in " ".join(text.split()))
+
+
+def prose(text: str, *, small: bool = False) -> None:
+    """Text as it is, line breaks and all, in the book face."""
+    st.html(f'<div class="prose{" small" if small else ""}">{escaped(text) or "&nbsp;"}</div>')
+
+
+def note(parts: Sequence[str]) -> str:
+    """Facts on one quiet line."""
+    return " · ".join(escaped(part) for part in parts if part)

@@ -1,0 +1,209 @@
+"""Training runs as the app sees them: what they have logged, and `train.py` processes started, stopped and resumed.
+
+    >>> run = start("novels", preset="story-nano", texts={"emma.txt": b"..."})
+    >>> runs(folder)[0].rows[-1]["train_loss"]
+
+The process belongs to nobody's browser: it goes on when the tab or the app is closed, and the run folder tells all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, ConfigError, read_toml
+from runlog import METRICS, SAMPLES, read_jsonl
+
+LOG = "app.log"
+PROCESS = "process.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+class TrainingError(ValueError):
+    """A run cannot be started, stopped or resumed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was logged, a dictionary a line (keys with units: see docs/training.md)."""
+        return list(read_jsonl(self.path / METRICS))
+
+    def samples(self) -> list[dict[str, Any]]:
+        return list(read_jsonl(self.path / SAMPLES))
+
+    def settings(self) -> dict[str, Any]:
+        """The run's config.toml; empty before it is written."""
+        with contextlib.suppress(ConfigError):
+            return read_toml(self.path / "config.toml")
+        return {}
+
+    def total_steps(self) -> int:
+        """Steps of the whole run; 0 where only the clock ends it."""
+        return int(self.settings().get("train", {}).get("max_steps", 0))
+
+    def running(self) -> bool:
+        """Whether a process holds the run, or one that the app started has not come so far yet."""
+        return self.locked() or self.process() is not None
+
+    def locked(self) -> bool:
+        lock = self.path / ".lock"
+        if not lock.is_file():
+            return False
+        try:
+            import fcntl
+        except ImportError:
+            return False
+        with lock.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            fcntl.flock(file, fcntl.LOCK_UN)
+        return False
+
+    def process(self) -> Any:
+        """The process the app started for this run, where it is still alive (a psutil.Process)."""
+        import psutil
+
+        try:
+            kept = json.loads((self.path / PROCESS).read_text("utf-8"))
+            found = psutil.Process(kept["pid"])
+            if abs(found.create_time() - kept["created"]) > 1.0 or found.status() == psutil.STATUS_ZOMBIE:
+                return None
+        except (OSError, ValueError, KeyError, psutil.Error):
+            return None
+        return found
+
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from and steps left to do."""
+        if self.running() or not any(self.path.glob("last*/training_state*")):
+            return False
+        rows = self.rows()
+        return not rows or not self.total_steps() or rows[-1]["step"] < self.total_steps()
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of what the process said."""
+        path = self.path / LOG
+        if not path.is_file():
+            return ""
+        text = path.read_bytes()[-20_000:].decode("utf-8", "replace")
+        return "\n".join(text.replace("\r", "\n").rstrip().split("\n")[-lines:])
+
+    def changed(self) -> float:
+        """When it last said something."""
+        files = [self.path / name for name in (METRICS, LOG, "config.toml")]
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+
+
+def runs(folder: Path) -> list[Run]:
+    """All runs, the newest first."""
+    marks = (METRICS, "config.toml", LOG)
+    found = [Run(path) for path in folder.glob("*/") if any((path / mark).is_file() for mark in marks)]
+    return sorted(found, key=Run.changed, reverse=True)
+
+
+def free_name(folder: Path, name: str) -> str:
+    """`name`, or `name-2`, `name-3` … where a folder or text of that name is there already."""
+    taken = {path.name.removesuffix(".txt") for path in folder.glob("*")}
+    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def keep_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
+    """Write uploaded texts into `folder`, under names that are safe. Raises TrainingError where there are none."""
+    if not any(content.strip() for content in texts.values()):
+        raise TrainingError("no texts were given: choose one .txt file or more, with words in them")
+    folder.mkdir(parents=True, exist_ok=True)
+    for original, content in texts.items():
+        stem = re.sub(r"[^\w.-]+", "_", Path(original.replace("\\", "/")).stem).strip("._") or "text"
+        (folder / f"{free_name(folder, stem)}.txt").write_bytes(content)
+
+
+def start(
+    name: str,
+    *,
+    preset: str,
+    runs_folder: Path = ROOT / "runs",
+    data_folder: Path = ROOT / "data",
+    texts: Mapping[str, bytes] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Run:
+    """Start `train.py` on a preset's texts, or on uploaded ones. Raises TrainingError or ConfigError before it starts."""
+    if not NAME.fullmatch(name):
+        raise TrainingError(f"{name!r}: a run's name is made of letters, digits, dots and dashes")
+    run = Run(runs_folder / free_name(runs_folder, name))
+    words = ["--preset", preset, "--out", str(run.path)]
+    words += [word for key, value in (flags or {}).items() for word in (f"--{key}", str(value))]
+    if texts is None:
+        return _spawn(run, [str(ROOT / "train.py"), *words])
+    folder = data_folder / free_name(data_folder, run.name)
+    keep_texts(folder, texts)
+    prepare = ["--preset", preset, "--input", str(folder), "--out", str(folder / "tokens")]
+    words += ["--data", str(folder / "tokens")]
+    return _spawn(run, ["-m", "ui.training", *prepare, "--then-train", *words])
+
+
+def resume(run: Run) -> Run:
+    """Go on with a stopped run from its newest checkpoint."""
+    if run.running():
+        raise TrainingError(f"{run.name} is running")
+    return _spawn(run, [str(ROOT / "train.py"), "--resume", "--out", str(run.path)])
+
+
+def stop(run: Run) -> None:
+    """Ask the run to save and end; it does so after its step."""
+    process = run.process()
+    if process is None:
+        raise TrainingError(f"{run.name} was not started from the app: stop it where it was started, with Ctrl-C")
+    process.terminate()
+
+
+def _spawn(run: Run, arguments: list[str]) -> Run:
+    import psutil
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / LOG).open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    created = psutil.Process(child.pid).create_time()
+    (run.path / PROCESS).write_text(json.dumps({"pid": child.pid, "created": created}), encoding="utf-8")
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m ui.training PREPARE-FLAGS --then-train TRAIN-FLAGS`: prepare texts, then become `train.py`."""
+    import prepare_data
+
+    words = sys.argv[1:] if argv is None else argv
+    at = words.index("--then-train")
+    code = prepare_data.main(words[:at])
+    if code == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *words[at + 1 :]])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
