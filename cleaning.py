@@ -54,6 +54,8 @@ def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
     `head` and `tail` are its first and last LICENCE_WINDOW bytes. (0, size) where it carries none. Knows the START and
     END OF THE PROJECT GUTENBERG EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
     """
+    if not any(word in end for end in (head, tail) for word in (b"GUTENBERG", b"Gutenberg", b"SMALL PRINT")):
+        return 0, size
     offset = size - len(tail)
     footers = [offset + found.start() for found in FOOTER.finditer(tail)]
     headers = [found.end() for found in HEADER.finditer(head)]
@@ -75,6 +77,8 @@ def find_layout(sample: bytes) -> Layout:
     Wrapped prose has mostly full lines, and lines inside a paragraph mostly begin with a small letter. Verse, plays,
     lists and texts with one line a paragraph fail one or the other, and so do texts of fewer than 20 lines.
     """
+    if sample.count(b"\n") + sample.count(b"\r") < 20:
+        return Layout()
     data = _trim(normalise_newlines(sample))
     starts, _, lengths = _lines(data[: data.rfind(b"\n")])
     filled = lengths[lengths > 0]

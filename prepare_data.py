@@ -61,6 +61,8 @@ class PrepareFlags(DataConfig):
     """Processes; 0: one a core. The shards do not depend on it."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
+    s3_output: str = ""
+    """Also copy the shards, tokenizer and manifest to this s3://bucket/prefix."""
 
 
 @dataclass
@@ -534,6 +536,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or ("",))[0]).stem
         out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
         prepare(flags, out)
+        if flags.s3_output:
+            from s3 import upload_folder
+
+            upload_folder(out, flags.s3_output, keep=lambda name: OURS.fullmatch(name) is not None)
         return 0
 
     return run_main(body)
