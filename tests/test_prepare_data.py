@@ -224,12 +224,15 @@ def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_p
     assert b" zyxwvut" not in load_tokenizer(tmp_path / "longer")._pieces
 
 
-def test_standard_input(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = (texts / "s04.txt").read_bytes()
     run("--input", texts / "s04.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--out", tmp_path / "file")
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert run("--input", "-", "--tokenizer", "bpe", "--vocab-size", 300, "--out", tmp_path / "piped") == 0
+    assert "already prepared" in capsys.readouterr().err
     assert (tokens(tmp_path / "piped", "train") == tokens(tmp_path / "file", "train")).all()
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "file", "piped"}
 
@@ -327,6 +330,8 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
     assert hashes(texts / "more") == before
     out = tmp_path / "out"
     run("--input", texts, "--tokenizer", "char", "--out", out)
+    (out / ".DS_Store").write_text("", encoding="utf-8")
+    assert run("--input", texts, "--tokenizer", "char", "--val-fraction", 0.2, "--out", out) == 0
     (out / "my notes.txt").write_text("keep", encoding="utf-8")
     assert run("--input", texts, "--tokenizer", "gpt2", "--out", out) == 2
     assert (out / "my notes.txt").read_text(encoding="utf-8") == "keep"

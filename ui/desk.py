@@ -112,7 +112,7 @@ class Desk:
         with self.lock:
             if self.running:
                 return None
-            prompt = base  # tokenizers put the space before a word, not after
+            prompt = base.rstrip(" ")  # tokenizers put the space before a word, not after
             self.notice = ""
             self._retrying, self._base, self._kept = retrying, prompt, False
             self.job = Job(backend, prompt, params, on_note=self._note, on_end=self._end)
@@ -175,7 +175,7 @@ class Desk:
         """The text as it stands at this moment."""
         with self.lock:
             job = self.job
-            if job is not None and job.ended_s is None:
+            if job is not None and not self._kept:
                 text = job.samples[0].text
                 return Live(self._base + text, self.story.rev, len(text), True)
             take = self.story.passage

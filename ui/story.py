@@ -118,7 +118,7 @@ class Story:
     def add_takes(self, takes: list[Take]) -> None:
         """More versions of the same passage; the first of them replaces the one in the text."""
         state = self.state
-        self._go(State(state.base + takes[0].text, state.base, tuple(takes), 0))
+        self._go(State(state.base + takes[0].text, state.base, state.takes + tuple(takes), len(state.takes)))
 
     def choose(self, at: int) -> None:
         """Put version `at` of the passage into the text. IndexError where there is no such version."""

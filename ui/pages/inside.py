@@ -57,7 +57,7 @@ def take(text: str) -> None:
     if backend is not None:
         with contextlib.suppress(ConfigError):
             desk.go_on(backend, settings.current())
-    st.switch_page(WRITE)
+    st.session_state["taken"] = True
 
 
 def draw_alternatives(text: str, token: Scored, key: int) -> None:
@@ -89,6 +89,8 @@ def draw_alternatives(text: str, token: Scored, key: int) -> None:
 
 
 def draw(backend: Backend) -> None:
+    if st.session_state.pop("taken", False):
+        st.switch_page(WRITE)
     st.title("Look inside", anchor=False)
     st.html('<p class="lead">How likely the model found each word, and what it would rather have written.</p>')
     where = st.segmented_control(
