@@ -12,6 +12,10 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import torch
+from starlette.testclient import TestClient
+
+import api
+from api_service import Service
 from api_support import (  # noqa: F401
     PARAMS,
     PROMPT,
@@ -29,10 +33,6 @@ from api_support import (  # noqa: F401
     tokenizer,
     until,
 )
-from starlette.testclient import TestClient
-
-import api
-from api_service import Service
 from config import GenerationParams
 from engine import Engine
 from model import GPT

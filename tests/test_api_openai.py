@@ -10,10 +10,10 @@ from typing import Any
 import openai
 import pytest
 import torch
-from api_support import PROMPT, client, engine, live, model, openai_client, running, settings, tokenizer, until  # noqa: F401
 from starlette.testclient import TestClient
 
 import api
+from api_support import PROMPT, client, engine, live, model, openai_client, running, settings, tokenizer, until  # noqa: F401
 from engine import Engine
 from model import GPT
 from tokenizer import Tokenizer

@@ -18,6 +18,11 @@ import httpx2 as httpx
 import openai
 import pytest
 import websockets.sync.client as websockets
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+import api
+from api_service import Service
 from api_support import (  # noqa: F401
     PROMPT,
     client,
@@ -31,11 +36,6 @@ from api_support import (  # noqa: F401
     tokenizer,
     until,
 )
-from starlette.testclient import TestClient
-from starlette.websockets import WebSocketDisconnect
-
-import api
-from api_service import Service
 from config import ConfigError, GenerationParams
 from engine import Engine
 from model import GPT

@@ -11,18 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    GENERATION,
-    SHAPES,
-    TEXT,
-    random_model,
-    same_state,
-    save,
-    saved_by_transformers,
-    shape,
-    some_ids,
-    tiny_tokenizer,
-)
 
 import checkpoint
 import gpt2_format
@@ -39,6 +27,18 @@ from checkpoint import (
     save_training,
 )
 from model import GPT
+from tiny_models import (
+    GENERATION,
+    SHAPES,
+    TEXT,
+    random_model,
+    same_state,
+    save,
+    saved_by_transformers,
+    shape,
+    some_ids,
+    tiny_tokenizer,
+)
 from tokenizer import Tokenizer, char_tokenizer, train_bpe
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, wrapped
 
 import cleaning
 from cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
+from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, wrapped
 from tokenizer import gpt2_tokenizer
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import nonsense, prepare_text
 
 from dataset import DataError, TokenData, TokenStream, Windows, prefetched, training_batches, validation_batches
+from helpers import nonsense, prepare_text
 
 
 def stream(folder: Path, tokens: np.ndarray, cuts: list[int]) -> TokenStream:

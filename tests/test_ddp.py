@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
 from test_resume import assert_equal_runs, wait_for
 from test_train import rows, run, weights
 
 from checkpoint import load_training, newest_checkpoint
+from helpers import ROOT, TINY_FLAGS
 
 FLAGS = ["--model.dropout", "0", "--train.lr", "1e-3"]
 

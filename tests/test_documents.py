@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import NEW_FOOTER, NEW_HEADER, make_texts, paragraphs, run, tokens, told, wrapped
 
 import documents
 import prepare_data
 from config import ConfigError
 from documents import Options, find, inspect
 from prepare_data import Manifest
+from samples import NEW_FOOTER, NEW_HEADER, make_texts, paragraphs, run, tokens, told, wrapped
 from tokenizer import END_OF_TEXT
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model, save, shape, tiny_tokenizer
 
 import sampling
 from config import GenerationParams
 from engine import Engine, EngineError, Event, Job, QueueFull
 from generate import generate
 from model import GPT
+from tiny_models import random_model, save, shape, tiny_tokenizer
 from tokenizer import char_tokenizer
 
 LONG = GenerationParams(max_tokens=4000, temperature=1.0)

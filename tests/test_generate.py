@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import random_model, save, shape, tiny_tokenizer
 
 import generate as terminal
 import sampling
@@ -21,6 +20,7 @@ from generate import columns, encode_prompt, folder_defaults, generate, main, pr
 from model import GPT
 from prompts import GALLERY
 from sampling import Event
+from tiny_models import random_model, save, shape, tiny_tokenizer
 from tokenizer import char_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import CheckpointError, extend_positions, load_model, read_model_config, save_model, unwrapped
+from config import GPT2_TOKENS, GenerationParams, load_config, preset_names
+from model import GPT, sinusoids
 from tiny_models import (
     SHAPES,
     TEXT,
@@ -22,11 +27,6 @@ from tiny_models import (
     some_ids,
     tiny_tokenizer,
 )
-
-import checkpoint
-from checkpoint import CheckpointError, extend_positions, load_model, read_model_config, save_model, unwrapped
-from config import GPT2_TOKENS, GenerationParams, load_config, preset_names
-from model import GPT, sinusoids
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
 
 import plan
 import train
 from config import ConfigError, ModelConfig, TrainConfig, load_config
+from helpers import TINY_FLAGS
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
 SETTINGS = TrainConfig(max_steps=10)

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
 
 import documents
 import prepare_data
 import shards
 from documents import Options, find, inspect
 from prepare_data import Manifest
+from samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_data.__file__).parent

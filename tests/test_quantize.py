@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model, shape, some_ids, tiny_tokenizer
 from torch import nn
 
 import quantize
 from model import GPT
 from quantize import Int8Linear, PackedLinear, WeightOnlyInt8, int8_kind, load_for_writing, prepare, row_counts
+from tiny_models import random_model, shape, some_ids, tiny_tokenizer
 
 CPU = torch.device("cpu")
 KINDS = [PackedLinear, WeightOnlyInt8]

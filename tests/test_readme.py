@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, nonsense
+
+from helpers import ROOT, nonsense
 
 SMALL = [
     "--model.n-layer",

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS
 from test_train import rows, run, same, weights
 
 import train
 from checkpoint import load_training, newest_checkpoint
 from dataset import TokenData, Windows
+from helpers import ROOT, TINY_FLAGS
 
 LONG = ["--train.max-steps", "20"]
 

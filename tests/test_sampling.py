@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model, shape, tiny_tokenizer
 
 import quantize
 import sampling
 from config import GenerationParams
 from model import GPT
 from sampling import Event, LogitsError, Stopper, Text, Writer, candidates, filter_logits, sample, seed_of
+from tiny_models import random_model, shape, tiny_tokenizer
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 MIXED = [

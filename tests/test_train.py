@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, nonsense, prepare_text
 
 import train
 from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
 from dataset import TokenData
 from devices import Team
+from helpers import TINY_FLAGS, nonsense, prepare_text
 from model import GPT
 from optim import Optimizer
 
