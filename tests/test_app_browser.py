@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from config import load_config
+
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -395,7 +397,8 @@ def test_a_training_is_started_watched_and_stopped_from_the_page(tab: Tab, app: 
     chart.wait_for(timeout=90_000)
     tab.button("Stop and save").click()
     tab.button("Resume").wait_for(timeout=60_000)
-    assert "of 1,000" in tab.page.locator("body").inner_text()
+    steps = load_config("sample").train.max_steps
+    assert f"of {steps:,}" in tab.page.locator("body").inner_text()
 
 
 def test_a_server_that_dies_in_mid_story_is_waited_for(model: Path, chromium: Any, tmp_path: Path) -> None:
