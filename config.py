@@ -111,7 +111,7 @@ class DataConfig(Strict):
 
     source: str = ""
     """`pg19`, `tinystories`, `tinyshakespeare`, `sample`, a hub data set's name, or empty for one's own files."""
-    tokenizer: Literal["gpt2", "bpe", "char"] = "bpe"
+    tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
     """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
     """Size of a trained bpe vocabulary (ignored by gpt2 and char)."""
