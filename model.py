@@ -65,18 +65,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         grad_x = torch.empty_like(narrow) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        whole = bool((targets != IGNORE).all())
+        buffer = torch.empty(min(chunk, x.size(0)), table.size(0), dtype=dtype, device=x.device)
         for start in range(0, x.size(0), chunk):
             part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
-            logits = part @ table.t()  # [chunk, V or N]
-            logp = logits[:, :used].float().log_softmax(dim=-1)
-            counted = wanted != IGNORE
+            logits = torch.mm(part, table.t(), out=buffer[: len(part)])[:, :used]  # [chunk, N]
             index = wanted.clamp(min=0)[:, None]
-            total -= (logp.gather(1, index)[:, 0] * counted).sum()
+            top, own = logits.amax(-1).float(), logits.gather(1, index)[:, 0].float()
+            slope = logits.softmax(dim=-1, dtype=torch.float32)
+            losses = top - slope.amax(-1).log() - own  # the largest share is never too small to tell
+            total += losses.sum() if whole else losses.masked_fill(wanted == IGNORE, 0.0).sum()
             if grad_x is None or grad_weight is None:
                 continue
-            slope = logp.exp_()  # softmax minus one-hot, in place
-            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))
-            slope *= counted[:, None]
+            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))  # softmax minus one-hot
+            if not whole:
+                slope *= (wanted != IGNORE)[:, None]
             thin = slope.to(dtype)
             torch.mm(thin, table[:used], out=grad_x[start : start + chunk])
             if dtype == torch.float32:
