@@ -84,6 +84,6 @@ def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys
 
 def test_unprepared_data_uses_known_figures() -> None:
     args, config = train.read_args(["--preset", "victorian"])
-    assert plan.corpus_tokens(args, config) == 2_900_000_000
+    assert plan.corpus_tokens(args, config) == (2_900_000_000, 5_242_880)
     assert plan.vocabulary(args, config).vocab_size == 50304
     assert load_config("starter").model.vocab_size == 0
