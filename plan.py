@@ -9,6 +9,7 @@ from its data sheet and a stated utilisation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -193,9 +194,24 @@ def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> 
     return found
 
 
+def peak_memory() -> int:
+    """Most memory this process has held at once, in bytes."""
+    with contextlib.suppress(
+        OSError, StopIteration, ValueError
+    ):  # getrusage's figure may be that of the parent process
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def trial(job: dict[str, Any]) -> dict[str, float]:
     """The measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds."""
-    import resource
     import tempfile
     import time
 
@@ -262,11 +278,7 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
             sample_s = timed(write) / min(16, config.model.block_size)
         save_s = timed(lambda: write_tensors(Path(folder) / "weights", model.state_dict()))
         log.close()
-    peak = (
-        torch.cuda.max_memory_reserved(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    )
+    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
     seconds = max(twice - once, 0.3 * once)
     rest = {"look_s": look_s, "sample_s": sample_s, "save_s": save_s}
     return {"seconds": seconds, "update_s": max(0.0, once - seconds), "bytes": float(peak), **rest}
