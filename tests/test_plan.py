@@ -87,3 +87,20 @@ def test_unprepared_data_uses_known_figures() -> None:
     assert plan.corpus_tokens(args, config) == (2_900_000_000, 5_242_880)
     assert plan.vocabulary(args, config).vocab_size == 50304
     assert load_config("starter").model.vocab_size == 0
+
+
+def test_what_a_run_does_besides_steps() -> None:
+    found = {"look_s": 0.01, "sample_s": 0.5, "save_s": 2.0, "step_s": 1.0}
+    settings = TrainConfig(
+        max_steps=100, eval_interval=30, eval_tokens=50, sample_interval=40, sample_tokens=10, checkpoint_minutes=0
+    )
+    assert plan.besides(settings, 100, 2.5, 1000, found) == {
+        "evaluation": 4 * 50 * 0.01,  # at 30, 60, 90 and the end
+        "samples": 3 * 10 * 0.5,  # before the first step, at 40 and 80
+        "checkpoints": (4 + 3) * 2.0,  # a best each time, one last of three times the bytes
+    }
+    each = settings.model_copy(update={"eval_interval": 0, "sample_interval": 0, "each_epoch": True, "eval_tokens": 0})
+    assert plan.besides(each, 100, 2.5, 1000, found)["evaluation"] == 3 * 1000 * 0.01  # two epochs and the end
+    assert plan.besides(each, 100, 2.5, 1000, found)["samples"] == 2 * 10 * 0.5
+    timed = settings.model_copy(update={"checkpoint_minutes": 0.5, "checkpoint_interval": 50})
+    assert plan.besides(timed, 100, 2.5, 1000, found)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0

@@ -21,7 +21,7 @@ import plan
 import train
 from checkpoint import load_training, newest_checkpoint
 from dataset import TokenData, Windows
-from helpers import ROOT, TINY_FLAGS
+from helpers import ROOT, TINY_FLAGS, prepare_text
 
 LONG = ["--train.max-steps", "20"]
 
@@ -173,6 +173,17 @@ def test_the_schedule_does_not_move(tiny_data: Path, tmp_path: Path, one_thread:
     assert rows(out)[-1]["lr"] == pytest.approx(1e-4)
     assert train.main(["--resume", "--out", str(out), "--train.max-tokens", "0"]) == 0
     assert len(rows(out)) == 20 and rows(out)[10]["lr"] > 1e-4
+
+
+def test_a_run_does_not_go_on_in_another_tokenizer(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run(tiny_data, out, "--train.max-steps", "2")
+    (tmp_path / "other").mkdir()
+    other = prepare_text(tmp_path / "other", "Quite different letters: JKQXZ. " * 40)
+    assert train.main(["--resume", "--out", str(out), "--data", str(other), "--train.max-steps", "3"]) == 2
+    assert "not the tokenizer this run was trained with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
