@@ -29,8 +29,10 @@ def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "8 x A100 (p4d.24xlarge), fp16: micro-batch 16 x 2 accumulated = 524,288 tokens a step" in text
     assert figure(text, r"total +([\d,]+) parameters") == 125_262_336
     speed = figure(text, r"speed: ([\d,]+) tokens/s")
-    hours = 2.9e9 / speed / 3600
-    assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=0.01)
+    looks = 23 * 5_242_880 / 3  # evaluations of 5,532 steps, in training's price of a token
+    hours = (5532 * 524_288 + looks) / speed / 3600
+    assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=1e-3)
+    assert "(of it evaluation " in text
     assert "40% of 2,496 TFLOP/s assumed" in text
 
 
