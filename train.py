@@ -324,7 +324,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
 
         batch = team.same(largest_batch(model.config, train, block, team.size, device, precision))
     if state and not train.tokens_per_step:  # whatever the number of processes is now
-        train = train.model_copy(update={"tokens_per_step": state["tokens_per_step"]})
+        train = train.model_copy(update={"tokens_per_step": state.get("tokens_per_step", 0)})
         batch = kept_batch(train.tokens_per_step, batch, block, team.size)
     micro = micro_steps(train, batch, block, team.size)
     windows = Windows(len(data.train), block, train.seed)
