@@ -29,9 +29,18 @@ def team(count: int, words: list[str], **env: str) -> subprocess.Popen:
     return subprocess.Popen([*start, *words], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True)
 
 
+def said(process: subprocess.Popen) -> str:
+    """What it wrote to standard error until its end; none of the family is left behind."""
+    try:
+        return process.communicate(timeout=400)[1]
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise
+
+
 def together(count: int, data: Path, out: Path, *flags: str, script: str = "train.py", **env: str) -> str:
     process = team(count, [script, "--data", str(data), "--out", str(out), *TINY_FLAGS, *FLAGS, *flags], **env)
-    _, text = process.communicate(timeout=400)
+    text = said(process)
     assert process.returncode == 0, text[-3000:]
     return text
 
@@ -181,7 +190,7 @@ def test_a_stop_that_reaches_one_process_saves_for_all(tiny_data: Path, tmp_path
 def test_a_batch_that_does_not_divide_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     words = ["train.py", "--data", str(tiny_data), "--out", str(tmp_path / "run"), *TINY_FLAGS]
     process = team(2, [*words, "--train.max-steps", "2", "--train.tokens-per-step", "192"])
-    _, text = process.communicate(timeout=400)
+    text = said(process)
     assert process.returncode != 0
     assert "x 2 processes = 128: try --train.tokens-per-step 128" in text
 
@@ -254,7 +263,7 @@ def test_an_elastic_restart_goes_on_from_the_last_checkpoint(tiny_data: Path, tm
             *flags,
         ],
     )
-    _, text = process.communicate(timeout=400)
+    text = said(process)
     assert process.returncode == 0, text[-3000:]
     assert "resumed at step 6" in text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
