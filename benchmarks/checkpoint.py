@@ -47,7 +47,7 @@ def body() -> int:
             raise RuntimeError(done.stderr[-2000:])
         files = [path for path in (out / "last").iterdir() if path.is_file()]
         written = sum(path.stat().st_size for path in files)
-    summary = done.stderr.splitlines()[-2]
+    summary = next(line for line in done.stderr.splitlines() if " checkpoint_s=" in line)
     print(summary, file=sys.stderr)
     spent = float(re.findall(r"checkpoint_s=([\d.]+)", summary)[0])
     folders = int(re.findall(r"folders_written=(\d+)", summary)[0])

@@ -63,9 +63,10 @@ def train(words: list[str], steps: int, out: Path) -> tuple[float, float]:
     text = log.read_text(encoding="utf-8")
     if status:
         raise RuntimeError(text[-2000:])
-    print(text.splitlines()[-2], file=sys.stderr)
+    summary = next(line for line in text.splitlines() if " time=" in line)
+    print(summary, file=sys.stderr)
     unit = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * unit, seconds(re.findall(r" time=(\S+)", text)[0])
+    return usage.ru_maxrss * unit, seconds(re.findall(r" time=(\S+)", summary)[0])
 
 
 def body() -> int:
