@@ -238,10 +238,7 @@ def test_fifty_steps_lose_what_the_plain_computation_loses() -> None:
             ids = torch.randint(0, 83, (4, 17), generator=torch.Generator().manual_seed(step % 5))
             x, y = ids[:, :-1], ids[:, 1:].clone()
             y[0, :3] = -1
-            if plain:
-                loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
-            else:
-                loss = model(x, y)
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1) if plain else model(x, y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
