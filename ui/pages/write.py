@@ -207,7 +207,7 @@ def draw_toolbar(desk: Desk, running: bool) -> None:
         on_click=act,
         args=("retry",),
         shortcut="Alt+Enter",
-        help="Another version of the newest passage; the present one is kept",
+        help="Another version of the newest passage; the present one is kept (Alt+Enter)",
     )
     st.button(
         "Undo",
