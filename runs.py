@@ -120,7 +120,7 @@ def prepared(folder: Path | None, preset: str) -> Path:
     if folder is not None and str(folder).startswith("s3:"):
         from s3 import download_folder, s3_url
 
-        target = ROOT / "data" / folder.name
+        target = ROOT / "data" / "s3" / s3_url(folder).removeprefix("s3://")
         download_folder(s3_url(folder), target)
         return target
     if folder is not None:

@@ -537,11 +537,13 @@ def _main(words: list[str]) -> int:
         from plan import main_plan
 
         return main_plan(args, config)
-    from devices import Team, pick_device
+    from devices import Team, keep_memory, pick_device
     from prepare_data import default_out
     from runs import free_run_folder, locked, prepared
 
     device = pick_device(config.train.device)
+    if device.type == "cpu":
+        keep_memory()
     restart = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     team = Team.join(config.train.parallel, device)
     try:

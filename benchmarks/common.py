@@ -1,10 +1,11 @@
 """What the benchmarks share: interleaved timing, a description of the machine, a table and a JSON file.
 
-    times = interleaved({"ours": step, "theirs": other}, seconds=30)
-    report("train_step", rows, columns)
+    times = interleaved({name: command_of(name) for name in names}, seconds=30)
+    report("train_step", rows)
 
-Machines are shared and noisy. So the candidates take turns, a few steps each, until the time is up, and the published
-figure is the ratio of their medians: what slows the machine for a while slows all of them.
+Machines are shared and noisy. So the candidates take turns, a step each, until the time is up, and the published figure
+is the ratio of their medians: what slows the machine for a while slows all of them. Each plays in a process of its own,
+so that none has the settings or the idling threads of another.
 """
 
 from __future__ import annotations
@@ -26,20 +27,45 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-def interleaved(
-    steps: dict[str, Callable[[], Any]], seconds: float, warm_up: int = 2, rounds: int = 5
-) -> dict[str, list[float]]:
-    """Seconds of each call by name; the candidates take turns for `seconds` in all, but at least `rounds` times."""
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begin)
+def play(step: Callable[[], Any], warm_up: int = 2) -> None:
+    """A candidate's side: for each line on standard input one step, answered with its seconds."""
+    for _ in range(warm_up):
+        step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        step()
+        print(time.perf_counter() - begin, flush=True)
+
+
+def interleaved(commands: dict[str, list[str]], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of each step by candidate; they take turns for `seconds` in all, but at least `rounds` times.
+
+    commands: what starts each candidate, which then calls `play`.
+    """
+    players: dict[str, subprocess.Popen[str]] = {}
+    times: dict[str, list[float]] = {name: [] for name in commands}
+
+    def answer(name: str) -> str:
+        said = players[name].stdout.readline()  # type: ignore[union-attr]
+        if not said:
+            raise SystemExit(f"{name} ended early: run `{' '.join(commands[name])}` to see why")
+        return str(said)
+
+    try:
+        for name, command in commands.items():
+            players[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            answer(name)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
+            for name, player in players.items():
+                player.stdin.write("\n")  # type: ignore[union-attr]
+                player.stdin.flush()  # type: ignore[union-attr]
+                times[name].append(float(answer(name)))
+    finally:
+        for player in players.values():
+            player.kill()
+            player.wait()
     return times
 
 

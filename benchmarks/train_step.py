@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import interleaved, middle, report
+from common import interleaved, middle, play, report
 
 # layers, heads, channels, context, vocabulary, batch
 SHAPES = {
@@ -130,28 +130,34 @@ def nanogpt_step(checkout: Path, shape: tuple[int, ...], device: Any, compile: b
     return step
 
 
-def candidates(args: argparse.Namespace, shape: tuple[int, ...], device: Any) -> dict[str, Callable[[], None]]:
-    """Everything that takes turns, by name."""
+def names(args: argparse.Namespace, device: Any) -> list[str]:
+    """Who takes turns."""
     from devices import native_bf16
 
-    found = {"ours fp32": ours(shape, "fp32", device, "")}
-    bf16 = args.bf16 or native_bf16(device)
-    if bf16:
-        found["ours bf16"] = ours(shape, "bf16", device, "")
-    if args.compile:
-        found["ours compiled"] = ours(shape, "bf16" if bf16 else "fp32", device, "on")
+    precisions = ["fp32", "bf16"] if args.bf16 or native_bf16(device) else ["fp32"]
+    found = [f"ours {precision}" for precision in precisions]
+    found += [f"ours {precisions[-1]} compiled"] if args.compile else []
     if args.nanogpt:
-        found["nanoGPT"] = nanogpt_step(args.nanogpt, shape, device, False)
-        if args.compile:
-            found["nanoGPT compiled"] = nanogpt_step(args.nanogpt, shape, device, True)
-    if not args.without_transformers:
-        found["transformers fp32"] = transformers_step(shape, "fp32", device)
-        if bf16:
-            found["transformers bf16"] = transformers_step(shape, "bf16", device)
-    return found
+        found += ["nanoGPT", *(["nanoGPT compiled"] if args.compile else [])]
+    return found + ([] if args.without_transformers else [f"transformers {precision}" for precision in precisions])
+
+
+def candidate(name: str, args: argparse.Namespace, shape: tuple[int, ...], device: Any) -> Callable[[], None]:
+    """The step of one of `names`; ours with the memory settings that train.py makes."""
+    who, *how = name.split()
+    if who == "ours":
+        from devices import keep_memory
+
+        if device.type == "cpu":
+            keep_memory()
+        return ours(shape, how[0], device, "on" if "compiled" in how else "")
+    if who == "nanoGPT":
+        return nanogpt_step(args.nanogpt, shape, device, "compiled" in how)
+    return transformers_step(shape, how[0], device)
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--seconds", type=float, default=40.0, help="for each shape")
@@ -160,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--bf16", action="store_true", help="also where the processor has no bf16 instructions")
     parser.add_argument("--without-transformers", action="store_true")
-    args = parser.parse_args(argv)
+    parser.add_argument("--play", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
 
     import torch
 
@@ -169,11 +176,15 @@ def main(argv: list[str] | None = None) -> int:
     from model import GPT
 
     device = pick_device(args.device)
+    torch.manual_seed(0)
+    if args.play:
+        play(candidate(args.play, args, SHAPES[args.shapes[0]], device))
+        return 0
     rows = []
     for name in args.shapes:
-        n_layer, n_head, n_embd, block, vocab, batch = shape = SHAPES[name]
-        torch.manual_seed(0)
-        times = interleaved(candidates(args, shape, device), args.seconds)
+        n_layer, n_head, n_embd, block, vocab, batch = SHAPES[name]
+        script = [sys.executable, __file__, *words, "--shapes", name, "--play"]
+        times = interleaved({who: [*script, who] for who in names(args, device)}, args.seconds)
         config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab)
         flops = GPT(config).flops_per_token() * batch * block
         best = min(middle(spent) for who, spent in times.items() if who.startswith("ours"))

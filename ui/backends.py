@@ -228,7 +228,8 @@ class SocketWriting:
         """What comes for this request, tokens in the order of their `seq`; ends early once cancelled and silent."""
         from websockets.exceptions import ConnectionClosed
 
-        heard, due, early = time.monotonic(), 0, {}
+        heard, due = time.monotonic(), 0
+        early: dict[int, dict[str, Any]] = {}
         while True:
             try:
                 message = json.loads(self.socket.recv(timeout=LISTEN_S))
