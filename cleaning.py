@@ -1,6 +1,9 @@
-"""Cleaning of plain texts: line ends, Project Gutenberg licences, hard-wrapped lines, and where a long text may be cut.
+"""Cleaning of plain texts: line ends, Project Gutenberg's licences and markup, hard-wrapped lines, broken encodings, and
+where a long text may be cut.
 
-Everything works on UTF-8 bytes, a piece of a text at a time, at several hundred MB/s.
+Everything works on a piece of a text at a time, at several hundred MB/s. What concerns the markup of e-texts (notes,
+illustrations, italics) is meant for texts whose `Layout` says `book`: elsewhere brackets and underscores may mean
+something else.
 
     python -c "import cleaning; print(cleaning.find_layout(open('book.txt', 'rb').read()))"
     python prepare_data.py --input book.txt --no-unwrap --out data/book
@@ -31,6 +34,24 @@ FOOTER = re.compile(
 )
 PARAGRAPH_END = re.compile(rb"\r?\n[ \t]*\r?\n")
 WORD_END = re.compile(rb"[\r\n ]")
+BODY = rb"(?:[^\[\]]++|\[[^\[\]]*+\])*+\]"  # up to the closing bracket, with one level of brackets inside
+ILLUSTRATION = re.compile(rb"\[(?:Illustration|ILLUSTRATION)(?=[\]:.,;\s-])" + BODY)
+BRACKET_NOTE = re.compile(rb"\[(?:Transcriber|TRANSCRIBER)(?=['\xe2:sS\s])" + BODY)
+NOTE = re.compile(
+    rb"^(?:[ \t]*[+*=-]{3,}[+*= -]*\n(?:[ \t]*\|?[ \t]*\n)?)?"  # the upper edge of a box
+    rb"[ \t|*_=]*(?:Transcriber|TRANSCRIBER)(?:'|\xe2\x80\x99)?[sS]?(?:'|\xe2\x80\x99)? (?:[Nn]ote|NOTE)[sS]?(?![a-zA-Z])[^\n]*",
+    re.MULTILINE,
+)
+NOTE_END = re.compile(rb"\n[ \t]*[+*=-]{3,}[+*= -]*(?=\n|\Z)|\n[ \t]*\n[ \t]*(?=\n)")  # a box's lower edge; a wide gap
+BLANKS = re.compile(rb"(?:[ \t]*\n)*")
+LINE_REST = re.compile(rb"[ \t]*(?:\n|\Z)")
+NOTE_LIMIT = 16384  # bytes at the end of a text in which a note goes on to the end; also the longest note in brackets
+NOTE_SEARCH = 4096  # bytes after a note's first line in which its end is looked for
+CAPTION_LIMIT = 4096  # bytes of an illustration's caption
+ITALICS = re.compile(r"_(?<!\w_)([^\s_][^_]{0,600}+)(?<!\s)_(?!\w)|_(?<!\w_)([^\s_])_(?!\w)")
+LATER = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # UTF-8's second bytes read as Windows-1252
+MOJIBAKE = re.compile(f"[Â-ô][{LATER}]")
+LOST_QUOTE = re.compile(f"â€(?![{LATER}])")  # a closing quotation mark whose last byte was dropped
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,8 @@ class Layout:
     """Characters that a full line holds."""
     blocks: bool = True
     """Blank lines part the paragraphs; otherwise only a line that ends early does."""
+    book: bool = False
+    """An e-text like Project Gutenberg's, so that its markup is known."""
 
 
 def normalise_newlines(data: bytes) -> bytes:
@@ -132,17 +155,93 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
     return b"".join([text[a + 1 : b] for a, b in pairwise(drop)]), len(at)
 
 
+def strip_illustrations(data: bytes) -> tuple[bytes, int]:
+    """`data` (LF line ends) without `[Illustration]` and `[Illustration: caption]`; also how many went."""
+    return _drop(data, ILLUSTRATION, CAPTION_LIMIT) if b"[I" in data else (data, 0)
+
+
+def strip_notes(data: bytes, last: bool = True) -> tuple[bytes, int]:
+    """`data` (LF line ends) without the transcriber's notes; also how many went. last: the text ends with `data`.
+
+    Knows `[Transcriber's note: …]` anywhere, and a line that begins with "Transcriber's Note": what follows it goes up to
+    the lower edge of its box, to two blank lines, or, near the end of the text, to the end. Where none of these is near,
+    only the paragraph goes that the line begins.
+    """
+    if b"ranscriber" not in data and b"TRANSCRIBER" not in data:
+        return data, 0
+    data, count = _drop(data, BRACKET_NOTE, NOTE_LIMIT)
+    at = 0
+    while found := NOTE.search(data, at):
+        start, stop = found.span()
+        if last and start >= len(data) - NOTE_LIMIT and (start > len(data) // 2 or stop == len(data)):
+            return data[:start].rstrip(), count + 1
+        end = NOTE_END.search(data, stop, stop + NOTE_SEARCH) or PARAGRAPH_END.search(data, stop)
+        stop = BLANKS.match(data, end.end() if end else len(data)).end()  # type: ignore[union-attr]
+        data, at, count = data[:start] + data[stop:], start, count + 1
+    return data, count
+
+
+def strip_italics(text: str) -> tuple[str, int]:
+    """`text` with `_these words_` as these words; also how many went.
+
+    Underscores inside a word, beside other underscores or before white space stay, and no pair reaches over a blank line.
+    """
+    count = 0
+
+    def inner(found: re.Match[str]) -> str:
+        nonlocal count
+        words = found[1] or found[2]
+        if "\n\n" in words:
+            return found[0]
+        count += 1
+        return words
+
+    return (ITALICS.sub(inner, text), count) if "_" in text else (text, 0)
+
+
+def fix_mojibake(text: str) -> str:
+    """`text` with UTF-8 that was read as Windows-1252 or Latin-1 (`â€œhiâ€`, `Ã©`) put right, by ftfy.
+
+    Quotation marks, ligatures and accents that are what they should be stay as they are.
+    """
+    if text.isascii() or not (MOJIBAKE.search(text) or LOST_QUOTE.search(text)):
+        return text
+    import ftfy
+
+    return ftfy.fix_encoding(LOST_QUOTE.sub("â€\x9d", text))
+
+
 def cut_after(window: bytes, layout: Layout) -> int | None:
     """Where in `window` a long text may be cut so that its pieces, cleaned and encoded apart, give what the whole gives.
 
-    GPT-2's pre-tokenizer always splits between white space and what stands before it; wrapped lines need the end of a
-    paragraph besides. None where `window` has no such place.
+    GPT-2's pre-tokenizer always splits between white space and what stands before it; wrapped lines and markup need the
+    end of a paragraph besides. None where `window` has no such place.
     """
-    for found in (PARAGRAPH_END if layout.width else WORD_END).finditer(window):
+    for found in (PARAGRAPH_END if layout.width or layout.book else WORD_END).finditer(window):
         before = window[max(0, found.start() - 4) : found.start()].decode("utf-8", "ignore")[-1:]
         if before and not before.isspace():
             return found.start()
     return None
+
+
+def _drop(data: bytes, pattern: re.Pattern[bytes], limit: int) -> tuple[bytes, int]:
+    """`data` without what `pattern` finds in at most `limit` bytes, and how many went. One that fills whole lines takes them
+    along, and the blank lines after it where there are some before it."""
+    parts, at = [], 0
+    for found in pattern.finditer(data):
+        start, stop = found.span()
+        if stop - start > limit:
+            continue
+        line = data.rfind(b"\n", 0, start) + 1
+        if not data[line:start].strip() and (rest := LINE_REST.match(data, stop)):
+            start, stop = line, rest.end()
+            if not line or not data[data.rfind(b"\n", 0, line - 1) + 1 : line].strip():
+                stop = BLANKS.match(data, stop).end()  # type: ignore[union-attr]
+        elif data[start - 1 : start] in (b" ", b"\n", b"") and data[stop : stop + 1] == b" ":
+            stop += 1
+        parts.append(data[at:start])
+        at = stop
+    return (b"".join([*parts, data[at:]]), len(parts)) if parts else (data, 0)
 
 
 def _trim(data: bytes) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import documents
+import encoding
 import prepare_data
 import shards
 from documents import Options, find, inspect
@@ -95,7 +96,7 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
     common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400]
     run(*common, "--out", tmp_path / "whole", "--workers", 1)
     monkeypatch.setattr(documents, "PIECE", 1000)
-    monkeypatch.setattr(prepare_data, "GROUP", 1)
+    monkeypatch.setattr(encoding, "GROUP", 1)
     for count in (1, 2, 3):
         run(*common, "--out", tmp_path / f"w{count}", "--workers", count)
         assert hashes(tmp_path / f"w{count}") == hashes(tmp_path / "whole")
@@ -108,7 +109,7 @@ def test_one_document_is_split_by_position(
     group: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "PIECE", 700)
-    monkeypatch.setattr(prepare_data, "GROUP", group)
+    monkeypatch.setattr(encoding, "GROUP", group)
     text = (texts / "more" / "s01.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.75)
     for kind in ("char", "bpe"):
@@ -182,9 +183,7 @@ def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None
     def chosen(fraction: float, *inputs: Path) -> set[str]:
         files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
         corpus = documents.Corpus("x", files)
-        return {
-            file.name for file, val in zip(files, prepare_data.choose_validation(corpus, fraction), strict=True) if val
-        }
+        return {file.name for file, val in zip(files, encoding.choose_validation(corpus, fraction), strict=True) if val}
 
     assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
     assert chosen(0.25, texts) == chosen(0.25, texts / "more", texts) or len(chosen(0.25, texts)) == 3
@@ -200,10 +199,10 @@ def test_a_sources_own_split_is_kept(texts: Path) -> None:
 
     files = [inspect(path, name, Options()) for path, name in find([str(texts)])][:4]
     files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
-    chosen = prepare_data.choose_validation(documents.Corpus("x", files), 0.9)
+    chosen = encoding.choose_validation(documents.Corpus("x", files), 0.9)
     assert chosen.tolist() == [False, True, True, False]
     files = [dataclasses.replace(file, split="train") for file in files]
-    assert prepare_data.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
+    assert encoding.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
@@ -263,7 +262,8 @@ def test_faults_of_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([], "give --input PATH"),
         (["--input", tmp_path / "no"], "no such file or folder"),
         (["--preset", "nonsense"], "--preset nonsense: unknown"),
-        (["--source", "pg19"], "add --input PATH"),
+        (["--source", "elsewhere"], "give pg19, tinystories, tinyshakespeare or OWNER/NAME, or --input PATH"),
+        (["--source", "pg19", "--years", "1837"], "--years '1837'"),
         (["--source", "nowhere/*.txt"], "put your texts there"),
         (["--input", tmp_path, "--val-fraction", "1.5", "--vocab-size", "9"], "val-fraction"),
     ]
@@ -340,8 +340,8 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
 
 INTERRUPTED = """
 import os, signal, sys
-import documents, prepare_data, shards
-documents.PIECE, prepare_data.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
+import documents, encoding, prepare_data, shards
+documents.PIECE, encoding.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
 os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
