@@ -56,6 +56,16 @@ def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | Non
     return chosen
 
 
+def share(tasks: Iterable[Task], part: int, parts: int) -> Iterator[Task]:
+    """The tasks of every `parts`-th document (of a table: group of rows), beginning with number `part`."""
+    number, document = -1, -1
+    for task in tasks:
+        number += task.document != document
+        document = task.document
+        if number % parts == part:
+            yield task
+
+
 def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     """Tasks in groups of about GROUP bytes, the same whatever the workers."""
     group: list[Task] = []
@@ -165,9 +175,9 @@ class Work:
     cuts: Sequence[int]
     """Where training ends when the only document is split by position, in characters from each batch on; else empty."""
 
-    def batches(self) -> Iterator[tuple[list[Task], np.ndarray, int | None]]:
-        """Each batch with its part of `roles` and its cut."""
-        for number, tasks in enumerate(batches(self.corpus.tasks())):
+    def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[list[Task], np.ndarray, int | None]]:
+        """Each batch with its part of `roles` and its cut. part: (i, n) takes the i-th of n parts, from 0."""
+        for number, tasks in enumerate(batches(share(self.corpus.tasks(), *part))):
             last = tasks[-1]
             roles = self.roles[tasks[0].document : last.document + last.documents]
             yield tasks, roles, self.cuts[number] if self.cuts else None

@@ -44,7 +44,7 @@ from encoding import (
     find_duplicates,
     measure,
 )
-from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, write_whole
+from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join, write_whole
 from sources import Input
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from workers import Pool, Progress
@@ -81,6 +81,10 @@ class PrepareFlags(DataConfig):
     """Folder of a model or of prepared data whose tokenizer to use instead of --tokenizer."""
     workers: int = Field(0, ge=0, le=1024)
     """Processes; 0: one a core. The shards do not depend on it."""
+    part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$")
+    """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
+    join: tuple[Path, ...] = ()
+    """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
     s3_output: str = ""
@@ -134,7 +138,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
                 "dtype": np.dtype(tokenizer.dtype).name,
                 "splits": {name: writer.result() for name, writer in writers.items()},
                 "source": source,
-                "cleaning": dict(sorted((counts + cleaning).items())),
+                "cleaning": dict(sorted((cleaning if _part(flags)[0] else counts + cleaning).items())),
                 "max_id": max(writer.max_id for writer in writers.values()),
             }
         )
@@ -165,7 +169,7 @@ def _files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) -> list[
         )
     else:
         raise ConfigError([f"--source {flags.source}: give {', '.join(sources.NAMED)} or OWNER/NAME, or --input PATH"])
-    return [Input(path, name) for path, name in found]
+    return sources.given(found, flags.validate_on)
 
 
 def _options(flags: PrepareFlags) -> Options:
@@ -205,7 +209,15 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
         settings["tokenizer"] = load_tokenizer(flags.tokenizer_from).fingerprint
     elif flags.tokenizer == "bpe":
         settings["vocab_size"] = flags.vocab_size
-    return settings
+    return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
+
+
+def _part(flags: PrepareFlags) -> tuple[int, int]:
+    """Which part, from 0, of how many."""
+    part, parts = map(int, flags.part.split("/"))
+    if part > parts:
+        raise ConfigError([f"--part {flags.part}: there are only {parts} parts: give 1/{parts} to {parts}/{parts}"])
+    return part - 1, parts
 
 
 def _identity(settings: dict[str, Any], files: Iterable[Input]) -> str:
@@ -315,6 +327,8 @@ def _planned(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) 
     roles = np.where(dropped, DROP, np.where(chosen, VAL, TRAIN)).astype(np.uint8)
     if corpus.documents > 1 or chosen.any():
         return Work(corpus, options, roles, ())
+    if flags.part != "1/1":
+        raise ConfigError([f"--part {flags.part}: one document is split by position, and only as a whole"])
     lengths = list(pool.map(measure, ((tasks, options) for tasks in batches(corpus.tasks()))))
     cut = int(sum(lengths) * (1 - flags.val_fraction))
     if not 0 < cut < sum(lengths):
@@ -377,7 +391,7 @@ def _write_shards(
         return _write_shards(pool, work, flags, tokenizer, part, _start(state["identity"]))
     counts = Counter(state["counts"])
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
-    remaining = work.batches()
+    remaining = work.batches(_part(flags))
     skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
     arguments = ((tasks, work.options, where, roles, cut) for tasks, roles, cut in remaining)
     saved = time.monotonic()
@@ -387,7 +401,7 @@ def _write_shards(
             writer.sync()
         write_whole(part / STATE, json.dumps(state))
 
-    with Progress("encoding", work.corpus.size, skipped) as progress:
+    with Progress("encoding", work.corpus.size // _part(flags)[1], skipped) as progress:
         try:
             for number, made in enumerate(pool.map(encode, arguments), state["batches"] + 1):
                 for name, writer in writers.items():
@@ -411,9 +425,24 @@ def _write_shards(
         if writer.tokens < 2:
             raise DocumentError(
                 f"{work.corpus.name}: too little text: the {'training' if name == 'train' else 'validation'} split got "
-                f"{writer.tokens} tokens; add text or change --val-fraction {flags.val_fraction}"
+                f"{writer.tokens} tokens; add text, or change --val-fraction {flags.val_fraction} or --part {flags.part}"
             )
     return writers, counts
+
+
+def join_parts(folders: Sequence[Path], out: Path) -> Manifest:
+    """Put prepared folders together into `out`, whole or not at all. Raises ManifestError, ConfigError, OSError."""
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    _refuse_foreign(out)
+    with _unfinished(part, out):
+        for path in part.iterdir():
+            path.unlink()
+        begun = time.monotonic()
+        manifest = join(folders, part)
+        load_tokenizer(folders[0]).save(part)
+        _exchange(part, out, old)
+    _report(out, manifest, time.monotonic() - begun)
+    return manifest
 
 
 def _exchange(part: Path, out: Path, old: Path) -> None:
@@ -462,8 +491,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hub and flags.source != hub:
             raise ConfigError([f"--hub {hub} and --source {flags.source}: give one of them"])
         first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or (flags.source,))[0]).stem
+        if flags.join and not flags.out:
+            raise ConfigError(["--join needs --out FOLDER"])
         out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
-        prepare(flags, out)
+        if flags.join:
+            join_parts(flags.join, out)
+        else:
+            prepare(flags, out)
         if flags.s3_output:
             from s3 import upload_folder
 

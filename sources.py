@@ -33,6 +33,7 @@ TIMEOUT = 30.0  # seconds without a byte
 PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps its own parquet copy of other formats
 SPLIT = re.compile(r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|testing)(?=[/_.-]|$)", re.IGNORECASE)
 COUNTED = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(.*)$")
+HUB_NAME = re.compile(r"^(train|validation|test)-\d{5}-of-\d{5}.*\.parquet$")
 PLAIN_FOLDERS = {"", "data", "train", "validation", "valid", "test"}  # folders that name no configuration
 Part = Literal["train", "validation", "test"]
 
@@ -156,6 +157,19 @@ def part_of(name: str) -> str:
         if found := SPLIT.search(text):
             return "validation" if found[1][0] in "vVdD" else found[1].lower().removesuffix("ing")
     return "train"
+
+
+def given(found: Iterable[tuple[Path, str]], validate_on: str) -> list[Input]:
+    """Files of one's own as inputs. Those named as the hub names them (`test-00000-of-00001.parquet`) keep their part, and
+    those of a part that is neither `train` nor `validate_on` are left out."""
+    inputs = []
+    for path, name in found:
+        part = part_of(path.name) if HUB_NAME.match(path.name) else ""
+        if part in ("", "train", validate_on):
+            inputs.append(Input(path, name, {"": "", validate_on: "val"}.get(part, "train")))
+        else:
+            print(f"{path}: left out, being of the part `{part}`; see --validate-on", file=sys.stderr)
+    return inputs
 
 
 def is_books(source: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,18 @@ def test_pg19_keeps_the_hubs_own_split(hub: Hub, tmp_path: Path) -> None:
     assert not any("test-" in path for path in hub.asked)
     train, val = documents_of("--preset", "victorian", "--validate-on", "test", out=tmp_path / "tested")
     assert (numbers(train), numbers(val)) == (list(range(21)), [90, 91, 92])
+
+
+def test_the_hubs_files_fetched_by_hand_keep_their_parts(hub: Hub, tmp_path: Path) -> None:
+    for name, data in hub.sets["emozilla/pg19"]["main"].items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    train, val = documents_of("--preset", "victorian", "--input", tmp_path / "data", out=tmp_path / "out")
+    assert (numbers(train), numbers(val)) == (list(range(21)), list(range(70, 77)))
+    assert not hub.asked
+    (tmp_path / "my test.txt").write_text("A text of one's own. " * 9, encoding="utf-8")
+    train, val = documents_of("--input", tmp_path / "my test.txt", "--tokenizer", "char", out=tmp_path / "own")
+    assert len(train) == 1
 
 
 def test_years_are_filtered_in_every_part(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,3 +363,13 @@ def test_fetching_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert sources.main(["--corpus", "nonsense"]) == 2
     with pytest.raises(ConfigError):
         fetch("someone/gone", Place())
+
+
+def test_the_readmes_commands(hub: Hub, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python prepare_data\.py (--(?:preset|hub) .*)$", text, re.MULTILINE)
+    assert len(lines) >= 3
+    for line in lines:
+        words = line.split("  #")[0].replace("OWNER/NAME", "someone/rows").split()
+        if "shakespeare-char" not in words:  # its address is not the hub's
+            assert run(*words, "--out", tmp_path / "out", "--workers", 1) == 0
