@@ -35,7 +35,7 @@ SPLIT = re.compile(r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|t
 COUNTED = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(.*)$")
 HUB_NAME = re.compile(r"^(train|validation|test)-\d{5}-of-\d{5}.*\.parquet$")
 PLAIN_FOLDERS = {"", "data", "train", "validation", "valid", "test"}  # folders that name no configuration
-Part = Literal["train", "validation", "test"]
+Part = Literal["validation", "test"]
 
 
 class SourceError(RuntimeError):
@@ -100,7 +100,7 @@ class Place(Strict):
     revision: str = "main"
     """Branch, tag or commit."""
     validate_on: Part = "validation"
-    """The part that becomes the validation split; a part that is neither this nor `train` is left out."""
+    """The part that becomes the validation split; the other of the two is left out."""
 
 
 def is_corpus(source: str) -> bool:

@@ -468,9 +468,9 @@ def test_parts_joined_are_the_whole(kind: str, texts: Path, tmp_path: Path, monk
     monkeypatch.setattr(encoding, "GROUP", 500)
     common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400, "--val-fraction", 0.5, "--shard-tokens", 1024]
     run(*common, "--out", tmp_path / "whole")
-    parts = [tmp_path / f"part{number}" for number in (1, 2, 3)]
+    parts = [tmp_path / f"part{number}" for number in (1, 2)]
     for number, part in enumerate(parts, 1):
-        assert run(*common, "--part", f"{number}/3", "--workers", number, "--out", part) == 0
+        assert run(*common, "--part", f"{number}/2", "--workers", number, "--out", part) == 0
     assert run("--join", *parts, "--out", tmp_path / "joined") == 0
     whole, joined = Manifest.load(tmp_path / "whole"), Manifest.load(tmp_path / "joined")
     for name in ("train", "val"):
@@ -516,7 +516,7 @@ def test_what_does_not_go_together_is_not_joined(
 
 
 def test_copies_are_dropped_once_and_never_from_validation(texts: Path, tmp_path: Path) -> None:
-    lines = [json.dumps({"text": text}) for text in ("One two.", "Three.", " One two.\n", "Four.", "Three.", "", "")]
+    lines = [json.dumps({"text": text}) for text in ("One two.", "Three.", " One two.\n", "Four.", "Three.")]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "four.txt").write_text("Four.", encoding="utf-8")
     common = ["--input", tmp_path / "rows.jsonl", tmp_path / "four.txt", "--tokenizer", "char", "--val-fraction", 0.4]
@@ -533,5 +533,5 @@ def test_copies_are_dropped_once_and_never_from_validation(texts: Path, tmp_path
             self.split, self.documents = split, documents
 
     corpus = documents.Corpus("x", [Given("train", 3), Given("val", 2)])  # type: ignore[list-item]
-    numbers = [np.array([5, 6, 5], np.uint64), np.array([6, 7], np.uint64)]
+    numbers = [np.array([5, 6, 5], np.uint64), np.array([6, 0], np.uint64)]
     assert encoding.find_duplicates(corpus, numbers).tolist() == [False, True, True, False, False]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,8 +105,11 @@ def hub(sets: dict[str, dict[str, dict[str, bytes]]], tmp_path: Path, monkeypatc
         yield running
 
 
+CHAR = ["--tokenizer", "char", "--workers", 1]  # quicker than the presets' own
+
+
 def documents_of(*arguments: object, out: Path) -> tuple[list[str], list[str]]:
-    assert run(*arguments, "--out", out) == 0
+    assert run(*arguments, *CHAR, "--out", out) == 0
     return told(out, "train"), told(out, "val")
 
 
@@ -138,7 +142,7 @@ def test_the_hubs_files_fetched_by_hand_keep_their_parts(hub: Hub, tmp_path: Pat
     assert (numbers(train), numbers(val)) == (list(range(21)), list(range(70, 77)))
     assert not hub.asked
     (tmp_path / "my test.txt").write_text("A text of one's own. " * 9, encoding="utf-8")
-    train, val = documents_of("--input", tmp_path / "my test.txt", "--tokenizer", "char", out=tmp_path / "own")
+    train, val = documents_of("--input", tmp_path / "my test.txt", out=tmp_path / "own")
     assert len(train) == 1
 
 
@@ -170,14 +174,13 @@ def test_tinystories_are_mended_and_told_once(hub: Hub, sets: dict, tmp_path: Pa
 
 
 def test_any_data_set_of_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--tokenizer", "char", "--workers", 1]
-    train, val = documents_of("--hub", "someone/poems", "--text-field", "verse", *common, out=tmp_path / "poems")
+    train, val = documents_of("--hub", "someone/poems", "--text-field", "verse", out=tmp_path / "poems")
     assert len(train) + len(val) == 9 and len(val) == 1
-    train, val = documents_of("--hub", "someone/rows", *common, out=tmp_path / "rows")
+    train, val = documents_of("--hub", "someone/rows", out=tmp_path / "rows")
     assert len(train) + len(val) == 40 and len(val) == 4
-    train, val = documents_of("--source", "someone/loose", *common, out=tmp_path / "loose")
+    train, val = documents_of("--source", "someone/loose", out=tmp_path / "loose")
     assert len(train) + len(val) == 9
-    documents_of("--hub", "someone/many", "--hub-config", "large", *common, out=tmp_path / "many")
+    documents_of("--hub", "someone/many", "--hub-config", "large", out=tmp_path / "many")
     faults = [
         (["someone/poems"], 1, "no field 'text' (it has verse, poet): name one with --text-field"),
         (["someone/gone"], 2, f"--hub someone/gone: no such data set at {hub.url}"),
@@ -190,21 +193,24 @@ def test_any_data_set_of_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.Captur
     ]
     for arguments, code, message in faults:
         capsys.readouterr()
-        assert run("--hub", *arguments, *common, "--out", tmp_path / "none") == code
+        assert run("--hub", *arguments, *CHAR, "--out", tmp_path / "none") == code
         assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_a_busy_hub_and_a_broken_download(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_hub_and_a_broken_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
     calm = tmp_path / "calm"
-    assert run("--preset", "victorian", "--out", calm) == 0
+    assert run("--preset", "victorian", *CHAR, "--out", calm) == 0
     whole = len(hub.sets["emozilla/pg19"]["main"]["data/train-00000-of-00002.parquet"])
     assert whole > 20_000
-    import shutil
-
     shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # what arrived in whole chunks is kept
     hub.busy, hub.cuts = 3, 2
-    assert run("--preset", "victorian", "--out", tmp_path / "rough") == 0
+    assert run("--preset", "victorian", *CHAR, "--out", tmp_path / "rough") == 0
     assert "trying again" in capsys.readouterr().err
     assert (hub.busy, hub.cuts) == (0, 0)
     assert hub.ranges, "a broken download begins anew instead of going on"
@@ -302,7 +308,8 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, hub: Hub, tm
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_CACHE": str(tmp_path / "home"),
     }
-    flags = ["--preset", "victorian", "--years", "1700-1905", "--workers", "2", "--shard-tokens", "8192"]
+    flags = ["--preset", "victorian", "--years", "1700-1905", "--workers", "2", "--shard-tokens", "32768"]
+    flags += ["--tokenizer", "char"]
 
     def start(stop: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", STOPPED, str(stop), how, *flags, "--out", str(out)]
@@ -372,4 +379,4 @@ def test_the_readmes_commands(hub: Hub, tmp_path: Path) -> None:
     for line in lines:
         words = line.split("  #")[0].replace("OWNER/NAME", "someone/rows").split()
         if "shakespeare-char" not in words:  # its address is not the hub's
-            assert run(*words, "--out", tmp_path / "out", "--workers", 1) == 0
+            assert run(*words, *CHAR, "--out", tmp_path / "out") == 0
