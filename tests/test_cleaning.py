@@ -9,6 +9,7 @@ import pytest
 
 import cleaning
 from cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
+from documents import Options, clean
 from prepare_data import Manifest
 from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
@@ -259,6 +260,7 @@ def test_a_note_that_does_not_end_the_text_goes_only_to_its_own_end() -> None:
         ("open _here\n\nand closed_ there", "open _here\n\nand closed_ there", 0),
         ("5 _ 6 _ 7, x_ y _z", "5 _ 6 _ 7, x_ y _z", 0),
         ("naïve_mots_naïfs", "naïve_mots_naïfs", 0),
+        ("my_name_ is x_y_, but _not _ this", "my_name_ is x_y_, but _not _ this", 0),
         ("_" + "a " * 400 + "a_", "_" + "a " * 400 + "a_", 0),
         ("_" * 50_000, "_" * 50_000, 0),
     ],
@@ -328,3 +330,15 @@ def test_texts_that_are_no_books_of_project_gutenberg_keep_their_marks(text: str
         stories = told(out, "train") + told(out, "val")
         assert text in stories or "".join(stories) == text
         assert Manifest.load(out).cleaning == {}
+
+
+def test_a_licence_alone_makes_a_book_and_the_bytes_are_those_of_the_clean_text() -> None:
+    verse = VERSE.replace("hill", "_hill_").replace("wind", "â€œwindâ€")
+    for fix in (False, True):
+        piece = clean(0, (NEW_HEADER + verse + NEW_FOOTER).encode(), Options(fix_mojibake=fix))
+        assert piece.text.startswith("Upon the silent hill I lay number 0\nAnd heard the ")
+        assert ("“wind”" in piece.text) == fix
+        assert piece.bytes == len(piece.text.encode())
+        assert piece.counts["italics"] == 30
+    assert clean(0, verse.encode(), Options(books=True)).counts == {"italics": 30}
+    assert clean(0, verse.encode(), Options()).counts == {}

@@ -88,6 +88,9 @@ def sets() -> dict[str, dict[str, dict[str, bytes]]]:
             "refs/convert/parquet": {"default/train/0000.parquet": stories(*tales[:9])},
         },
         "someone/many": {"main": {f"{name}/train-0.parquet": stories(*tales[:9]) for name in ("small", "large")}},
+        "someone/folders": {
+            "main": {"train/0.parquet": stories(*tales[:9]), "validation/0.parquet": stories(*tales[9:12])}
+        },
         "someone/nothing": {"main": {"image.png": b"x"}},
     }
 
@@ -181,6 +184,8 @@ def test_any_data_set_of_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.Captur
     train, val = documents_of("--source", "someone/loose", out=tmp_path / "loose")
     assert len(train) + len(val) == 9
     documents_of("--hub", "someone/many", "--hub-config", "large", out=tmp_path / "many")
+    train, val = documents_of("--hub", "someone/folders", out=tmp_path / "folders")
+    assert (len(train), len(val)) == (9, 3)
     faults = [
         (["someone/poems"], 1, "no field 'text' (it has verse, poet): name one with --text-field"),
         (["someone/gone"], 2, f"--hub someone/gone: no such data set at {hub.url}"),
