@@ -113,7 +113,7 @@ class DataConfig(Strict):
     """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, files like `data/*.txt`, or empty: --input says."""
     years: str = Field("", pattern=r"^(\d{1,4}-\d{1,4})?$")
     """Only books published then, like 1837-1901 (pg19, and parquet files with a publication_date); empty: all."""
-    tokenizer: Literal["gpt2", "bpe", "char"] = "bpe"
+    tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
     """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
     """Size of a trained bpe vocabulary (ignored by gpt2 and char)."""

