@@ -78,10 +78,8 @@ class WebFile:
 
 
 NAMED: dict[str, HubSet | WebFile] = {
-    "pg19": HubSet("emozilla/pg19", {"tokenizer": "gpt2"}, books=True),
-    "tinystories": HubSet(
-        "roneneldan/TinyStories", {"tokenizer": "gpt2", "fix_mojibake": True, "drop_duplicates": True}
-    ),
+    "pg19": HubSet("emozilla/pg19", books=True),
+    "tinystories": HubSet("roneneldan/TinyStories", {"fix_mojibake": True, "drop_duplicates": True}),
     "tinyshakespeare": WebFile(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "tinyshakespeare.txt",
