@@ -318,7 +318,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, hub: Hub, tm
 
     def start(stop: int, out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", STOPPED, str(stop), how, *flags, "--out", str(out)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     done = start(0, whole)
