@@ -211,6 +211,7 @@ def report(made: dict[str, Any]) -> str:
     from workers import cores
 
     speed, one, together = made["text_bytes"] / made["seconds"], made["tiktoken_one_core"], made["tiktoken_all_cores"]
+    begun = made["text_bytes"] / made["seconds_without_start"]
     rows = [
         (
             "corpus",
