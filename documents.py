@@ -304,6 +304,7 @@ class TableFile:
         import pyarrow
         import pyarrow.parquet
 
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # arrow's own keeps what it frees, more with every batch
         held: list[tuple[int, bytes]] = []
         number = size = 0
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as table:

@@ -353,6 +353,7 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
 INTERRUPTED = """
 import os, signal, sys
 import documents, encoding, prepare_data, shards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
 documents.PIECE, encoding.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
 os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
 append, calls = shards.ShardWriter.append, 0

@@ -291,6 +291,7 @@ def test_the_real_tiny_shakespeare_is_the_one_expected(shared_data: Path) -> Non
 STOPPED = """
 import os, signal, sys
 import documents, encoding, prepare_data, shards, sources
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
 documents.ROWS, encoding.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
