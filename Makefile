@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint format app api soak clean local-aws aws-validate aws-package aws-deploy aws-delete
+.PHONY: demo test lint format app api soak bench clean local-aws aws-validate aws-package aws-deploy aws-delete
 
 $(VENV)/base: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ test: $(VENV)/dev           ## all tests
 lint: $(VENV)/dev           ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(wildcard *.py) ui sagemaker lambda
+	$(BIN)/mypy $(wildcard *.py) ui sagemaker lambda $(wildcard benchmarks/*.py)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -39,6 +39,12 @@ api: $(VENV)/base           ## the server on 127.0.0.1:8000
 
 soak: $(VENV)/dev           ## five minutes of killing and resuming a training run
 	$(BIN)/python -m pytest tests/test_resume.py -k kill --soak 300
+
+# NANOGPT=FOLDER: also beside a local checkout of nanoGPT
+bench: $(VENV)/dev          ## the published figures, on this machine's processor (about 15 minutes)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/train_step.py --seconds 60 $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	$(BIN)/python benchmarks/decode.py --seconds 120
 
 local-aws: $(VENV)/base     ## gateway, Lambda and SageMaker's runtime on this machine
 	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL))

@@ -42,7 +42,7 @@ class ServerFlags(Strict):
     """Port to listen on; 0: any free one."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Arithmetic of the weights; auto: what this processor does fast."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts written at the same time."""

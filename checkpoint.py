@@ -1,4 +1,4 @@
-"""Model folders and training state on disk: saving (also in the background), loading, finding the newest.
+"""Model folders and training state on disk: saving, loading, finding the newest.
 
     >>> save_model("models/mine", model, tokenizer, card={"data": "three novels"}, generation=GenerationParams())
     >>> model, tokenizer = load_model("runs/sample/best")          # ours, or a GPT-2 saved by transformers
@@ -11,12 +11,9 @@ the weights. `storage.py` keeps each whole, whatever happens while it is written
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +57,6 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 __all__ = [
-    "AsyncSaver",
     "CheckpointError",
     "export_state",
     "extend_positions",
@@ -87,37 +83,6 @@ IN_PICKLE = (
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2")
 
 
-def _job(
-    folder: Path | str,
-    model: Any,
-    tokenizer: Tokenizer,
-    state: Mapping[str, Any] | None,
-    card: Mapping[str, Any],
-    generation: GenerationParams,
-    weights: Mapping[str, Tensor] | None,
-    hold: Callable[[Tensor], Tensor],
-) -> Callable[[], None]:
-    """What writes the folder when it is called; `hold` is applied to each tensor now."""
-    core = unwrapped(model)
-    if tokenizer.vocab_size != core.config.tokens:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {core.config.tokens:,}: "
-            "save the tokenizer that the model was trained with"
-        )
-    facts = {"parameters": core.num_parameters(), **copy.deepcopy(dict(card))}
-    held = {name: hold(tensor) for name, tensor in export_state(model, weights).items()}
-    texts = {
-        "config.json": gpt2_config(core.config, tokenizer, facts),
-        "generation_config.json": generation_config(generation, tokenizer.eot),
-        "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
-    }
-    if state is None:
-        return partial(_write, folder, held, tokenizer, texts, None, None)
-    texts[STATE_REST], tensors = pack(state)
-    training = {name: hold(tensor) for name, tensor in tensors.items()}
-    return partial(_write, folder, held, tokenizer, texts, training, state.get("step"))
-
-
 def _title(folder: Path) -> str:
     """The name to print on a model's card: the run's for `runs/NAME/best`, else the folder's own."""
     place = folder.absolute()
@@ -126,20 +91,35 @@ def _title(folder: Path) -> str:
 
 def _write(
     folder: Path | str,
-    weights: Mapping[str, Tensor],
+    model: Any,
     tokenizer: Tokenizer,
-    texts: Mapping[str, Any],
-    training: Mapping[str, Tensor] | None,
-    step: int | None,
+    state: Mapping[str, Any] | None,
+    card: Mapping[str, Any],
+    generation: GenerationParams,
+    weights: Mapping[str, Tensor] | None,
 ) -> None:
-    with replacing(folder, group=None if training is None else "last") as draft:
-        sums = {WEIGHTS: write_tensors(draft / WEIGHTS, weights, hashed=training is not None)}
+    core = unwrapped(model)
+    if tokenizer.vocab_size != core.config.tokens:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {core.config.tokens:,}: "
+            "save the tokenizer that the model was trained with"
+        )
+    facts = {"parameters": core.num_parameters(), **card}
+    texts = {
+        "config.json": gpt2_config(core.config, tokenizer, facts),
+        "generation_config.json": generation_config(generation, tokenizer.eot),
+        "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
+    }
+    with replacing(folder, group=None if state is None else "last") as draft:
+        sums = {WEIGHTS: write_tensors(draft / WEIGHTS, export_state(model, weights), hashed=state is not None)}
         tokenizer.save(draft)
         for name, content in texts.items():
             write_text(draft / name, content)
-        if training is not None:
-            sums[STATE_TENSORS] = write_tensors(draft / STATE_TENSORS, training)
-            write_sums(draft, step, sums)
+        if state is not None:
+            rest, tensors = pack(state)
+            write_text(draft / STATE_REST, rest)
+            sums[STATE_TENSORS] = write_tensors(draft / STATE_TENSORS, tensors)
+            write_sums(draft, state.get("step"), sums)
 
 
 def save_model(
@@ -156,7 +136,7 @@ def save_model(
     model: a GPT, wrapped or not. card: what `model_card` takes, JSON values only. weights: see `export_state`.
     Raises CheckpointError for a tokenizer of another size, OSError for a full disk.
     """
-    _job(folder, model, tokenizer, None, card, generation, weights, lambda tensor: tensor)()
+    _write(folder, model, tokenizer, None, card, generation, weights)
 
 
 def save_training(
@@ -174,73 +154,7 @@ def save_training(
     state: tensors, numbers, text, None, and dicts, lists and tuples of those; an int `step` in it orders checkpoints.
     The weights are in the model folder, exactly, and need not be in `state`.
     """
-    _job(folder, model, tokenizer, state, card, generation, weights, lambda tensor: tensor)()
-
-
-class AsyncSaver:
-    """Saves in the background: `submit` copies everything to CPU memory and returns, a thread writes.
-
-        >>> with AsyncSaver() as saver:
-        ...     saver.submit("runs/x/last", model, tokenizer, state=state, card=card, generation=generation)
-
-    At most `pending` copies wait or are being written; beyond that `submit` blocks. An error of the thread is raised
-    once, by the next `submit` or `wait`. Leaving the block waits, and so does the interpreter's end.
-    """
-
-    def __init__(self, pending: int = 1):
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = pending
-        self._jobs: list[Future[None]] = []
-
-    def submit(
-        self,
-        folder: Path | str,
-        model: Any,
-        tokenizer: Tokenizer,
-        *,
-        card: Mapping[str, Any],
-        generation: GenerationParams,
-        state: Mapping[str, Any] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-        then: Callable[[], object] | None = None,
-    ) -> None:
-        """As `save_training`, or as `save_model` without `state`; `then` is called in the thread when the folder stands."""
-        self._drain(self._pending - 1)
-        job = _job(folder, model, tokenizer, state, card, generation, weights, _held)
-        self._jobs.append(self._pool.submit(_in_turn, job, then))
-
-    def wait(self) -> None:
-        """Block until all is on the disk; raises the first error that was not raised yet."""
-        self._drain(0)
-
-    def _drain(self, left: int) -> None:
-        while self._jobs and (len(self._jobs) > left or self._jobs[0].done()):
-            error = self._jobs[0].exception()
-            del self._jobs[0]
-            if error is not None:
-                raise error
-
-    def __enter__(self) -> AsyncSaver:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self._pool.shutdown()
-
-
-def _in_turn(job: Callable[[], None], then: Callable[[], object] | None) -> None:
-    job()
-    if then is not None:
-        then()
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """A contiguous copy in CPU memory that shares nothing with `tensor`."""
-    import torch
-
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    _write(folder, model, tokenizer, state, card, generation, weights)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

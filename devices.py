@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from config import ConfigError
+
+T = TypeVar("T")
 
 # Dense matrix rate in FLOP/s of the formats used here, from the makers' data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -121,6 +123,26 @@ def peak_flops(name: str, precision: str) -> float | None:
     return None
 
 
+def energy_meter(device: torch.device) -> Callable[[], float] | None:
+    """A function that gives the joules the GPU has drawn since now; None where NVML (nvidia-ml-py) does not tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml  # type: ignore[import-not-found, unused-ignore]
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # not installed, no driver, or a GPU older than Volta: nothing of the run depends on it
+        return None
+    return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000
+
+
+def gpu_memory(device: torch.device) -> float | None:
+    """Most memory a GPU's tensors have taken so far, in GB; None elsewhere."""
+    return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
+
+
 @dataclass
 class Team:
     """The processes of one run. Alone: rank 0 of 1, and every method is a no-op that returns its input."""
@@ -163,11 +185,11 @@ class Team:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def same(self, value: Path) -> Path:
+    def same(self, value: T) -> T:
         """The leader's value on every rank."""
         if self.size == 1:
             return value
-        box = [value]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

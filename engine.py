@@ -219,7 +219,7 @@ class Engine:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Engine:
-        """An engine for a model folder. dtype: auto, float32, bfloat16 or int8, see `quantize.prepare`."""
+        """An engine for a model folder. dtype: auto, float32, bfloat16, float16 or int8, see `quantize.prepare`."""
         from checkpoint import load_model
         from devices import pick_device
         from quantize import prepare

@@ -142,8 +142,8 @@ with warnings.catch_warnings():
         """Model folder, run folder, or a GPT-2 on the Hugging Face hub; none: the newest in runs/ or models/."""
         prompt: str | None = None
         """What the text begins with; none: what is piped in, else nothing."""
-        dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-        """Number format of the weights; auto: bfloat16 where the processor has instructions for it, else float32."""
+        dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+        """Number format of the weights; auto: what this processor reads fastest without visible loss (see quantize.py)."""
         device: str = "auto"
         """auto, cpu, cuda, cuda:N or mps."""
         echo: bool = True

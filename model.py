@@ -65,18 +65,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         grad_x = torch.empty_like(narrow) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        whole = bool((targets != IGNORE).all())
+        buffer = torch.empty(min(chunk, x.size(0)), table.size(0), dtype=dtype, device=x.device)
         for start in range(0, x.size(0), chunk):
             part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
-            logits = part @ table.t()  # [chunk, V or N]
-            logp = logits[:, :used].float().log_softmax(dim=-1)
-            counted = wanted != IGNORE
+            logits = torch.mm(part, table.t(), out=buffer[: len(part)])[:, :used]  # [chunk, N]
             index = wanted.clamp(min=0)[:, None]
-            total -= (logp.gather(1, index)[:, 0] * counted).sum()
+            top, own = logits.amax(-1).float(), logits.gather(1, index)[:, 0].float()
+            slope = logits.softmax(dim=-1, dtype=torch.float32)
+            losses = top - slope.amax(-1).log() - own  # the largest share is never too small to tell
+            total += losses.sum() if whole else losses.masked_fill(wanted == IGNORE, 0.0).sum()
             if grad_x is None or grad_weight is None:
                 continue
-            slope = logp.exp_()  # softmax minus one-hot, in place
-            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))
-            slope *= counted[:, None]
+            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))  # softmax minus one-hot
+            if not whole:
+                slope *= (wanted != IGNORE)[:, None]
             thin = slope.to(dtype)
             torch.mm(thin, table[:used], out=grad_x[start : start + chunk])
             if dtype == torch.float32:
@@ -109,6 +112,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (slots, 2, config.n_head, config.block_size, config.head_size)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.stores = [layer.unsqueeze(2).unbind() for layer in self.layers]  # by slot [2, 1, H, block_size, D]
         self.length = [0] * slots
 
     def reset(self, slot: int) -> None:
@@ -156,26 +160,22 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q[None], past[0], past[1], attn_mask=mask, is_causal=mask is None)
         return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
 
-    def decode(self, x: Tensor, store: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """x [R, C], one new token for each of `slots`; store is the layer's [S, 2, H, block_size, D].
+    def decode(self, x: Tensor, stores: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        """x [R, C], one new token for each of `stores`, the slots' keys and values, each [2, 1, H, block_size, D].
 
         Rows beyond the slots only pad. Attention goes row by row: a row's result may not depend on the lengths of its
-        neighbours.
+        neighbours. Few, plain operations: with one token a step, calling them costs as much as computing.
         """
         R, C = x.shape
-        S = len(slots)
-        qkv = self.c_attn(x).view(R, 3, self.n_head, self.head_size)
-        if S == 1:  # plain indexing: half the time of lists of indices
-            store[slots[0], :, :, lengths[0]] = qkv[0, 1:]
-        else:
-            store[slots, :, :, lengths] = qkv[:S, 1:]
         rows = []
-        for q, slot, held in zip(qkv[:S, :1, :, None].unbind(), slots, lengths, strict=True):  # q [1, H, 1, D]
-            k, v = store[slot, :, None, :, : held + 1].unbind()  # each [1, H, held + 1, D]
-            rows.append(F.scaled_dot_product_attention(q, k, v))
-        if R > S:
-            rows.append(x.new_zeros(R - S, self.n_head, 1, self.head_size))
-        return cast(Tensor, self.c_proj((torch.cat(rows) if R > 1 else rows[0]).view(R, C)))
+        qkv = self.c_attn.forward(x).view(R, 3, 1, self.n_head, 1, self.head_size).unbind()  # each [3, 1, H, 1, D]
+        for new, store, held in zip(qkv, stores, lengths, strict=False):
+            store.narrow(3, held, 1).copy_(new.narrow(0, 1, 2))
+            k, v = store.narrow(3, 0, held + 1).unbind()  # each [1, H, held + 1, D]
+            rows.append(F.scaled_dot_product_attention(new[0], k, v))
+        if R > len(rows):
+            rows.append(x.new_zeros(R - len(rows), self.n_head, 1, self.head_size))
+        return self.c_proj.forward((torch.cat(rows) if R > 1 else rows[0]).view(R, C))
 
 
 class MLP(nn.Module):
@@ -205,6 +205,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return cast(Tensor, x + self.mlp(self.ln_2(x)))
+
+    def decode(self, x: Tensor, stores: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        """One new token a row, x [R, C] -> [R, C]; see CausalSelfAttention.decode."""
+        x = x + self.attn.decode(self.ln_1.forward(x), stores, lengths)
+        return cast(Tensor, x + self.mlp.forward(self.ln_2.forward(x)))
 
 
 class TiedHead(nn.Module):
@@ -329,9 +334,8 @@ class GPT(nn.Module):
         padding = [0] * (rows - len(slots))
         x = self.wte(torch.tensor([*ids, *padding], device=device))  # [R, C]
         x = x + table[torch.tensor([*lengths, *padding], device=device)]
-        for store, block in zip(cache.layers, cast(Sequence[Block], self.h), strict=True):
-            x = x + block.attn.decode(block.ln_1(x), store, slots, lengths)
-            x = x + block.mlp(block.ln_2(x))
+        for stores, block in zip(cache.stores, cast(Sequence[Block], self.h), strict=True):
+            x = block.decode(x, [stores[slot] for slot in slots], lengths)
         for slot in slots:
             cache.length[slot] += 1
         return self._logits(self.ln_f(x))[: len(slots)]

@@ -101,8 +101,11 @@ class Optimizer:
         return found
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Restore what `state_dict` gave; a parameter that is missing raises ValueError."""
-        for part in self.parts:
+        """Restore what `state_dict` gave; a parameter that is missing raises ValueError.
+
+        None has a state where no step was taken yet: an fp16 run may have been stopped in its first overflows.
+        """
+        for part in self.parts if state else ():
             for group in part.param_groups:
                 for parameter in group["params"]:
                     name = self.names[id(parameter)]

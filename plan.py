@@ -9,8 +9,11 @@ from its data sheet and a stated utilisation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -120,7 +123,7 @@ def available_memory(device: torch.device) -> int:
         limit, current = Path("/sys/fs/cgroup") / name, Path("/sys/fs/cgroup") / used
         if limit.is_file() and current.is_file() and limit.read_text().strip().isdigit():
             free = min(free, int(limit.read_text()) - int(current.read_text()))
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fitting_batch(
@@ -175,7 +178,8 @@ def gigabytes(count: float) -> str:
 
 
 def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> dict[str, float]:
-    """Take a few real steps in a process of their own: {"seconds" a micro-step, "update_s" a step's rest, "bytes"}.
+    """Take a few real steps in a process of their own, and one look, sample and checkpoint: {"seconds" a micro-step,
+    "update_s" a step's rest, "look_s" and "sample_s" a token, "save_s" the weights, "bytes" at the peak}.
 
     Raises ConfigError where the process runs out of memory.
     """
@@ -190,22 +194,42 @@ def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> 
     return found
 
 
+def peak_memory() -> int:
+    """Most memory this process has held at once, in bytes."""
+    with contextlib.suppress(
+        OSError, StopIteration, ValueError
+    ):  # getrusage's figure may be that of the parent process
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def trial(job: dict[str, Any]) -> dict[str, float]:
-    """The measured process: steps as the training loop takes them, on random tokens."""
-    import resource
+    """The measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds."""
+    import tempfile
     import time
 
     import torch
 
-    from devices import Team, pick_device
+    from devices import Team, autocast, pick_device
     from model import GPT
     from optim import Optimizer
-    from train import take_step
+    from runlog import RunLog
+    from runs import wrapped
+    from storage import write_tensors
+    from train import inference, take_step
 
     config = build(Config, job["config"])
     device = pick_device(config.train.device)
     team = Team(0, 1, "none", device)
     model = GPT(config.model).to(device)
+    module = wrapped(model, config, team, device)
     optimizer = Optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=job["precision"] == "fp16")
     shape = (job["batch"], config.model.block_size)
@@ -215,42 +239,88 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
             x = torch.randint(0, config.model.tokens, shape)
             yield x.to(device), x.roll(1).to(device)
 
+    def timed(work: Any) -> float:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
     source = batches()
     timings: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(job["steps"]):
-        for micro in (1, 2) if number else (1,):
-            began = time.perf_counter()
-            take_step(model, optimizer, scaler, source, micro, config.train, job["precision"], team)
-            if number:
-                timings[micro].append(time.perf_counter() - began)
-    once, twice = min(timings[1]), min(timings[2])
-    peak = (
-        torch.cuda.max_memory_reserved(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+
+    def step(micro: int) -> None:
+        take_step(module, optimizer, scaler, source, micro, config.train, job["precision"], team)
+
+    step(1)
+    began = time.perf_counter()
+    while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
+        for micro, found in timings.items():
+            found.append(timed(lambda micro=micro: step(micro)))
+    once, twice = (statistics.median(found) for found in timings.values())
+
+    def look() -> None:
+        with inference(module), autocast(device, job["precision"]):
+            float(module(*next(source)))
+
+    def write() -> None:
+        cache = model.new_cache(1)
+        for at in range(min(16, config.model.block_size)):
+            model.decode([at % config.model.tokens], cache, [0])
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        log = RunLog(Path(folder), total_steps=1, tensorboard=config.train.tensorboard)
+        log.metrics({"step": 1, "train_loss": 1.0})
+        look()
+        look_s = timed(look) / (shape[0] * shape[1])
+        with inference(model):
+            write()
+            sample_s = timed(write) / min(16, config.model.block_size)
+        save_s = timed(lambda: write_tensors(Path(folder) / "weights", model.state_dict()))
+        log.close()
+    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
     seconds = max(twice - once, 0.3 * once)
-    return {"seconds": seconds, "update_s": max(0.0, once - seconds), "bytes": float(peak)}
+    rest = {"look_s": look_s, "sample_s": sample_s, "save_s": save_s}
+    return {"seconds": seconds, "update_s": max(0.0, once - seconds), "bytes": float(peak), **rest}
 
 
-def corpus_tokens(args: TrainArgs, config: Config) -> int:
-    """Training tokens of the data that would be used; a published figure where it is not prepared yet."""
-    from prepare_data import Manifest
-    from runs import default_data
+def besides(
+    train: TrainConfig, steps: int, epochs: float, val_tokens: int, found: dict[str, float]
+) -> dict[str, float]:
+    """Seconds a run of `steps` spends on evaluation, samples and checkpoints, each evaluation a new best.
 
-    folder = args.data or default_data(args.preset)
+    found: "look_s", "sample_s" and "save_s" as `trial` measures them, and "step_s", of a step.
+    """
+    ends = math.floor(epochs) if train.each_epoch else 0
+    looks = (math.ceil(steps / train.eval_interval) if train.eval_interval else 1) + ends
+    samples = (1 + steps // train.sample_interval if train.sample_interval else 0) + ends
+    saves = 1 + (steps // train.checkpoint_interval if train.checkpoint_interval else 0)
+    if train.checkpoint_minutes:
+        saves += int(steps * found["step_s"] / 60 / train.checkpoint_minutes)
+    return {
+        "evaluation": looks * min(train.eval_tokens or val_tokens, val_tokens) * found["look_s"],
+        "samples": samples * train.sample_tokens * found["sample_s"],
+        "checkpoints": (looks + 3 * saves) * found["save_s"],  # two moments beside the weights
+    }
+
+
+def corpus_tokens(args: TrainArgs, config: Config) -> tuple[int, int]:
+    """Training and validation tokens of the data that would be used; a published figure where it is not prepared yet."""
+    from prepare_data import Manifest, default_out
+
+    folder = args.data or default_out(args.preset)
     if (folder / "manifest.json").is_file():
-        return Manifest.load(folder).splits.train.tokens
-    return CORPUS_TOKENS.get(config.data.source, 0)
+        splits = Manifest.load(folder).splits
+        return splits.train.tokens, splits.val.tokens
+    return CORPUS_TOKENS.get(config.data.source, 0), config.train.eval_tokens
 
 
 def vocabulary(args: TrainArgs, config: Config) -> ModelConfig:
     """The model's settings with the vocabulary the data has, or will have at most."""
     from config import GPT2_TOKENS
-    from prepare_data import Manifest
-    from runs import default_data
+    from prepare_data import Manifest, default_out
 
-    folder = args.data or default_data(args.preset)
+    folder = args.data or default_out(args.preset)
     if (folder / "manifest.json").is_file():
         used = Manifest.load(folder).tokenizer.vocab_size
     else:
@@ -266,8 +336,8 @@ def main_plan(args: TrainArgs, config: Config) -> int:
 
     from devices import device_name, peak_flops, pick_device, pick_precision
     from model import GPT
+    from prepare_data import default_out
     from runlog import duration
-    from runs import default_data
     from train import micro_steps, total_steps
 
     model, train = vocabulary(args, config), config.train
@@ -299,7 +369,7 @@ def main_plan(args: TrainArgs, config: Config) -> int:
         raise ConfigError([too_large(model, train, max(1, batch), room, precision, kind, world)])
     micro = micro_steps(train, batch, model.block_size, world)
     tokens_per_step = micro * batch * world * model.block_size
-    corpus = corpus_tokens(args, config)
+    corpus, val_tokens = corpus_tokens(args, config)
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
     print(f"on {label}, {precision}: micro-batch {batch} x {micro} accumulated = {tokens_per_step:,} tokens a step")
@@ -308,6 +378,7 @@ def main_plan(args: TrainArgs, config: Config) -> int:
         seconds, used = found["seconds"] * micro + found["update_s"], found["bytes"]
         print(f"memory: {gigabytes(used)} measured of {gigabytes(room)} free (estimated {gigabytes(need.total)})")
         speed, how = tokens_per_step / seconds, "measured over a few steps"
+        found["step_s"] = seconds
     else:
         rate = peak_flops(match or "", precision)
         if rate is None:
@@ -318,6 +389,8 @@ def main_plan(args: TrainArgs, config: Config) -> int:
             world * rate * MFU / shape.flops_per_token(),
             f"{MFU:.0%} of {rate * world / 1e12:,.0f} TFLOP/s assumed",
         )
+        forward = shape.flops_per_token() / 3 / (world * rate * MFU)
+        found = {"step_s": tokens_per_step / speed, "look_s": forward, "sample_s": 0.0, "save_s": 0.0}
         print(f"memory: about {gigabytes(need.total)} of {gigabytes(room)} a GPU")
     print(f"speed: {speed:,.0f} tokens/s ({how})")
     if not steps:
@@ -325,10 +398,13 @@ def main_plan(args: TrainArgs, config: Config) -> int:
             f"ends by the clock after {train.max_minutes:g} minutes: about {speed * train.max_minutes * 60:,.0f} tokens"
         )
         return 0
-    total_s = steps * tokens_per_step / speed
-    passes = f" = {steps * tokens_per_step / corpus:.1f} passes over {corpus:,} tokens" if corpus else ""
+    passed = steps * tokens_per_step / corpus if corpus else 0.0
+    extra = besides(train, steps, passed, val_tokens, found)
+    total_s = steps * tokens_per_step / speed + sum(extra.values())
+    passes = f" = {passed:.1f} passes over {corpus:,} tokens" if corpus else ""
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in extra.items() if seconds >= 1)
     print(
-        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{passes}; evaluation and samples come on top"
+        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{passes}{f' (of it {parts})' if parts else ''}"
     )
     if train.max_minutes and total_s > train.max_minutes * 60:
         print(
@@ -337,7 +413,7 @@ def main_plan(args: TrainArgs, config: Config) -> int:
     if args.price_per_hour:
         print(f"cost: {total_s / 3600 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour")
     if not corpus:
-        print(f"note: no prepared texts in {args.data or default_data(args.preset)} yet, so epochs are not counted")
+        print(f"note: no prepared texts in {args.data or default_out(args.preset)} yet, so epochs are not counted")
     return 0
 
 

@@ -12,9 +12,14 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dataset import TokenData
+    from model import GPT
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -59,6 +64,7 @@ def line(values: Mapping[str, Any]) -> str:
         "step": "{:d}",
         "mfu": "{:.3f}",
         "seconds_per_batch": "{:.3f}",
+        "gpu_memory_gb": "{:.2f}",
     }
     parts = []
     for key, value in values.items():
@@ -70,10 +76,20 @@ def line(values: Mapping[str, Any]) -> str:
 
 
 class RunLog:
-    """Writes one run's records. `enabled=False` (ranks other than 0) makes every method a no-op."""
+    """Writes one run's records. `enabled=False` (ranks other than 0) makes every method a no-op.
+
+    done: steps a resumed run has behind it; what was recorded of later ones is dropped, as they come again.
+    """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, enabled: bool = True, tensorboard: bool = True, wandb: str = ""
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        enabled: bool = True,
+        tensorboard: bool = True,
+        wandb: str = "",
+        done: int = 0,
     ):
         self.folder, self.total, self.enabled = folder, total_steps, enabled
         self.started = time.monotonic()
@@ -84,17 +100,22 @@ class RunLog:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if done:
+            for name in (METRICS, SAMPLES):
+                keep_until(folder / name, done)
         if tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                self._writer = SummaryWriter(str(folder / "tensorboard"))
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
         if wandb:
-            try:
-                import wandb as client  # type: ignore[import-not-found, unused-ignore]
-            except ImportError:
-                raise ValueError("--train.wandb: the package is not installed (pip install wandb)") from None
-            self._wandb = client.init(project="victorian-literature-generator", name=wandb, resume="allow")
+            import wandb as client  # type: ignore[import-not-found, unused-ignore]
+
+            known = folder / ".wandb"  # a resumed run goes on there, too
+            if not known.is_file():
+                known.write_text(uuid.uuid4().hex, encoding="utf-8")
+            project, key = "victorian-literature-generator", known.read_text(encoding="utf-8")
+            self._wandb = client.init(project=project, name=wandb, id=key, resume="allow", dir=str(folder))
 
     def say(self, text: str) -> None:
         """A line on standard error, above the live line."""
@@ -145,12 +166,6 @@ class RunLog:
         body = (row["prompt"] + row["text"]).strip().replace("\n", "\n    ")
         self.say(f"  sample at step {row['step']}:\n    {body}")
 
-    def rewind(self, step: int) -> None:
-        """Forget rows after `step`, as a resumed run will write them again."""
-        if self.enabled:
-            for name in (METRICS, SAMPLES):
-                keep_until(self.folder / name, step)
-
     def close(self) -> None:
         """Flush everything and draw loss.png."""
         if not self.enabled:
@@ -188,3 +203,28 @@ def draw_losses(folder: Path) -> Path | None:
     figure.savefig(draft, dpi=130)
     os.replace(draft, folder / "loss.png")
     return folder / "loss.png"
+
+
+def announce(
+    log: RunLog, model: GPT, data: TokenData, precision: str, device: str, tokens_per_step: int, total: int
+) -> None:
+    """What is about to be trained, on what, for how long."""
+    splits, steps = data.manifest.splits, f"{total:,}" if total else "unlimited"
+    log.say(
+        f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
+        f"device {device}, {precision}   {tokens_per_step:,} tokens a step, {steps} steps, context {model.config.block_size}"
+    )
+    for name, count, size in model.report():
+        log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+
+
+def finish(summary: dict[str, Any]) -> None:
+    """The summary on standard error, and the command to go on with."""
+    done = summary.pop("done")
+    print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
+    run = Path(summary["run"])
+    where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    if done:
+        print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
+    else:
+        print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)

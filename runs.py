@@ -1,8 +1,8 @@
 """A run: its folder and lock, its data and model, what it remembers, its checkpoints.
 
 with locked(run):
-    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, tokens_per_step)
-    save(progress, best=False, val_loss=None)
+    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
+    save(progress, best=False)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,10 @@ class Progress:
     epoch_steps: int = 0
     best_epoch_loss: float = math.inf
     skipped: int = 0  # steps with a non-finite loss
+    losses: list[float] = field(default_factory=list)  # of the steps since the last log line
+    val_loss: float | None = None  # of the last validation pass
     elapsed_s: float = 0.0  # wall-clock over all sessions of the run
+    energy_j: float = 0.0  # drawn by the GPUs over all sessions, where NVML tells
 
     @property
     def running_loss(self) -> float:
@@ -56,20 +59,23 @@ class Progress:
         self.average_weight = 0.98 * self.average_weight + 0.02
         self.epoch_loss += loss
         self.epoch_steps += 1
+        self.losses.append(loss)
+
+    def spike(self, loss: float) -> bool:
+        """Whether a loss lies more than a nat above the running average, once that has settled (46 steps)."""
+        return self.average_weight > 0.6 and loss > self.running_loss + 1.0
 
 
-def model_card(
-    config: Config, data: TokenData, progress: Progress, tokens_per_step: int, val_loss: float | None
-) -> dict[str, Any]:
+def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
     """What the model folder's README and config.json say of its making."""
-    splits = data.manifest.splits
+    splits, val_loss = data.manifest.splits, progress.val_loss
     return {
         "description": config.description,
         "source": str(data.manifest.source),
         "train_tokens_in_text": splits.train.tokens,
         "train_documents": splits.train.documents,
         "steps": progress.step,
-        "tokens_seen": progress.step * tokens_per_step,
+        "tokens_seen": progress.windows * config.model.block_size,
         "val_loss": val_loss,
         "val_bpb": None if val_loss is None else bits_per_byte(val_loss, data),
     }
@@ -109,12 +115,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def default_data(preset: str) -> Path:
-    """Where a preset's prepared texts lie: data/PRESET, or tokens/ inside it where that folder holds the texts."""
-    folder = ROOT / "data" / Path(preset).stem
-    return folder / "tokens" if any(folder.glob("*.txt")) else folder
-
-
 def prepared(folder: Path | None, preset: str) -> Path:
     """The data folder to train on; the preset's own texts are prepared where they are not yet (by the leader alone)."""
     if folder is not None and str(folder).startswith("s3:"):
@@ -131,15 +131,44 @@ def prepared(folder: Path | None, preset: str) -> Path:
                 ]
             )
         return folder
-    target = default_data(preset)
     import prepare_data
 
-    local = str(preset_values(preset).get("data", {}).get("source", "")).endswith(".txt")
+    target = prepare_data.default_out(preset)
+    source = str(preset_values(preset).get("data", {}).get("source", ""))
+    if not source and not (target / "manifest.json").is_file():
+        raise ConfigError(
+            [
+                f"--preset {preset} has no texts of its own: prepare yours with `python prepare_data.py --input … "
+                f"--out data/mine` and add --data data/mine"
+            ]
+        )
+    local = source.endswith(".txt")
     if local or not (target / "manifest.json").is_file():  # local texts may have changed since
         code = prepare_data.main(["--preset", preset, "--out", str(target)])
         if code:
             raise SystemExit(code)
     return target
+
+
+def origin_shape(origin: str) -> dict[str, Any]:
+    """The shape of the model that `--init-from` names, as a [model] table; hub names are downloaded first."""
+    from checkpoint import fetch_model, read_model_config
+
+    try:
+        return read_model_config(fetch_model(origin)).model_dump()
+    except ValueError as error:
+        raise ConfigError([f"--init-from {origin}: {str(error).removeprefix(f'--model {origin}: ')}"]) from None
+
+
+def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> list[str]:
+    """What of the asked shape the weights of `origin` do not allow: all but the context and the dropout."""
+    free = ("block_size", "dropout", "vocab_used")
+    return [
+        f"--model.{name.replace('_', '-')} {value}: --init-from {origin} has {theirs[name]}: leave it out (only "
+        "--model.block-size and --model.dropout can differ)"
+        for name, value in asked.model_dump().items()
+        if name not in free and value != theirs[name] and not (name == "vocab_size" and not value)
+    ]
 
 
 def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, init_from: str) -> GPT:
@@ -153,18 +182,17 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, init_from
         return GPT(fitted(config.model, tokenizer))
     from checkpoint import fetch_model, load_model
 
-    wanted = config.model.block_size if "block_size" in config.model.model_fields_set else None
-    model, theirs = load_model(fetch_model(init_from), block_size=wanted)
+    folder = fetch_model(init_from)
+    model, theirs = load_model(folder, block_size=config.model.block_size, dropout=config.model.dropout)
     if theirs.fingerprint != tokenizer.fingerprint:
+        flag = "--tokenizer gpt2" if theirs.kind == "gpt2" else f"--tokenizer-from {folder}"
         raise ConfigError(
             [
                 f"--init-from {init_from}: its tokenizer is not the one of {data.folder}: prepare the texts with "
-                f"`python prepare_data.py --tokenizer-from {init_from} …`"
+                f"`python prepare_data.py {flag} …`"
             ]
         )
-    fresh = GPT(model.config.model_copy(update={"dropout": config.model.dropout}))
-    fresh.load_state_dict(model.state_dict())
-    return fresh
+    return model
 
 
 def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -191,7 +219,10 @@ def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> tor
         module = torch.compile(module)  # type: ignore[assignment]
     if team.mode == "ddp":
         module = torch.nn.parallel.DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # the only buffer is constant, and ranks validate different numbers of batches
         )
     return module
 
@@ -201,11 +232,15 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def gathered(model: GPT, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Full weights and optimizer state on every rank, whatever is sharded (a joint call under FSDP)."""
-    weights = {name: whole(value) for name, value in model.state_dict().items()}
-    state = {name: {key: whole(value) for key, value in part.items()} for name, part in optimizer.state_dict().items()}
-    return weights, state
+def gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with full tensors on every rank, whatever is sharded (a joint call under FSDP)."""
+    return {name: gathered(value) if isinstance(value, dict) else whole(value) for name, value in state.items()}
+
+
+def kept_batch(tokens_per_step: int, batch: int, block: int, world: int) -> int:
+    """The largest micro-batch up to `batch` that keeps `tokens_per_step` on `world` processes; `batch` if none does."""
+    fits = (size for size in range(batch, 0, -1) if tokens_per_step % (size * block * world) == 0)
+    return next(fits, batch)
 
 
 def whole_model(model: GPT, team: Team) -> GPT:
@@ -241,27 +276,39 @@ class Saver:
     optimizer: Optimizer
     scaler: Any
     team: Team
+    batch: int
     tokens_per_step: int
     seconds: float = 0.0  # time spent writing
+    folders: int = 0  # best/ and last/ written
+    step: int = -1  # of the newest last/
 
-    def __call__(self, progress: Progress, *, best: bool, val_loss: float | None) -> None:
+    def __call__(self, progress: Progress, *, best: bool) -> None:
         """Save best/ (weights only) or last/ (weights and training state), whole or not at all."""
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
-        weights, moments = gathered(self.model, self.optimizer)
+        weights = gathered(self.model.state_dict())
+        moments = {} if best else gathered(self.optimizer.state_dict())
         if self.team.leader:
-            card = model_card(self.config, self.data, progress, self.tokens_per_step, val_loss)
+            card = model_card(self.config, self.data, progress)
             shared: dict[str, Any] = {"card": card, "generation": self.config.generation, "weights": weights}
             if best:
                 save_model(self.run / "best", self.model, self.tokenizer, **shared)
             else:
-                keep, world = self.config.train.keep_last, self.team.size
-                state = {"step": progress.step, "progress": asdict(progress), "optimizer": moments, "world": world}
-                state["scaler"] = self.scaler.state_dict()
-                if keep > 1:
+                state = {
+                    "step": progress.step,
+                    "progress": asdict(progress),
+                    "optimizer": moments,
+                    "scaler": self.scaler.state_dict(),
+                    "world": self.team.size,
+                    "batch": self.batch,
+                    "tokens_per_step": self.tokens_per_step,
+                }
+                if self.config.train.keep_last > 1:
                     shelve(self.run)
                 save_training(self.run / "last", self.model, self.tokenizer, state=state, **shared)
-                prune_checkpoints(self.run, keep)
+                prune_checkpoints(self.run, self.config.train.keep_last)
         self.team.barrier()
+        self.step = self.step if best else progress.step
+        self.folders += 1
         self.seconds += time.monotonic() - began

@@ -23,8 +23,9 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 COLD = 1e-6  # temperatures below it are 0: the likeliest token
 CHUNK = 256  # tokens of a prompt read at a time; more of them do not multiply faster, and others wait for a chunk
+BLOCK = 64  # logits of which `largest` looks at the maximum first
 MASK = 2**64 - 1
 
 
@@ -112,45 +114,76 @@ def _check(top: Tensor) -> None:
         )
 
 
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(values [count], ids [count]) of the largest of logits [N], as `topk` finds them, in a third of its time.
+
+    Of blocks of BLOCK logits, only the `count` with the largest maxima can hold one of them.
+    """
+    N = len(logits)
+    blocks = N // BLOCK
+    if blocks < 4 * count:
+        return logits.topk(count)
+    whole = blocks * BLOCK
+    table = logits[:whole].view(blocks, BLOCK)
+    chosen = table.amax(1).topk(count).indices  # [count]
+    values = torch.cat((table[chosen].flatten(), logits[whole:]))
+    values, places = values.topk(count)
+    rows = places // BLOCK
+    ids = torch.where(
+        rows < count, chosen[rows.clamp(max=count - 1)] * BLOCK + places % BLOCK, places - count * BLOCK + whole
+    )
+    return values, ids
+
+
 def candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(logits [M], ids [M]) of the tokens that may be drawn from logits [N], after temperature; greedy leaves one.
 
     The same set and the same values as transformers' processors in the order repetition penalty, temperature, top-k,
-    top-p, min-p; of equal logits at the edge of top-p those with larger ids stay (there it is left open). Raises LogitsError where the logits hold NaN or plus infinity. With top_k the vocabulary is passed over once, and the rest works on k numbers.
+    top-p, min-p; of equal logits at the edge of top-p those with larger ids stay (there it is left open). Raises
+    LogitsError where the logits hold NaN or plus infinity.
     """
+    values, ids = _candidates(logits, params, seen)
+    return torch.from_numpy(values), torch.from_numpy(ids)
+
+
+def _candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """`candidates` in NumPy, whose calls cost a fifth of torch's: with top-k, what follows works on k numbers."""
     logits = penalised(logits, params.repetition_penalty, seen)
     N = len(logits)
     if params.temperature < COLD:
         best = logits.argmax()[None]
         _check(logits[best])
-        return logits[best], best
+        return logits[best].numpy(), best.numpy()
     if 0 < params.top_k < N:
-        values, ids = logits.topk(params.top_k + 1)  # one more, to see whether the last place is shared
-        _check(values[0])
-        values = values / params.temperature
+        top, places = largest(logits, params.top_k + 1)  # one more, to see whether the last place is shared
+        _check(top[0])
+        values, ids = top.numpy() / np.float32(params.temperature), places.numpy()
         if values[-1] == values[-2]:
-            scaled = logits / params.temperature
-            ids = (scaled >= values[-2]).nonzero()[:, 0]
+            scaled = (logits / params.temperature).numpy()
+            ids = np.nonzero(scaled >= values[-2])[0]
             values = scaled[ids]
         else:
             values, ids = values[:-1], ids[:-1]
     else:
         _check(logits.max())
-        values, ids = logits / params.temperature, torch.arange(N)
+        values, ids = (logits / params.temperature).numpy(), np.arange(N)
     if params.top_p < 1:
-        if len(ids) < N:
-            ids, order = ids.sort()
-            values = values[order]
-        values, order = values.sort(stable=True)
-        ids = ids[order]
-        kept = values.softmax(-1).cumsum(-1) > 1 - params.top_p
+        order = np.lexsort((ids, values))
+        values, ids = values[order], ids[order]
+        kept = shares(values).cumsum() > np.float32(1 - params.top_p)
         kept[-1] = True
         values, ids = values[kept], ids[kept]
     if params.min_p > 0:
-        shares = values.softmax(-1)
-        kept = shares >= params.min_p * shares.max()
+        likely = shares(values)
+        kept = likely >= np.float32(params.min_p) * likely.max()
         values, ids = values[kept], ids[kept]
     return values, ids
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """softmax of values [M], float32"""
+    powers = np.exp(values - values.max())
+    return cast(np.ndarray, powers / powers.sum())
 
 
 def filter_logits(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> Tensor:
@@ -161,12 +194,12 @@ def filter_logits(logits: Tensor, params: GenerationParams, seen: Tensor | None 
 
 def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, seen: Tensor | None = None) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
-    values, ids = candidates(logits, params, seen)
+    values, ids = _candidates(logits, params, seen)
     if len(ids) == 1 and params.temperature < COLD:
-        return int(ids)
-    summed = values.softmax(-1).cumsum(-1, dtype=torch.float64)
-    drawn = torch.rand((), generator=generator, dtype=torch.float64) * summed[-1]
-    return int(ids[min(int(torch.searchsorted(summed, drawn, right=True)), len(ids) - 1)])
+        return int(ids[0])
+    summed = shares(values).cumsum(dtype=np.float64)
+    drawn = float(torch.rand((), generator=generator, dtype=torch.float64)) * summed[-1]
+    return int(ids[min(int(summed.searchsorted(drawn, side="right")), len(ids) - 1)])
 
 
 def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:

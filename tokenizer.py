@@ -131,7 +131,7 @@ class Tokenizer:
         } | self._json()
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot is not None:
-            settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+            settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
         for name, content in zip(FILES, (data, settings), strict=True):
             text = json.dumps(content, ensure_ascii=False, indent=1 if content is settings else None)
             (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")

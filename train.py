@@ -3,6 +3,7 @@
     python train.py                                              # the sample stories, about three minutes
     python train.py --preset story-small --data data/novels --train.max-steps 200
     python train.py --resume --out runs/story-small              # go on where it stopped, exactly
+    python train.py --init-from gpt2 --data data/mine             # go on training another model, on your texts
     torchrun --standalone --nproc_per_node=8 train.py --preset victorian
 
 Every run is a folder: config.toml, metrics.jsonl, samples.jsonl, loss.png, tensorboard/, best/ and last/ (model folders).
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from config import (
     flag_value,
     merge,
     parse_flags,
+    preset_names,
     preset_values,
     read_toml,
     run_main,
@@ -54,7 +57,7 @@ class TrainArgs(Strict):
     """Train a GPT-2-style model. Without flags: the repository's own short stories, about three minutes."""
 
     preset: str = "sample"
-    """Settings to start from: a name from presets/, or a .toml file."""
+    """Settings to start from: a name from presets/, or a .toml file; with --init-from: finetune."""
     config: Path | None = None
     """A TOML file laid over the preset."""
     data: Path | None = None
@@ -64,7 +67,7 @@ class TrainArgs(Strict):
     resume: bool = False
     """Go on from the newest complete checkpoint in the run folder."""
     init_from: str = ""
-    """Start from the weights of a model folder (ours or a GPT-2 of transformers), or of a hub id."""
+    """Start from the weights of a model folder (ours or a GPT-2 of transformers), or of a hub id; its shape counts."""
     plan: str = ""
     """Print parameters, memory, speed, time and cost instead of training: `here`, a GPU's name, or p4d.24xlarge."""
     price_per_hour: float = 0.0
@@ -187,19 +190,37 @@ def sample(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> dict[
 def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     """Flags over `--config` over the preset; with --resume over the run's own settings. All faults at once."""
     preset, file, out = (flag_value(argv, name) for name in ("preset", "config", "out"))
-    tables = preset_values(preset or "sample")
+    origin = flag_value(argv, "init-from") or flag_value(argv, "init_from")
+    preset = preset or ("finetune" if origin else "sample")
+    tables, theirs = preset_values(preset), {}
     if "--resume" in argv:
-        run = Path(out) if out else ROOT / "runs" / Path(preset or "sample").stem
+        origin = None  # the run has weights of its own by now
+        run = Path(out) if out else ROOT / "runs" / Path(preset).stem
         if not (run / "config.toml").is_file():
             raise ConfigError([f"--resume: {run} holds no run: give its folder with --out, or start without --resume"])
         tables = read_toml(run / "config.toml")
+    if origin:
+        from runs import origin_shape
+
+        theirs = origin_shape(origin)
+        own = {key: value for key, value in tables.get("model", {}).items() if key == "dropout"}
+        tables["model"] = theirs | own
+    elif "model" not in tables and preset in preset_names():
+        raise ConfigError([f"--preset {preset} has no shape of its own: give --init-from MODEL"])
     if file:
         tables = merge(tables, read_toml(Path(file)))
-    given = {"model": tables.get("model", {}), "train": tables.get("train", {})}
+    given = {"preset": preset, "model": tables.get("model", {}), "train": tables.get("train", {})}
     words = [*argv]
     if words and "--plan" in words and (words[-1] == "--plan" or words[words.index("--plan") + 1].startswith("-")):
         words.insert(words.index("--plan") + 1, "here")
     args = parse_flags(TrainArgs, words, defaults=given)
+    if origin:
+        from runs import shape_faults
+
+        if faults := shape_faults(origin, theirs, args.model):
+            raise ConfigError(faults)
+    if args.train.wandb and not find_spec("wandb"):
+        raise ConfigError(["--train.wandb: the package is not installed: pip install wandb, or leave the flag out"])
     values = merge(tables, {"model": args.model.model_dump(), "train": args.train.model_dump()})
     return args, build(Config, values)
 
@@ -241,9 +262,10 @@ def take_step(
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     mean = team.total([float(total)])[0] / team.size
     finite = math.isfinite(mean) and math.isfinite(float(norm))
-    if finite or scaler.is_enabled():
+    if finite:  # `norm` covers all parameters and ranks: no part of the optimizer steps where another cannot
         for part in optimizer.parts:
             scaler.step(part)
+    if finite or scaler.is_enabled():
         scaler.update()
     optimizer.zero_grad()
     return mean, float(norm), finite
@@ -270,17 +292,18 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
 
     from checkpoint import load_model, load_training, newest_checkpoint
     from dataset import Windows, training_batches
-    from devices import device_name, peak_flops, pick_precision
+    from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision
     from optim import Optimizer, lr_scale
-    from runlog import RunLog, duration
-    from runs import Progress, Saver, bits_per_byte, start_model, whole_model, wrapped
+    from runlog import RunLog, announce, duration
+    from runs import Progress, Saver, bits_per_byte, kept_batch, start_model, whole_model, wrapped
     from tokenizer import load_tokenizer
 
     device, train = team.device, config.train
     precision, warning = pick_precision(train.precision, device)
     warnings = [warning] if warning else []
     tokenizer = load_tokenizer(data.folder)
-    progress, state, start = Progress(), None, None
+    progress, start = Progress(), None
+    state: dict[str, Any] = {}
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         start = newest_checkpoint(run)
     if start is not None:
@@ -295,11 +318,14 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         model = start_model(config, data, tokenizer, args.init_from)
     config = config.model_copy(update={"model": model.config})
     block = model.config.block_size
-    batch = train.batch_size
+    batch = train.batch_size or state.get("batch", 0)
     if not batch:
         from plan import largest_batch
 
-        batch = largest_batch(model.config, train, block, team.size, device, precision)
+        batch = team.same(largest_batch(model.config, train, block, team.size, device, precision))
+    if state and not train.tokens_per_step:  # whatever the number of processes is now
+        train = train.model_copy(update={"tokens_per_step": state.get("tokens_per_step", 0)})
+        batch = kept_batch(train.tokens_per_step, batch, block, team.size)
     micro = micro_steps(train, batch, block, team.size)
     windows = Windows(len(data.train), block, train.seed)
     per_step = micro * batch * team.size
@@ -321,11 +347,11 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         enabled=team.leader,
         tensorboard=train.tensorboard,
         wandb=run.name if train.wandb else "",
+        done=progress.step,
     )
-    if state is not None:
+    if start is not None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        log.rewind(progress.step)
         log.say(f"resumed at step {progress.step} from {start}")
         if state["world"] != team.size:
             log.say(
@@ -333,10 +359,10 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             )
     elif team.leader:
         (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, tokens_per_step)
+    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
     for warning in warnings:
         log.say(f"warning: {warning}")
-    announce(log, model, config, data, run, precision, device_name(device), tokens_per_step, total)
+    announce(log, model, data, precision, device_name(device), tokens_per_step, total)
 
     batches = training_batches(
         data.train,
@@ -349,27 +375,30 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         device=device,
     )
     peak = peak_flops(device_name(device), precision)
+    energy = energy_meter(device)
     stop = Stop()
     stop.install()
     began = saved_at = logged_at = time.monotonic()
-    elapsed_before, val_loss, reason = progress.elapsed_s, None, ""
+    elapsed_before, energy_before, reason, stopped = progress.elapsed_s, progress.energy_j, "", False
     busy = 0.0  # seconds in steps since the last log line, without evaluation, samples and checkpoints
     session_steps = busy_steps = 0
     all_busy = all_tokens = 0.0
-    losses: list[float] = []
+
+    def checkpoint() -> None:
+        """last/, and what the run has used so far."""
+        progress.elapsed_s = elapsed_before + time.monotonic() - began
+        progress.energy_j = energy_before + team.total([energy() if energy else 0.0])[0]
+        save(progress, best=False)
 
     def look(at_epoch_end: bool) -> dict[str, Any]:
         """Validation and best/, at an interval or an epoch's end."""
-        nonlocal val_loss
-        val_loss = validate(module, data.val, block, batch, precision, team, train.eval_tokens)
-        if val_loss < progress.best_val - train.min_improvement:
-            progress.stale = 0
-        else:
-            progress.stale += 1
-        if val_loss < progress.best_val:
-            progress.best_val, progress.best_step = val_loss, progress.step
-            save(progress, best=True, val_loss=val_loss)
-        row = {"val_loss": val_loss, "val_bpb": bits_per_byte(val_loss, data), "best_val_loss": progress.best_val}
+        found = validate(module, data.val, block, batch, precision, team, train.eval_tokens)
+        progress.stale = 0 if found < progress.best_val - train.min_improvement else progress.stale + 1
+        progress.val_loss = found
+        if found < progress.best_val:
+            progress.best_val, progress.best_step = found, progress.step
+            save(progress, best=True)
+        row = {"val_loss": found, "val_bpb": bits_per_byte(found, data), "best_val_loss": progress.best_val}
         if at_epoch_end and progress.epoch_steps:
             mean = progress.epoch_loss / progress.epoch_steps
             progress.best_epoch_loss = min(progress.best_epoch_loss, mean)
@@ -391,14 +420,17 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         if start is None and train.sample_interval:
             look_at_text()
         while True:
-            minutes = (time.monotonic() - began + elapsed_before) / 60
-            reason = training_ends(train, progress, total, minutes, stop)
-            flags = (
-                team.total([float(bool(reason)), float(stop.reason != "")]) if team.size > 1 else [float(bool(reason))]
-            )
-            if flags[0]:
+            now = time.monotonic()
+            reason = training_ends(train, progress, total, (now - began + elapsed_before) / 60, stop)
+            timer = team.leader and 0 < train.checkpoint_minutes * 60 < now - saved_at
+            ends, stops, due = team.total([float(bool(reason)), float(bool(stop.reason)), float(timer)])
+            stopped = stops > 0
+            if ends:
                 reason = reason or "another process stopped"
                 break
+            if due:
+                checkpoint()
+                saved_at = time.monotonic()
             tick = time.monotonic()
             torch.manual_seed(step_seed(train.seed, progress.step, team.rank))
             scale = lr_scale(progress.step, total, train)
@@ -411,71 +443,70 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             progress.windows += per_step
             progress.step += 1
             if finite:
-                if progress.average_weight > 0.6 and loss > progress.running_loss + 1.0:
-                    log.say(
-                        f"warning: step {progress.step}: loss {loss:.3f} is far above its average {progress.running_loss:.3f}"
-                    )
+                if progress.spike(loss):
+                    average = progress.running_loss
+                    log.say(f"warning: step {progress.step}: loss {loss:.3f} is far above its average {average:.3f}")
                 progress.count(loss)
-                losses.append(loss)
             spent = time.monotonic() - tick
             if session_steps >= 2:  # the first steps compile and warm caches
                 busy, busy_steps = busy + spent, busy_steps + 1
                 all_busy, all_tokens = all_busy + spent, all_tokens + tokens_per_step
             session_steps += 1
-            progress.elapsed_s = elapsed_before + time.monotonic() - began
 
             last = bool(total) and progress.step == total
             epoch_end = train.each_epoch and progress.windows // windows.per_epoch > epoch_before
             due = epoch_end or last or bool(train.eval_interval and progress.step % train.eval_interval == 0)
-            speed = busy_steps * tokens_per_step / busy if busy else spent and tokens_per_step / spent
-            eta = (total - progress.step) * tokens_per_step / speed if total and speed else 0.0
+            speed = busy_steps * tokens_per_step / busy if busy else None
+            eta = (total - progress.step) * tokens_per_step / (speed or tokens_per_step / spent) if total else 0.0
             if due or progress.step % train.log_interval == 0 or progress.step == 1:
                 row: dict[str, Any] = {
                     "step": progress.step,
-                    "tokens": progress.step * tokens_per_step,
-                    "train_loss": sum(losses) / len(losses) if losses else None,
+                    "tokens": progress.windows * block,
+                    "train_loss": sum(progress.losses) / len(progress.losses) if progress.losses else None,
                     "avg_loss": progress.running_loss if math.isfinite(progress.running_loss) else None,
                     "lr": train.lr * scale,
                     "grad_norm": norm if math.isfinite(norm) else None,
                     "tokens_per_s": speed,
                     "seconds_per_batch": tokens_per_step / speed if speed else None,
-                    "mfu": speed * model.flops_per_token() / (peak * team.size) if peak else None,
-                    "elapsed_s": round(progress.elapsed_s, 3),
+                    "mfu": speed * model.flops_per_token() / (peak * team.size) if peak and speed else None,
+                    "gpu_memory_gb": gpu_memory(device),
+                    "elapsed_s": round(elapsed_before + time.monotonic() - began, 3),
                 }
+                progress.losses = []
                 if due:
                     row |= look(epoch_end)
                 log.metrics(row, eta_s=eta)
-                losses, busy, busy_steps = [], 0.0, 0
+                busy, busy_steps = 0.0, 0
             elif time.monotonic() - logged_at > 0.3:
                 logged_at = time.monotonic()
-                log.live(progress.step, progress.running_loss, speed, eta)
+                log.live(progress.step, progress.running_loss, speed or tokens_per_step / spent, eta)
             if epoch_end or (train.sample_interval and progress.step % train.sample_interval == 0):
                 look_at_text()
-            timer = train.checkpoint_minutes and time.monotonic() - saved_at > train.checkpoint_minutes * 60
-            if team.size > 1 and train.checkpoint_minutes:
-                timer = bool(team.total([float(bool(timer)) if team.leader else 0.0])[0])
-            if timer or (train.checkpoint_interval and progress.step % train.checkpoint_interval == 0):
-                save(progress, best=False, val_loss=val_loss)
+            if train.checkpoint_interval and progress.step % train.checkpoint_interval == 0:
+                checkpoint()
                 saved_at = time.monotonic()
-        save(progress, best=False, val_loss=val_loss)
+        if progress.step not in (save.step, state.get("step")):
+            checkpoint()
         if not math.isfinite(progress.best_val):  # never evaluated: the last weights are the best known
-            save(progress, best=True, val_loss=None)
+            save(progress, best=True)
     finally:
         stop.restore()
         log.close()
-    summary = {
+    return {
         "reason": reason,
         "run": str(run),
         "steps": progress.step,
-        "tokens": progress.step * tokens_per_step,
+        "tokens": progress.windows * block,
         "best_val_loss": progress.best_val if math.isfinite(progress.best_val) else None,
         "best_step": progress.best_step,
         "time": duration(progress.elapsed_s),
         "tokens_per_s": round(all_tokens / all_busy) if all_busy else None,
+        "gpu_memory_gb": gpu_memory(device),
+        "energy_kwh": progress.energy_j / 3.6e6 if energy else None,
         "checkpoint_s": round(save.seconds, 2),
-        "done": not stop.reason,
+        "folders_written": save.folders,
+        "done": not stopped,
     }
-    return summary
 
 
 def bad_step(
@@ -494,29 +525,6 @@ def bad_step(
     log.say(f"warning: {what}: skipped ({progress.skipped} of {train.skip_bad_steps} allowed)")
 
 
-def announce(
-    log: RunLog,
-    model: GPT,
-    config: Config,
-    data: TokenData,
-    run: Path,
-    precision: str,
-    device: str,
-    tokens_per_step: int,
-    total: int,
-) -> None:
-    """What is about to be trained, on what, for how long."""
-    splits = data.manifest.splits
-    log.say(
-        f"run {run}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens"
-    )
-    log.say(
-        f"device {device}, {precision}   {tokens_per_step:,} tokens a step, {total or 'unlimited'} steps, context {model.config.block_size}"
-    )
-    for name, count, size in model.report():
-        log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train; exit code 0 when done or stopped on request, 1 when training failed, 2 for bad settings."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -530,7 +538,8 @@ def _main(words: list[str]) -> int:
 
         return main_plan(args, config)
     from devices import Team, pick_device
-    from runs import default_data, free_run_folder, locked, prepared
+    from prepare_data import default_out
+    from runs import free_run_folder, locked, prepared
 
     device = pick_device(config.train.device)
     restart = bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -542,7 +551,7 @@ def _main(words: list[str]) -> int:
         if team.leader:
             folder = prepared(folder, args.preset)
         team.barrier()
-        folder = folder or default_data(args.preset)
+        folder = folder or default_out(args.preset)
         from dataset import TokenData
 
         data = TokenData.open(folder)
@@ -554,28 +563,17 @@ def _main(words: list[str]) -> int:
             raise ConfigError(
                 [f"--out {run}: already holds a run: add --resume to go on with it, or give another --out"]
             )
+        team.barrier()  # all have looked before the leader writes there
         config = config.model_copy(update={"data_folder": str(folder)})
         with locked(run) if team.leader else contextlib.nullcontext():
             summary = fit(config, data, run, args, team)
         if team.leader:
+            from runlog import finish
+
             finish(summary)
     finally:
         team.leave()
     return 0
-
-
-def finish(summary: dict[str, Any]) -> None:
-    """The summary on standard error, and the command to go on with."""
-    from runlog import line
-
-    done = summary.pop("done")
-    print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
-    run = Path(summary["run"])
-    where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    if done:
-        print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
-    else:
-        print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,14 @@ class Args(Strict):
 
 
 @contextmanager
-def running_app(runs: Path, home: Path) -> Iterator[str]:
-    """The app on a free port with a history of its own; its address."""
+def running_app(runs: Path, home: Path, *flags: str) -> Iterator[str]:
+    """The app on a free port with a history of its own, and more `flags` of app.py; its address."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     words = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true", f"--server.port={port}"]
     words += ["--server.fileWatcherType=none", "--", "--runs", str(runs), "--history", str(home / "history.sqlite")]
+    words += flags
     with (home / "app.log").open("wb") as log:
         child = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

@@ -1,24 +1,22 @@
-"""The app without a browser: stories, jobs, history, exports, settings, and every page driven by Streamlit's AppTest."""
+"""The app without a browser and without Streamlit: stories, jobs, history, exports, settings, runs."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import streamlit as st
-from streamlit.testing.v1 import AppTest
 
-from config import ROOT, GenerationParams
-from ui import settings, state, training
-from ui.backends import Alternative, BackendError, BackendLost, Place, RemoteBackend, Scored, Seen, Update, connect
+from app_support import NASTY, Scripted, wait
+from config import GenerationParams
+from ui import settings, training
+from ui.backends import BackendError, BackendLost, Place, RemoteBackend, Update, connect
 from ui.batch import Batch, read_prompts, table
 from ui.desk import Desk, Desks
 from ui.export import export
@@ -27,90 +25,12 @@ from ui.history import History, HistoryError, title_of
 from ui.jobs import Job
 from ui.story import Story, Take
 
-NASTY = "<script>alert(1)</script> $x$ *a* _b_ `c`\n# b\n\n1. “é” & ~d~"
-
-
-class Scripted:
-    """A backend that writes given words. `fail_after`: the connection breaks after so many words, `deaf` times."""
-
-    def __init__(self, words: str = " one two three four", *, pause: float = 0.0, fail_after: int = -1, deaf: int = 0):
-        self.place, self.name = Place("local", "scripted"), "scripted"
-        self.words = [f" {word}" for word in words.split(" ") if word]
-        self.pause, self.fail_after, self.deaf = pause, fail_after, deaf
-        self.requests: list[tuple[str, GenerationParams]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def write(self, prompt: str, params: GenerationParams) -> Any:
-        if prompt == "refuse":
-            raise BackendError("the queue is full: try again in 3 seconds")
-        self.requests.append((prompt, params))
-        return ScriptedWriting(self, params)
-
-    def score(self, text: str, top: int = 10) -> list[Scored]:
-        words = text.split(" ")
-        starts = [len(" ".join(words[:at])) for at in range(len(words))]
-        return [
-            Scored(
-                word if at == 0 else f" {word}",
-                start,
-                None if at == 0 else 0.5 / at,
-                None if at == 0 else at,
-                (Alternative(" better", 0.6), Alternative(f" {word}", 0.5 / max(1, at))),
-            )
-            for at, (word, start) in enumerate(zip(words, starts, strict=True))
-        ]
-
-    def seen(self, text: str, params: GenerationParams) -> Seen:
-        words = text.split(" ")
-        start = len(text) - len(" ".join(words[-30:])) if len(words) > 30 else 0
-        return Seen(len(words), 40, start)
-
-    def alive(self) -> bool:
-        self.deaf -= 1
-        return self.deaf < 0
-
-    def close(self) -> None:
-        return
-
-
-class ScriptedWriting:
-    def __init__(self, backend: Scripted, params: GenerationParams):
-        self.backend, self.params, self.cancelled = backend, params, False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def __iter__(self) -> Iterator[Update]:
-        backend, params = self.backend, self.params
-        seed = 7 if params.seed is None else params.seed
-        yield Update("started", seed=seed, prompt_tokens=3)
-        for number, word in enumerate(backend.words[: params.max_tokens]):
-            if number == backend.fail_after:
-                backend.fail_after = -1
-                raise BackendLost("gone")
-            backend.gate.wait(10)
-            time.sleep(backend.pause)
-            if self.cancelled:
-                break
-            for index in range(params.n):
-                yield Update("text", index, word if not index else f"{word}{index}", tokens=1)
-        for index in range(params.n):
-            yield Update("ended", index, reason="cancelled" if self.cancelled else "length")
-
 
 @pytest.fixture
 def history(tmp_path: Path) -> Iterator[History]:
     kept = History(tmp_path / "deep" / "history.sqlite")
     yield kept
     kept.close()
-
-
-def wait(condition: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 # Stories
@@ -267,6 +187,25 @@ def test_a_server_that_dies_in_mid_story_is_waited_for_and_the_text_goes_on(
     assert job.samples[0].text == " one two one two three" and job.samples[0].pieced
 
 
+def test_the_patience_with_a_server_that_answers_and_fails_again_and_again_has_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ui.jobs.RETRY_S", 0.01)
+    monkeypatch.setattr("ui.jobs.PATIENCE_S", 0.1)
+    backend = Scripted(fail_after=1)
+    write, broken = backend.write, BackendLost("still gone")
+
+    def fail_after_the_first(prompt: str, params: GenerationParams) -> Any:
+        if backend.requests:
+            raise broken
+        return write(prompt, params)
+
+    monkeypatch.setattr(backend, "write", fail_after_the_first)
+    job = Job(backend, "The fog", GenerationParams(max_tokens=5)).start()
+    job.join(10)
+    assert (job.status, job.message, job.samples[0].text) == ("failed", "still gone", " one")
+
+
 def test_waiting_for_a_dead_server_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ui.jobs.RETRY_S", 0.01)
     job = Job(Scripted(fail_after=1, deaf=10**9), "The fog", GenerationParams(max_tokens=5)).start()
@@ -396,6 +335,21 @@ def test_exports_hold_the_text_as_it_is(suffix: str) -> None:
         )
 
 
+def test_markdown_shows_every_line_as_it_is() -> None:
+    from markdown_it import MarkdownIt
+
+    lines = ["1. Chapter", "10) said", "- no list", "  + nor this", "* nor this", "=====", "-----", "~~~", "    deep"]
+    lines += ["> he said", "| a | b |", "[x](y) ![z](w)", "a & b &amp; c", "4.5 miles", "\\ back"]
+    body = "\n".join(lines) + "\n\n1. alone\n\n- alone\n\n    deep"
+    shown = MarkdownIt().render(export([("", body)], "md").decode()).split("</h1>")[1]
+    from lxml import html
+
+    found = html.fromstring(shown)
+    assert {part.tag for part in found.iter()} <= {"div", "p", "br"}
+    text = found.text_content().replace("\xa0", " ")
+    assert [line for line in text.split("\n") if line] == [line for line in body.split("\n") if line]
+
+
 def test_titles_come_from_the_first_words() -> None:
     assert title_of("", "") == "Untitled"
     assert title_of(" Mine ", "x") == "Mine"
@@ -481,6 +435,55 @@ def test_places_that_cannot_be_are_refused_with_a_remedy() -> None:
         gateway.write("x", GenerationParams())
 
 
+@contextmanager
+def telling(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """A server that answers every request with `messages` and then says nothing more; its address."""
+    from websockets.sync.server import serve
+
+    def answer(socket: Any) -> None:
+        request = json.loads(socket.recv())
+        for message in messages:
+            socket.send(json.dumps({"request_id": request["request_id"], **message}))
+        for _ in socket:
+            pass
+
+    with serve(answer, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def token(seq: int, text: str) -> dict[str, Any]:
+    return {"type": "token", "seq": seq, "index": 0, "text": text}
+
+
+def test_messages_out_of_order_or_twice_make_the_same_text() -> None:
+    told = [{"type": "started"}, token(1, "b"), token(0, "a"), token(1, "b"), token(2, "c"), token(2, "c")]
+    other = {"type": "token", "request_id": "another", "seq": 3, "index": 0, "text": "x"}
+    told += [other, token(5, "f"), token(4, "e"), {"type": "complete", "finish_reason": "length"}]
+    with telling(told) as url:
+        updates = list(connect(Place("gateway", url)).write("x", GenerationParams()))
+    assert "".join(update.text for update in updates) == "abcef"
+    assert updates[-1] == Update("ended", 0, reason="length")
+
+
+def test_a_server_that_falls_silent_is_lost_and_a_silent_one_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ui.backends.LISTEN_S", 0.02)
+    with telling([{"type": "started"}, token(0, "a")]) as url:
+        monkeypatch.setattr("ui.backends.SILENCE_S", 0.1)
+        with pytest.raises(BackendLost, match="silent"):
+            list(connect(Place("gateway", url)).write("x", GenerationParams()))
+        monkeypatch.setattr("ui.backends.SILENCE_S", 60.0)
+        monkeypatch.setattr("ui.backends.FAREWELL_S", 0.1)
+        job = Job(connect(Place("gateway", url)), "x", GenerationParams()).start()
+        wait(lambda: job.tokens)
+        job.cancel()
+        job.join(10)
+        assert (job.status, job.samples[0].text) == ("stopped", "a")
+
+
 # Training
 
 
@@ -497,288 +500,21 @@ def test_runs_are_read_while_they_are_written(tmp_path: Path) -> None:
     assert run.resumable()
     with pytest.raises(training.TrainingError, match="not started from the app"):
         training.stop(run)
-    with pytest.raises(training.TrainingError, match="letters, digits"):
-        training.start("../evil", preset="sample")
     with pytest.raises(training.TrainingError, match="no texts"):
         training.keep_texts(tmp_path / "t", {"a.txt": b"  "})
     training.keep_texts(tmp_path / "t", {"../../x y.txt": b"one", "x y.txt": b"two"})
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["x_y-2.txt", "x_y.txt"]
 
 
-# Pages
-
-
-class Page:
-    """The app on a scripted backend, in one session."""
-
-    def __init__(self, at: AppTest):
-        self.at = at
-
-    def run(self) -> Page:
-        self.at.run()
-        assert not self.at.exception, [error.value for error in self.at.exception]
-        return self
-
-    def desk(self) -> Desk:
-        return state.desks().open(self.at.session_state["story_id"])
-
-    def click(self, key: str) -> Page:
-        self.at.button(key=key).click()
-        return self.run()
-
-    def settled(self) -> Page:
-        wait(lambda: not self.desk().running)
-        return self.run()
-
-    def html(self) -> str:
-        return " ".join(str(element.proto.body) for element in self.at.get("html"))
-
-    def texts(self) -> str:
-        kinds = (
-            self.at.info,
-            self.at.warning,
-            self.at.error,
-            self.at.markdown,
-            self.at.caption,
-            self.at.text,
-            self.at.title,
-        )
-        return " ".join(str(element.value) for kind in kinds for element in kind)
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    made = Scripted("alpha beta gamma delta")
-    monkeypatch.setattr(state, "connect", lambda place: made)
-    return made
-
-
-@pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Scripted) -> Iterator[Page]:
-    model = tmp_path / "runs" / "tiny" / "best"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").touch()
-    yield from session(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Scripted) -> Iterator[Page]:
-    """The app on a machine without any model."""
-    yield from session(tmp_path, monkeypatch)
-
-
-def session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
-    flags = {"--runs": "runs", "--models": "models", "--history": "h.sqlite", "--data": "data"}
-    words = [word for flag, name in flags.items() for word in (flag, str(folder / name))]
-    monkeypatch.setattr(sys, "argv", ["app.py", *words])
-    st.cache_resource.clear()
-    yield Page(AppTest.from_file(str(ROOT / "app.py"), default_timeout=30))
-    state.history().close()
-    st.cache_resource.clear()
-
-
-def test_write_continue_retry_undo_and_versions(page: Page, backend: Scripted) -> None:
-    page.run()
-    assert [button.disabled for button in page.at.button if button.label in ("Retry", "Undo", "Redo")] == [True] * 3
-    page.click("opening_0").click("continue").settled()
-    opening = backend.requests[0][0]
-    assert page.desk().story.text == f"{opening} alpha beta gamma delta"
-    page.click("retry").settled()
-    assert "version 2 of 2" in page.html()
-    page.click("former")
-    assert page.desk().story.at == 0
-    page.click("use_1")
-    assert page.desk().story.at == 1
-    page.click("undo").click("undo").click("undo").click("undo")
-    assert page.desk().story.text == opening
-    page.click("redo")
-    assert "alpha" in page.desk().story.text
-    assert "first word after" in page.html()
-
-
-def test_stop_is_offered_while_writing_and_sliders_move_without_harm(page: Page, backend: Scripted) -> None:
-    backend.gate.clear()
-    page.run().click("opening_0").click("continue")
-    assert "Stop" in [button.label for button in page.at.button]
-    page.at.slider(key="set_temperature").set_value(0.5)
-    page.run()
-    assert page.desk().running and page.at.slider(key="set_temperature").value == 0.5
-    page.click("stop")
-    backend.gate.set()
-    page.settled()
-    assert "Continue" in [button.label for button in page.at.button]
-
-
-def test_several_versions_stand_side_by_side(page: Page) -> None:
-    page.run()
-    page.at.slider(key="set_n").set_value(3)
-    page.run().click("opening_0").click("continue").settled()
-    assert page.html().count("Version ") == 3 and "alpha2 beta2" in page.html()
-    page.click("use_2")
-    assert page.desk().story.text.endswith("alpha2 beta2 gamma2 delta2")
-
-
-def test_text_is_never_read_as_html_or_markdown(page: Page, backend: Scripted) -> None:
-    backend.words = [NASTY]
-    page.run()
-    page.at.slider(key="set_n").set_value(2)
-    page.run().click("opening_0").click("continue").settled()
-    assert "<script>" not in page.html().replace("&lt;script&gt;", "")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; $x$ *a* _b_ `c`\n# b" in page.html()
-    assert all("alert" not in str(part.value) for part in page.at.markdown)
-
-
-def test_presets_and_presets_of_ones_own(page: Page) -> None:
-    page.run()
-    assert page.at.selectbox(key="preset").value == "Balanced"
-    page.at.selectbox(key="preset").select("Faithful")
-    page.run()
-    assert page.at.slider(key="set_temperature").value == 0.7
-    page.at.slider(key="set_temperature").set_value(0.75)
-    page.run()
-    assert page.at.selectbox(key="preset").value == settings.ADJUSTED
-    page.at.text_input(key="preset_name").set_value("Mine")
-    next(button for button in page.at.button if button.label == "Save the manner").click()
-    page.run()
-    assert page.at.selectbox(key="preset").value == "Mine"
-    assert state.history().presets()["Mine"]["temperature"] == 0.75
-    page.click("dice")
-    assert page.at.number_input(key="set_seed").value is not None
-
-
-def test_a_permalink_lays_out_the_same_request_again(page: Page, backend: Scripted) -> None:
-    from ui.links import packed, unpacked
-
-    page.run()
-    page.at.number_input(key="set_seed").set_value(11)
-    page.at.slider(key="set_temperature").set_value(0.4)
-    page.run().click("opening_0").click("continue").settled()
-    link = packed(page.desk())
-    other = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
-    other.query_params["write"] = link
-    again = Page(other).run()
-    assert again.desk() is not page.desk()
-    again.click("continue").settled()
-    assert backend.requests[1] == backend.requests[0]
-    assert "A link laid out this prompt" not in again.texts()
-    for broken in ("nonsense", link[:-9], ""):
-        with pytest.raises(ValueError, match="cannot be read"):
-            unpacked(broken)
-
-
-def test_a_reload_brings_the_story_back(page: Page) -> None:
-    page.run().click("opening_0").click("continue").settled()
-    again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
-    again.query_params["story"] = page.desk().id
-    assert Page(again).run().desk() is page.desk()
-
-
-def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> None:
-    other = Page(AppTest.from_file(str(ROOT / "app.py"), default_timeout=30))
-    page.run().click("opening_0")
-    other.run().click("opening_1")
-    page.click("continue")
-    other.click("continue")
-    assert page.settled().desk().story.text != other.settled().desk().story.text
-    assert len(state.history().stories()) == 2
-
-
-def test_the_meter_says_what_the_model_still_sees(page: Page) -> None:
-    page.run()
-    page.desk().put("word " * 60)
-    page.run()
-    assert "the model sees the last" in page.html()
-
-
-def test_no_model_yet_offers_to_train_one(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str] = []
-    monkeypatch.setattr(training, "start", lambda name, **values: begun.append(values["preset"]))
-    bare.run()
-    [button] = [button for button in bare.at.button if button.label.startswith("Train the sample model")]
-    button.click()
-    bare.run()
-    assert begun == ["sample"] and bare.at.title[0].value == "Training"
-
-
-def test_a_model_that_cannot_be_opened_is_explained(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(place: Place) -> Any:
-        raise ValueError("config.json: no n_layer: copy the whole folder")
-
-    monkeypatch.setattr(state, "connect", fail)
-    assert "copy the whole folder" in page.run().texts()
-    page.at.switch_page("ui/pages/model.py")
-    assert "copy the whole folder" in page.run().texts()
-
-
-def test_history_page_searches_stars_deletes_and_opens(page: Page) -> None:
-    page.run().click("opening_0").click("continue").settled()
-    first = page.desk().id
-    page.click("new").click("opening_1")
-    page.at.switch_page("ui/pages/history.py")
-    page.run()
-    assert "2 stories" in page.texts()
-    page.at.text_input(key="search").set_value("gamma")
-    page.run().click(f"star_{first}")
-    assert state.history().stories(starred=True)[0].id == first
-    page.click(f"delete_{first}")
-    assert "No story holds these words" in page.texts()
-    page.at.text_input(key="search").set_value("")
-    page.at.segmented_control(key="shown").set_value("Bin")
-    page.run().click(f"back_{first}")
-    page.at.segmented_control(key="shown").set_value("All")
-    page.run().click(f"open_{first}")
-    assert page.desk().id == first and page.desk().story.text.endswith("delta")
-
-
-def test_look_inside_shows_alternatives_and_goes_on_from_one(page: Page, backend: Scripted) -> None:
-    page.run()
-    page.desk().put("The old house stood")
-    page.at.switch_page("ui/pages/inside.py")
-    page.run()
-    assert "better" in page.html() and "double, below 1" in page.html()
-    page.click("take_3_0").settled()
-    assert backend.requests[0][0] == "The old house better"
-    assert page.desk().story.text.startswith("The old house better alpha")
-
-
-def test_compare_writes_a_table(page: Page) -> None:
-    page.run()
-    page.at.switch_page("ui/pages/compare.py")
-    page.run()
-    page.at.text_area(key="compare_prompts").set_value("one\ntwo <b>")
-    page.run().click("compare_start")
-    wait(lambda: not page.at.session_state["batch"].running)
-    page.run()
-    assert len(page.at.dataframe[0].value) == 4 and "two &lt;b&gt;" in page.html()
-    assert len(state.history().passages()) == 4
-
-
-def test_statistics_training_and_model_pages_draw(page: Page, tmp_path: Path) -> None:
-    page.run().click("opening_0").click("continue").settled()
-    page.at.switch_page("ui/pages/statistics.py")
-    page.run()
-    assert [metric.value for metric in page.at.metric[:2]] == ["1", "4"]
-    run = tmp_path / "runs" / "tiny"
-    rows = [
-        {"step": s, "tokens": s * 9, "train_loss": 5 - s / 50, "val_loss": 5.0, "lr": 1e-3, "elapsed_s": s}
-        for s in (10, 20)
-    ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "samples.jsonl").write_text(
-        '{"step": 0, "prompt": "P", "text": " <i>x</i>", "seed": 1}\n{"step": 20, "prompt": "P", "text": " y"}\n'
-    )
-    (run / "config.toml").write_text("[train]\nmax_steps = 40\n")
-    page.at.switch_page("ui/pages/training.py")
-    page.run()
-    assert len(page.at.get("vega_lite_chart")) == 2
-    assert page.at.metric[0].value == "4.600"
-    page.at.select_slider[0].set_value(0)
-    assert "&lt;i&gt;x&lt;/i&gt;" in page.run().html()
-
-
-def test_flags_that_cannot_be_read_are_said_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["app.py", "--nonsense"])
-    st.cache_resource.clear()
-    page = Page(AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)).run()
-    assert "--nonsense" in page.texts()
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "..", ".", "", "/evil", "a/b", "a\\b", "a/../../evil", ".hidden", "-flag", "a b", "a\n", "x" * 62],
+)
+def test_a_run_never_lies_outside_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_spawn", lambda run, words: pytest.fail(f"started {run.path}"))
+    (tmp_path / "runs").mkdir()
+    folders = {"runs_folder": tmp_path / "runs", "data_folder": tmp_path / "data"}
+    for texts in (None, {"a.txt": b"words"}):
+        with pytest.raises(training.TrainingError, match="letters, digits"):
+            training.start(name, preset="sample", texts=texts, **folders)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]

@@ -1,10 +1,8 @@
-"""Model folders and checkpoints: saving, resume, refusals, finding the newest, saving in the background."""
+"""Model folders and checkpoints: saving, resume, refusals, finding the newest."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import gpt2_format
-import storage
 from checkpoint import (
-    AsyncSaver,
     CheckpointError,
     fetch_model,
     find_model,
@@ -271,62 +265,3 @@ def test_fetch_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="check the name and the network"):
         fetch_model("nobody-at-all/no-such-model")
-
-
-def test_saving_in_the_background_writes_what_was_there_at_submit(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, gate, order = random_model(shape(tokenizer)), threading.Event(), []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state: dict[str, Any] = {"step": 1, "moments": torch.ones(4), "list": [1]}
-    card: dict[str, Any] = {"steps": 1, "losses": [4.0]}
-    write = checkpoint.write_tensors
-
-    def slow(*args: Any, **kwargs: Any) -> str:
-        assert gate.wait(30)
-        return write(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", slow)
-    with AsyncSaver(pending=2) as saver:
-        common: dict[str, Any] = {"card": card, "generation": GENERATION}
-        saver.submit(tmp_path / "last", model, tokenizer, state=state, then=lambda: order.append("last"), **common)
-        saver.submit(tmp_path / "best", model, tokenizer, then=lambda: order.append("best"), **common)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1)
-        state["moments"].add_(1)
-        state["list"].append(2)
-        card["steps"] = 2
-        card["losses"].append(3.0)
-        assert not (tmp_path / "last").exists() and not order
-        gate.set()
-        saver.wait()
-        assert order == ["last", "best"]
-    found = load_training(tmp_path / "last")
-    assert found["moments"].tolist() == [1] * 4 and found["list"] == [1]
-    for folder in ("last", "best"):
-        loaded = load_model(tmp_path / folder)[0].state_dict()
-        assert all(torch.equal(loaded[name], before[name]) for name in before)
-        written = json.loads((tmp_path / folder / "config.json").read_text())["victorian_gpt"]["card"]
-        assert written["steps"] == 1 and written["losses"] == [4.0]
-
-
-def test_background_errors_are_raised_once_and_saving_goes_on(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = random_model(shape(tokenizer))
-    saver = AsyncSaver()
-    common: dict[str, Any] = {"card": {}, "generation": GENERATION}
-    with monkeypatch.context() as patch:
-        patch.setattr(storage.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        saver.submit(tmp_path / "best", model, tokenizer, **common)
-        with pytest.raises(OSError, match="best could not be saved: No space left on device; nothing was written"):
-            saver.wait()
-        saver.submit(tmp_path / "best", model, tokenizer, **common)
-        with pytest.raises(OSError, match="No space left"):
-            saver.submit(tmp_path / "best", model, tokenizer, **common)
-    saver.wait()
-    saver.submit(tmp_path / "best", model, tokenizer, **common)
-    saver.wait()
-    assert same_state(load_model(tmp_path / "best")[0], model)
-    assert gpt2_format.clean_name("module._orig_mod.h.0.ln_1.weight") == "h.0.ln_1.weight"

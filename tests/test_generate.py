@@ -427,7 +427,7 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert shown.stdout.splitlines()[-1] == "0 False"
     assert "--temperature" in shown.stdout and "[0 to 2]" in shown.stdout
-    command = f"{sys.executable} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 3"
+    command = f"{sys.executable} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 2"
     shown = subprocess.run(
         ["sh", "-c", command],
         capture_output=True,
@@ -436,7 +436,7 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert shown.stdout == "It" + shown.stdout[2:] and len(shown.stdout) == 3
+    assert shown.stdout == "It"
     assert "error" not in shown.stderr.lower(), shown.stderr
 
 

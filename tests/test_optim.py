@@ -96,4 +96,7 @@ def test_state_by_name_goes_on_bitwise(kind: str) -> None:
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name
     with pytest.raises(ValueError, match="no optimizer state for"):
-        two.load_state_dict({})
+        two.load_state_dict(dict(list(one.state_dict().items())[1:]))
+    three = Optimizer(second, settings(optimizer=kind))
+    three.load_state_dict(Optimizer(first, settings(optimizer=kind)).state_dict())
+    assert not three.state_dict()

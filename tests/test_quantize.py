@@ -10,13 +10,26 @@ from torch import nn
 
 import quantize
 from model import GPT
-from quantize import Int8Linear, PackedLinear, WeightOnlyInt8, int8_kind, load_for_writing, prepare, row_counts
+from quantize import (
+    HalfLinear,
+    Int8Linear,
+    PackedLinear,
+    WeightOnlyInt8,
+    can_halve,
+    int8_kind,
+    load_for_writing,
+    prepare,
+    row_counts,
+)
 from tiny_models import random_model, shape, some_ids, tiny_tokenizer
 
 CPU = torch.device("cpu")
 KINDS = [PackedLinear, WeightOnlyInt8]
 if int8_kind(CPU)[0] is Int8Linear:
     KINDS.append(Int8Linear)
+if can_halve(CPU):
+    KINDS.append(HalfLinear)
+NEAR = {PackedLinear: 1e-6, HalfLinear: 1e-3}  # relative distance from float32
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +55,7 @@ def test_each_kind_is_a_linear_layer(kind: Any, bias: bool, rows: int) -> None:
         expected, found = layer(x), kind(layer.weight, layer.bias)(x)
     off = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert found.shape == expected.shape and found.dtype == torch.float32
-    assert float(off.max()) < (1e-6 if kind is PackedLinear else 0.03)
+    assert float(off.max()) < NEAR.get(kind, 0.03)
     if kind is Int8Linear:
         with torch.inference_mode():
             silent = kind(layer.weight, layer.bias)(torch.zeros(2, 96))
@@ -52,7 +65,7 @@ def test_each_kind_is_a_linear_layer(kind: Any, bias: bool, rows: int) -> None:
 @pytest.mark.parametrize(
     "form", [{}, {"tied_head": False}, {"bias": False}, {"positions": "sinusoidal"}, {"padding": 9}]
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_a_prepared_model_computes_the_same(form: dict[str, Any], dtype: str) -> None:
     model = small(**form)
     ids = some_ids(model.config)[:1, :20]
@@ -68,7 +81,7 @@ def test_a_prepared_model_computes_the_same(form: dict[str, Any], dtype: str) ->
     spread = float(expected.std())
     for found, wanted in ((whole, expected), (torch.stack(steps), expected[12:])):
         assert found.dtype == torch.float32 and found.shape == wanted.shape
-        assert float((found - wanted).abs().max()) < (1e-4 if used == "float32" else 0.2) * spread
+        assert float((found - wanted).abs().max()) < {"float32": 1e-4, "float16": 0.01}.get(used, 0.2) * spread
     assert model.num_parameters() == parameters
     assert [row[:2] for row in model.report()] == [row[:2] for row in report]
 
@@ -81,6 +94,12 @@ def test_auto_takes_what_the_processor_multiplies_fast(monkeypatch: pytest.Monke
         assert str(model.wte.weight.dtype) == f"torch.{dtype}"
     _, remark = prepare(small(), "bfloat16")
     assert "float32 is faster" in remark
+    monkeypatch.setattr(quantize, "WORTH_HALVING", 0)
+    assert prepare(small(), "auto") == ("float16" if can_halve(CPU) else "float32", "")
+    monkeypatch.setattr(quantize, "can_halve", lambda device: False)
+    assert prepare(small(), "auto") == ("float32", "")
+    used, remark = prepare(small(), "float16")
+    assert used == "float32" and "cannot keep weights in float16" in remark
 
 
 def test_int8_that_is_not_to_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

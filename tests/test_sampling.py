@@ -114,6 +114,21 @@ def test_draws_follow_the_distribution(values: dict[str, Any]) -> None:
     assert torch.allclose(drawn, filter_logits(logits, wanted).softmax(-1), atol=0.03)
 
 
+@pytest.mark.parametrize("size", [50_257, 8 * 64 * 4, 8 * 64 * 4 + 63, 8 * 64 * 4 - 1, 100])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_largest_are_found_among_the_largest_blocks(size: int, ties: bool) -> None:
+    for seed in range(10):
+        logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+        logits = logits.round() if ties else logits
+        if seed == 0:
+            logits[-5:] = 100.0 + torch.arange(5)  # in the rest that is no whole block
+        if seed == 1:
+            logits[64:72] = 50.0 + torch.arange(8)  # all in one block
+        values, ids = sampling.largest(logits, 8)
+        assert torch.equal(values, logits.topk(8).values)
+        assert torch.equal(logits[ids], values) and len(ids.unique()) == 8
+
+
 def test_candidates_with_top_k_are_few() -> None:
     values, ids = candidates(torch.randn(5000), params(top_k=30, top_p=0.9))
     assert len(values) == len(ids) <= 30

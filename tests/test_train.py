@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from devices import Team
 from helpers import TINY_FLAGS, nonsense, prepare_text
 from model import GPT
 from optim import Optimizer
+from runs import Saver
 
 ALONE = Team(0, 1, "none", torch.device("cpu"))
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
@@ -133,6 +138,40 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str) -> None:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     for name, value in optimizer.state_dict().items():
         assert torch.equal(value["exp_avg"], moments[name])
+
+
+def test_an_overflow_in_one_part_of_the_optimizer_stops_both() -> None:
+    """fp16 with Muon: an infinite gradient of one hidden matrix keeps AdamW's parameters where they are, too."""
+    torch.manual_seed(0)
+    model, settings = GPT(TINY), TrainConfig(max_steps=1, optimizer="muon")
+    optimizer, scaler = Optimizer(model, settings), torch.amp.GradScaler("cpu", 1024.0)
+    hook = model.h[1].mlp.c_fc.weight.register_hook(lambda g: g * math.inf)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    assert not found[2] and math.isfinite(found[0]) and not math.isfinite(found[1])
+    assert same(model.state_dict(), before)
+    assert scaler.get_scale() == 512 and all(p.grad is None for p in model.parameters())
+    hook.remove()
+    assert train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)[2]
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if value.dim() > 1)
+
+
+def test_overflows_are_allowed_until_the_scale_is_used_up() -> None:
+    from runs import Progress
+
+    class Log:
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    progress, settings, scaler = Progress(step=4), TrainConfig(max_steps=9), torch.amp.GradScaler("cpu", 1.0)
+    train.bad_step(progress, scaler, settings, 3.0, math.inf, Path("runs/x"), Log())
+    assert progress.skipped == 0 and not said
+    with pytest.raises(train.TrainingFailed, match=r"step 5: loss nan.*last good checkpoint is in runs.x"):
+        train.bad_step(progress, scaler, settings, math.nan, math.nan, Path("runs/x"), Log())
+    small = torch.amp.GradScaler("cpu", 0.5)
+    with pytest.raises(train.TrainingFailed, match="gradient norm inf"):
+        train.bad_step(Progress(), small, settings, 3.0, math.inf, Path("runs/x"), Log())
 
 
 def test_clipping_limits_the_norm() -> None:
@@ -270,25 +309,149 @@ def test_tokens_per_step_must_divide() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason", "most"),
+    ("flags", "reason", "steps"),
     [
-        (
-            "--train.max-steps 500 --train.patience 2 --train.min-improvement 10 --train.eval-interval 2",
-            "no better validation",
-            8,
-        ),
-        ("--train.max-steps 500 --train.target-loss 50", "running average of the loss", 1),
-        ("--train.max-steps 100000 --train.max-minutes 0.02", "--train.max-minutes", 5000),
+        ("--train.max-steps 7", "all steps done", 7),
         ("--train.max-steps 0 --train.max-tokens 320", "all steps done", 5),
         ("--train.max-steps 0 --train.epochs 1", "all steps done", 12),
+        ("--train.max-steps 500 --train.target-loss 50", "running average of the loss", 1),
+        (
+            "--train.max-steps 500 --train.patience 2 --train.min-improvement 10 --train.eval-interval 2",
+            "no better validation loss in 2 passes",
+            6,
+        ),
+        ("--train.max-steps 100000 --train.max-minutes 0.02", "--train.max-minutes 0.02 are over", None),
+        (
+            "--train.max-steps 0 --train.schedule constant --train.max-minutes 0.02",
+            "--train.max-minutes 0.02 are over",
+            None,
+        ),
     ],
 )
 def test_stop_rules(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, reason: str, most: int
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, reason: str, steps: int | None
 ) -> None:
     assert run(tiny_data, tmp_path / "a", *flags.split()) == 0
     assert reason in capsys.readouterr().err
-    assert 0 < rows(tmp_path / "a")[-1]["step"] <= most
+    last = rows(tmp_path / "a")[-1]["step"]
+    assert last == steps if steps else 0 < last < 100_000
+    assert (tmp_path / "a/best/config.json").is_file() and (tmp_path / "a/last/checksums.json").is_file()
+
+
+def test_a_target_is_met_by_the_running_average(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One lucky step is not enough; a leap upwards is told."""
+    losses = iter([2.0] * 60 + [0.1] + [9.0] + [0.5] * 400)
+    monkeypatch.setattr(train, "take_step", lambda *a: (next(losses), 1.0, True))
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "900", "--train.target-loss", "0.9") == 0
+    said = capsys.readouterr().err
+    warnings = [line for line in said.splitlines() if "far above its average" in line]
+    assert len(warnings) == 1 and "step 62: loss 9.000 is far above its average 1.9" in warnings[0]
+    assert "running average of the loss 0.89" in said
+    assert 62 < rows(tmp_path / "a")[-1]["step"] < 200
+
+
+def test_speed_leaves_out_compilation_evaluation_and_checkpoints(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock of our own: a step takes 2 s, the first two 500 s, an evaluation 100 s, a checkpoint 30 s."""
+    import devices
+
+    now = [0.0]
+
+    def taking(seconds: float, result: object) -> object:
+        now[0] += seconds
+        return result
+
+    count = itertools.count()
+    save = Saver.__call__
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(train, "take_step", lambda *a: taking(500 if next(count) < 2 else 2, (2.0, 1.0, True)))
+    monkeypatch.setattr(train, "validate", lambda *a: taking(100, 2.0))
+    monkeypatch.setattr(Saver, "__call__", lambda self, progress, best: taking(30, save(self, progress, best=best)))
+    monkeypatch.setattr(devices, "peak_flops", lambda *a: 1e12)
+    monkeypatch.setattr(devices, "energy_meter", lambda device: lambda: 3.6e6 * now[0])
+    monkeypatch.setattr(devices, "gpu_memory", lambda device: 12.5)
+    flags = ["--train.max-steps", "10", "--train.eval-interval", "2", "--train.checkpoint-interval", "3"]
+    assert run(tiny_data, tmp_path / "a", *flags) == 0
+    found = rows(tmp_path / "a")
+    assert ["tokens_per_s" in row for row in found] == [False, False] + [True] * 8
+    assert {row["tokens_per_s"] for row in found[2:]} == {64 / 2}
+    data = TokenData.open(tiny_data)
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=data.manifest.tokenizer.vocab_size)
+    assert found[-1]["mfu"] == pytest.approx(32 * GPT(shape).flops_per_token() / 1e12)
+    seconds = 500 * 2 + 8 * 2 + 5 * 100 + 30 + 3 * 30 + 30  # two slow steps, eight, five looks, one best, four last
+    said = capsys.readouterr().err
+    assert f"energy_kwh={seconds - 30:.4f}" in said and "gpu_memory_gb=12.50" in said and "tokens_per_s=32" in said
+    assert f"time={(seconds - 30) // 60}m" in said and "best_val_loss=2.0000" in said
+    assert "tokens=640" in said and "folders_written=5" in said
+    assert train.main(["--resume", "--out", str(tmp_path / "a"), "--train.max-steps", "11"]) == 0
+    energy = float(re.search(r"energy_kwh=([\d.]+)", capsys.readouterr().err)[1])
+    assert energy > seconds  # of both sessions
+
+
+def test_log_lines_can_be_read_by_cloudwatch(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "5")
+    said = capsys.readouterr().err
+    for row in rows(tmp_path / "a"):
+        line = next(line for line in said.splitlines() if line.startswith(f"step={row['step']} "))
+        read = {key: float(value) for key, value in re.findall(r"(\w+)=(-?\d[\d.e+-]*)(?: |$)", line)}
+        for key in {"train_loss", "val_loss", "val_bpb", "lr", "grad_norm"} & row.keys():
+            assert read[key] == pytest.approx(row[key], rel=1e-3, abs=1e-4), key
+    assert "val_loss=" in said
+
+
+def test_energy_comes_from_nvml_and_mfu_from_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    import devices
+
+    counters, asked = iter([1_000_000, 4_600_000]), []
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counters),
+    )
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    assert devices.energy_meter(gpu) is None and devices.energy_meter(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = devices.energy_meter(gpu)
+    assert meter is not None and meter() == 3600.0 and asked == ["GPU-12-34"]
+    assert devices.gpu_memory(torch.device("cpu")) is None
+    for name, precision, rate in (
+        ("NVIDIA A100-SXM4-40GB", "fp16", 312e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("Tesla T4", "bf16", None),
+        ("NVIDIA L4", "fp16", 121e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("Some Accelerator 9", "fp32", None),
+    ):
+        assert devices.peak_flops(name, precision) == rate, name
+
+
+def test_weights_and_biases(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "2", "--train.wandb") == 2
+    assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    monkeypatch.setattr(train, "find_spec", lambda name: name)
+    logged: list[tuple[int, float]] = []
+    begun: list[dict] = []
+    ended: list[bool] = []
+    there = SimpleNamespace(
+        log=lambda row, step: logged.append((step, row["train_loss"])), finish=lambda: ended.append(True)
+    )
+    fake = SimpleNamespace(init=lambda **given: (begun.append(given), there)[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert run(tiny_data, tmp_path / "a", "--train.max-steps", "2", "--train.wandb") == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "a"), "--train.max-steps", "3"]) == 0
+    assert logged == [(row["step"], row["train_loss"]) for row in rows(tmp_path / "a")] and len(logged) == 3
+    assert begun[0]["id"] == begun[1]["id"] and begun[0]["name"] == "a" and len(ended) == 2
 
 
 def test_each_epoch_reports_its_average(tiny_data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 SILENCE_S = 120.0  # a server that says nothing for this long has gone
+FAREWELL_S = 5.0  # that a server which was asked to stop is still listened to
+LISTEN_S = 0.5  # between two looks at the clock while nothing comes
+BROKEN_OFF = ("endpoint_failed", "stream_truncated", "stalled")  # what a gateway says when the model behind it has died
 
 
 class BackendError(RuntimeError):
@@ -194,14 +198,15 @@ class SocketWriting:
         self.cancelled = threading.Event()
         self.n = params.n
         body = {name: value for name, value in params.model_dump(mode="json").items() if value is not None}
+        shown = url.partition("?")[0]  # a token in the address is nobody else's business
         try:
             self.socket = connect(url, additional_headers=headers, open_timeout=CONNECT_S, max_size=None)
         except InvalidURI:
-            raise BackendError(f"{url}: not a WebSocket address: it begins with ws:// or wss://") from None
+            raise BackendError(f"{shown}: not a WebSocket address: it begins with ws:// or wss://") from None
         except InvalidHandshake as error:
-            raise refused(url, error) from None
+            raise refused(shown, error) from None
         except (OSError, TimeoutError) as error:
-            raise BackendLost(f"{url}: cannot be reached ({reason(error)})") from None
+            raise BackendLost(f"{shown}: cannot be reached ({reason(error)})") from None
         self._send({"action": "generate", "request_id": self.id, "prompt": prompt, **body})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -219,26 +224,48 @@ class SocketWriting:
         except BackendLost:
             return
 
-    def __iter__(self) -> Iterator[Update]:
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        """What comes for this request, tokens in the order of their `seq`; ends early once cancelled and silent."""
         from websockets.exceptions import ConnectionClosed
 
-        open_samples = set(range(self.n))
-        try:
-            while True:
-                try:
-                    message = json.loads(self.socket.recv(timeout=5.0 if self.cancelled.is_set() else SILENCE_S))
-                except TimeoutError:
-                    if self.cancelled.is_set():
-                        return
+        heard, due, early = time.monotonic(), 0, {}
+        while True:
+            try:
+                message = json.loads(self.socket.recv(timeout=LISTEN_S))
+            except TimeoutError:
+                silence = time.monotonic() - heard
+                if self.cancelled.is_set() and silence > FAREWELL_S:
+                    return
+                if silence > SILENCE_S:
                     raise BackendLost("the server fell silent") from None
-                except (ConnectionClosed, OSError) as error:
-                    if self.cancelled.is_set():
-                        return
-                    raise BackendLost(f"the connection to the server broke ({reason(error)})") from None
-                if message.get("request_id") not in (self.id, None):
-                    continue
+                continue
+            except (ConnectionClosed, OSError) as error:
+                if self.cancelled.is_set():
+                    return
+                raise BackendLost(f"the connection to the server broke ({reason(error)})") from None
+            if message.get("request_id") not in (self.id, None):
+                continue
+            heard = time.monotonic()
+            if message.get("type") != "token":
+                yield from (early[seq] for seq in sorted(early))  # those before them were lost
+                early.clear()
+                yield message
+                continue
+            if message.get("seq", due) >= due:
+                early[message.get("seq", due)] = message
+            while due in early:
+                yield early.pop(due)
+                due += 1
+
+    def __iter__(self) -> Iterator[Update]:
+        open_samples, started = set(range(self.n)), False
+        try:
+            for message in self._messages():
                 kind = message.get("type")
+                if kind is None and message.get("connectionId") and not started:
+                    raise BackendLost(f"the gateway answered: {message.get('message')}")
                 if kind == "started":
+                    started = True
                     yield Update(
                         "started",
                         seed=message.get("seed"),
@@ -246,7 +273,9 @@ class SocketWriting:
                         truncated=bool(message.get("truncated")),
                     )
                 elif kind == "token":
-                    yield Update("text", message.get("index", 0), message.get("text", ""), tokens=1)
+                    yield Update(
+                        "text", message.get("index", 0), message.get("text", ""), tokens=message.get("count", 1)
+                    )
                 elif kind == "complete":
                     for sample in message.get("samples") or ():
                         open_samples.discard(sample["index"])
@@ -358,7 +387,7 @@ def refused(url: str, error: Exception) -> BackendError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return BackendError(f"{url}: the key was not accepted: give the right one")
-    if status is not None and status >= 500:
+    if status is not None and (status >= 500 or status == 429):
         return BackendLost(f"{url}: answered {status}")
     return BackendError(f"{url}: no WebSocket there (answered {status or reason(error)})")
 
@@ -366,7 +395,7 @@ def refused(url: str, error: Exception) -> BackendError:
 def failure(error: dict[str, Any], status: int | None = None) -> BackendError:
     """The server's error object as an exception; one that passes with time is a BackendLost."""
     message = error.get("message") or f"the server answered {status}"
-    if error.get("type") == "unavailable_error" or status == 503:
+    if error.get("type") == "unavailable_error" or status == 503 or error.get("code") in BROKEN_OFF:
         return BackendLost(message)
     return BackendError(message)
 

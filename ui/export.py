@@ -24,7 +24,8 @@ FORMATS = {
     "csv": ("CSV", "text/csv"),
     "epub": ("EPUB", "application/epub+zip"),
 }
-MARKDOWN = re.compile(r"([\\`*_\[\]<>#$|~&]|^[ \t]*[-+](?=\s)|^[ \t]*\d+(?=[.)]\s))", re.MULTILINE)
+MARKDOWN = re.compile(r"(^[ \t]*\d*)([-+=.)])|([\\`*_\[\]<>#$|~&])", re.MULTILINE)
+INDENT = re.compile(r"^[ \t]+(?=\S)", re.MULTILINE)
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -54,8 +55,8 @@ def _md(stories: Sequence[Text]) -> bytes:
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return MARKDOWN.sub(lambda found: "\\".join(("", found[0])) if found[0].strip() else found[0], text)
+    """Text that Markdown shows as it is, indentation too."""
+    return INDENT.sub(lambda found: "&nbsp;" * len(found[0].expandtabs(4)), MARKDOWN.sub(r"\1\\\2\3", text))
 
 
 def _json(stories: Sequence[Text]) -> bytes:

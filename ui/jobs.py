@@ -20,7 +20,8 @@ from ui.backends import Backend, BackendError, BackendLost, Writing
 
 Status = Literal["running", "lost", "done", "stopped", "failed"]
 PATIENCE_S = 900.0  # how long a server that went away is waited for
-RETRY_S = 1.0
+RETRY_S = 1.0  # before the first attempt to reach it again; doubled each time
+LONGEST_PAUSE_S = 8.0
 NOTE_S = 1.5  # between two savings of a text in progress
 
 
@@ -137,19 +138,26 @@ class Job:
             self._go_on(error)
 
     def _go_on(self, lost: BackendLost) -> None:
-        """Wait for the server and write the unfinished samples on from where they broke off."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Wait for the server and write the unfinished samples on from where they broke off.
+
+        Attempts come at growing distances; the patience begins anew with every word that arrives.
+        """
+        since, written, pause = time.monotonic(), self.tokens, RETRY_S
         while not self._cancel.is_set():
             unfinished = [index for index, sample in enumerate(self.samples) if not sample.reason]
             if not unfinished:
                 return
+            if self.tokens > written:
+                since, written, pause = time.monotonic(), self.tokens, RETRY_S
+            elif time.monotonic() - since > PATIENCE_S:
+                raise lost
             self.status, self.message = "lost", str(lost)
             self.on_note(self)
-            while not self.backend.alive() or self._cancel.wait(RETRY_S):
-                if self._cancel.wait(RETRY_S):
-                    return
-                if time.monotonic() > deadline:
-                    raise lost
+            if self._cancel.wait(pause):
+                return
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+            if not self.backend.alive():
+                continue
             for index in unfinished:
                 try:
                     self._resume(index)

@@ -115,6 +115,7 @@ class Story {
     this.early = new Map();
     this.given = given; // the seed as it was typed: it may have more digits than a number holds
     this.seed = null;
+    this.started = false;
     this.pages = Array.from({ length: n }, (_, index) => this.page(index, n));
   }
 
@@ -233,11 +234,21 @@ function onState(state, text) {
 
 function onMessage(message) {
   if (message.type === "pong") return;
+  if (!message.type && message.connectionId) {
+    // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
+    fault(`The gateway answered: ${message.message}`);
+    if (story && !story.started) {
+      finish(() => "An error ended this text.");
+      notice("");
+    }
+    return;
+  }
   if (!story || message.request_id !== story.id) {
     if (message.type === "error" && message.request_id == null) fault(describeError(message.error));
     return;
   }
   if (message.type === "started") {
+    story.started = true;
     story.seed = message.seed ?? null;
     notice(message.truncated ? "Writing… (the opening was too long: its end was kept)" : "Writing…");
   } else if (message.type === "token") {

@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +19,7 @@ import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
 from conftest import ROOT
-from local_stack import Stack
+from local_stack import Quotas, Stack
 
 from config import GenerationParams, ModelConfig
 
@@ -53,33 +55,47 @@ def test_node_client(stack: Stack, container: FakeContainer, node_modules: Path)
     assert seen["wrong"][-1]["error"]["param"] == "temperature"
 
 
-def test_web_page_in_chromium(stack: Stack, container: FakeContainer) -> None:
+@contextmanager
+def opened(url: str) -> Iterator[Any]:
     """The page of web/, opened as a file, with nothing but the gateway's address."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r requirements-dev.txt")
     browser_path = shutil.which("chromium")
     if not browser_path:
         pytest.skip("chromium is not installed: the web page is not tried")
-    page_url = f"{(ROOT / 'web' / 'index.html').as_uri()}?server={quote(stack.url, safe='')}"
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page()
-        page.goto(page_url)
+        page.goto(f"{(ROOT / 'web' / 'index.html').as_uri()}?server={quote(url, safe='')}")
         page.fill("#opening", "It was")
         page.wait_for_selector("#write:enabled")
+        yield page
+        browser.close()
+
+
+def test_web_page_in_chromium(stack: Stack, container: FakeContainer) -> None:
+    with opened(stack.url) as page:
         container.produced, container.pace = 0, 0.02
         page.click("#write")
         page.wait_for_function("document.querySelector('.page .text')?.textContent.trim()")
         assert container.produced < 200
-        page.wait_for_selector("#stop:disabled", timeout=30_000)
+        page.wait_for_selector("#stop:disabled")
         page.wait_for_selector("#write:enabled")
         assert "".join(words("It was", 200)).strip() in page.text_content(".page .text")
         page.click("#write")
         page.wait_for_function("document.querySelector('.page .text')?.textContent.trim()")
         page.click("#stop")
-        page.wait_for_selector("#stop:disabled", timeout=10_000)
+        page.wait_for_selector("#stop:disabled")
         assert not page.is_visible("#fault")
-        browser.close()
     wait_for(lambda: container.running == 0)
+
+
+def test_the_web_page_tells_what_the_gateway_itself_refuses(container: FakeContainer) -> None:
+    with Stack(container.url, quotas=Quotas(rate=0.001, burst=1)) as stack, opened(stack.url) as page:
+        page.click("#write")
+        page.wait_for_selector("#fault:visible")
+        assert "Too Many Requests" in page.inner_text("#fault")
+        page.wait_for_selector("#write:enabled")
+    assert not container.requests
 
 
 @pytest.fixture(scope="module")

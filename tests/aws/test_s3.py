@@ -173,6 +173,32 @@ def test_places_in_s3() -> None:
             s3_url(wrong)
 
 
+def test_prepared_texts_go_up_and_training_starts_from_there(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import prepare_data
+    import runs
+    import train
+    from helpers import TINY_FLAGS, nonsense
+
+    monkeypatch.setattr(runs, "ROOT", tmp_path / "repository")
+    (tmp_path / "text.txt").write_text(nonsense(6000))
+    words = ["--input", str(tmp_path / "text.txt"), "--out", str(tmp_path / "data"), "--workers", "1"]
+    words += ["--tokenizer", "char", "--s3-output"]
+    assert prepare_data.main([*words, f"s3://{bucket}/novels"]) == 0
+    there = transfer.client().list_objects_v2(Bucket=bucket, Prefix="novels/")["Contents"]
+    assert {item["Key"].removeprefix("novels/"): item["Size"] for item in there} == {
+        name: len(content) for name, content in contents(tmp_path / "data").items() if not name.startswith(".")
+    }
+    flags = [*TINY_FLAGS, "--data", f"s3://{bucket}/novels", "--train.max-steps", "3"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert train.main([*flags, "--data", "s3://no-such-bucket-anywhere/x", "--out", str(tmp_path / "none")]) == 1
+    assert prepare_data.main([*words, "s3://no-such-bucket-anywhere/x"]) == 1
+    assert capsys.readouterr().err.count("no such bucket") == 2
+
+
 def test_the_program_moves_both_ways(bucket: str, shards: Path, tmp_path: Path) -> None:
     assert transfer.main([str(shards), f"s3://{bucket}/p"]) == 0
     assert transfer.main([f"s3://{bucket}/p", str(tmp_path / "back")]) == 0

@@ -63,7 +63,7 @@ def take(text: str) -> None:
 def draw_alternatives(text: str, token: Scored, key: int) -> None:
     """What else could stand in the place of `token`."""
     before = text[: token.start]
-    shown = " ".join(before.split())[-60:]
+    shown = " ".join(before.split()[-10:])
     st.html(
         f'<div class="lead">… {state.escaped(shown)} <b>{state.escaped(token.text.strip() or visible(token.text))}</b></div>'
     )

@@ -76,13 +76,8 @@ def draw_folders(now: Place | None) -> None:
 def draw_parts(backend: Backend) -> None:
     """Parameters by component; of a server, what it tells."""
     if not isinstance(backend, LocalBackend):
-        facts = [("Address", backend.place.where)]
-        context = getattr(backend, "context", None)
-        if context:
-            facts.append(("Context", f"{context:,} tokens"))
-        for label, value in facts:
-            st.caption(label)
-            st.text(value)
+        if context := getattr(backend, "context", None):
+            st.metric("Context", f"{context:,} tokens")
         return
     import pandas as pd
 
@@ -141,7 +136,7 @@ def draw() -> None:
             st.text(state.fault())
             return
         st.subheader(state.plain(backend.name), anchor=False)
-        st.caption(state.plain(now.where))
+        st.caption(state.plain(now.where if now.kind == "local" else now.where.partition("?")[0]))
         draw_parts(backend)
         draw_card(now)
 

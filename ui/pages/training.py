@@ -158,7 +158,7 @@ def begin(name: str, preset: str, texts: dict[str, bytes] | None, steps: int, mi
 def draw_start(expanded: bool) -> None:
     """The form for a new run."""
     with st.expander("Train a new model", icon=":material/add:", expanded=expanded):
-        presets = preset_names()
+        presets = [name for name in preset_names() if "model" in preset_values(name)]  # not finetune: it has no shape
         preset = st.selectbox(
             "Preset",
             presets,

@@ -107,13 +107,20 @@ def draw_empty() -> None:
         if state.fault():
             st.error("The model cannot be opened.", icon=":material/error:")
             st.text(state.fault())
+            st.button("Try again", icon=":material/refresh:", key="try_again")
             st.page_link("ui/pages/model.py", label="Choose another model", icon=":material/deployed_code:")
+            return
+        given = state.flags()
+        if any(run.running() for run in training.runs(given.runs)):
+            st.info("A model is being trained. As soon as it has been saved once, it can write.")
+            st.page_link("ui/pages/training.py", label="Watch it learn", icon=":material/model_training:")
             return
         st.write(
             "There is no model on this machine yet. A small one learns from the stories that come with the program."
         )
         if st.button("Train the sample model (about three minutes)", type="primary", icon=":material/model_training:"):
-            training.start("sample", preset="sample")
+            run = training.start("sample", preset="sample", runs_folder=given.runs, data_folder=given.data)
+            st.session_state["run_shown"] = run.name
             st.switch_page("ui/pages/training.py")
         st.caption("Or choose a model folder, a server or a gateway on the Model page.")
 
@@ -200,7 +207,7 @@ def draw_toolbar(desk: Desk, running: bool) -> None:
         on_click=act,
         args=("retry",),
         shortcut="Alt+Enter",
-        help="Another version of the newest passage; the present one is kept",
+        help="Another version of the newest passage; the present one is kept (Alt+Enter)",
     )
     st.button(
         "Undo",

@@ -1,0 +1,240 @@
+"""Milliseconds a token while writing, beside transformers and CTranslate2; and what eight writers at once gain.
+
+    python benchmarks/decode.py --seconds 90
+    python benchmarks/decode.py --model runs/sample/best --without-peers
+    python benchmarks/decode.py --device cuda --streams 1 64
+
+The model is GPT-2's 124M shape with random weights unless --model names a folder; sampling as the defaults have it. A turn
+writes some tokens after a prompt of 64; the figure is the median gap between two tokens. The peers choose greedily, which
+costs them nothing. CTranslate2 reads the same model folder through its own converter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common import middle, report
+
+Turn = Callable[[int], list[float]]  # writes so many tokens: the seconds between them
+PROMPT = 64
+FIRST = 512  # tokens of the prompt for the time to the first token
+REST = 0.4  # seconds between turns: the threads of a library spin for a while after its work, at the next one's cost
+
+
+def gaps(moments: list[float]) -> list[float]:
+    """Seconds between consecutive moments."""
+    return [later - sooner for sooner, later in pairwise(moments)]
+
+
+def random_folder(folder: Path) -> Path:
+    """A model folder of GPT-2's 124M shape, with random weights and GPT-2's tokenizer."""
+    import torch
+
+    from checkpoint import save_model
+    from config import GenerationParams, ModelConfig
+    from model import GPT
+    from tokenizer import gpt2_tokenizer
+
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50_257, vocab_used=50_257)
+    save_model(folder, GPT(config), gpt2_tokenizer(), card={}, generation=GenerationParams())
+    return folder
+
+
+def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn, Callable[[], float]]:
+    """(turn, time to the first token of a long prompt) with our decode core, `streams` texts side by side."""
+    from config import GenerationParams
+    from quantize import load_for_writing
+    from sampling import Text, Writer
+
+    model, tokenizer, _ = load_for_writing(folder, device=device, dtype=dtype)
+    writer = Writer(model, streams)
+    count = [0]
+
+    def text(length: int, tokens: int) -> Text:
+        count[0] += 1
+        ids = [(count[0] * 7919 + at * 31) % model.config.tokens for at in range(length)]
+        params = GenerationParams(max_tokens=tokens, repetition_penalty=1.2)
+        made = Text(tokenizer, ids, params, seed=count[0], index=0, context=model.config.block_size)
+        writer.add(made)
+        return made
+
+    def turn(tokens: int) -> list[float]:
+        for _ in range(streams):
+            text(PROMPT, tokens + 1)
+        while any(one.reading for one in writer.texts):
+            writer.step()
+        moments = [time.perf_counter()]
+        while len(writer.texts) == streams:
+            writer.step()
+            moments.append(time.perf_counter())
+        for one in list(writer.texts):
+            writer.remove(one)
+        return gaps(moments)
+
+    def first() -> float:
+        begun = time.perf_counter()
+        made = text(min(FIRST, model.config.block_size // 2), 1)
+        while made in writer.texts:
+            writer.step()
+        return time.perf_counter() - begun
+
+    return turn, first
+
+
+def transformers_turn(folder: Path, dtype: str, device: str) -> tuple[Turn, Callable[[], float]]:
+    """The same with transformers' GPT2LMHeadModel and its cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = model.to(device).eval()
+    vocab = model.config.vocab_size
+    count = [0]
+
+    def prompt(length: int) -> Any:
+        count[0] += 1
+        return torch.tensor([[(count[0] * 7919 + at * 31) % vocab for at in range(length)]], device=device)
+
+    @torch.inference_mode()
+    def turn(tokens: int) -> list[float]:
+        out = model(prompt(PROMPT), use_cache=True)
+        moments = [time.perf_counter()]
+        for _ in range(tokens):
+            best = out.logits[:, -1:].argmax(-1)
+            out = model(best, past_key_values=out.past_key_values, use_cache=True)
+            int(best)
+            moments.append(time.perf_counter())
+        return gaps(moments)
+
+    @torch.inference_mode()
+    def first() -> float:
+        begun = time.perf_counter()
+        int(
+            model(prompt(min(FIRST, model.config.n_positions // 2)), use_cache=True, logits_to_keep=1)
+            .logits[0, -1]
+            .argmax()
+        )
+        return time.perf_counter() - begun
+
+    return turn, first
+
+
+def ctranslate2_turn(
+    converted: Path, tokens_of: list[str], kind: str, threads: int
+) -> tuple[Turn, Callable[[], float]]:
+    """The same with CTranslate2, from the folder that its converter wrote."""
+    import ctranslate2
+
+    generator = ctranslate2.Generator(str(converted), compute_type=kind, intra_threads=threads)
+    count = [0]
+
+    def prompt(length: int) -> list[str]:
+        count[0] += 1
+        return [tokens_of[(count[0] * 7919 + at * 31) % len(tokens_of)] for at in range(length)]
+
+    def run(length: int, tokens: int) -> list[float]:
+        moments = [time.perf_counter()]
+
+        def called(_: Any) -> bool:
+            moments.append(time.perf_counter())
+            return False
+
+        generator.generate_batch(
+            [prompt(length)],
+            max_length=tokens,
+            min_length=tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            callback=called,
+        )
+        return moments
+
+    def first() -> float:
+        moments = run(FIRST, 2)
+        return moments[1] - moments[0]
+
+    return lambda tokens: gaps(run(PROMPT, tokens + 1)[1:]), first
+
+
+def convert(folder: Path, target: Path) -> list[str]:
+    """Run CTranslate2's converter on a model folder; the tokens of its vocabulary by id."""
+    import json
+
+    words = ["--model", str(folder), "--output_dir", str(target), "--force"]
+    script = [sys.executable, "-m", "ctranslate2.converters.transformers"]
+    made = subprocess.run([*script, *words], capture_output=True, text=True)
+    if made.returncode:
+        raise SystemExit(f"CTranslate2's converter failed on {folder}:\n{made.stderr[-2000:]}")
+    found: list[str] = json.loads((target / "vocabulary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder; none: random weights in GPT-2's 124M shape")
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--tokens", type=int, default=16, help="tokens a turn")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--without-peers", action="store_true")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from devices import native_bf16, pick_device
+
+    device = pick_device(args.device)
+    kinds = ["float32", "float16", "int8"] + (["bfloat16"] if native_bf16(device) else [])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or random_folder(Path(scratch) / "model")
+        made: dict[str, tuple[Turn, Callable[[], float]]] = {}
+        for kind in kinds:
+            for streams in args.streams:
+                made[f"ours {kind}, {streams} at once"] = our_turn(folder, kind, streams, args.device)
+        if not args.without_peers:
+            for kind in [kind for kind in kinds if kind not in ("int8", "float16")]:
+                made[f"transformers {kind}"] = transformers_turn(folder, kind, str(device))
+            if device.type == "cpu":
+                vocabulary = convert(folder, Path(scratch) / "converted")
+                threads = torch.get_num_threads()
+                for kind in ("float32", "int8"):
+                    made[f"CTranslate2 {kind}"] = ctranslate2_turn(
+                        Path(scratch) / "converted", vocabulary, kind, threads
+                    )
+        spent: dict[str, list[float]] = {name: [] for name in made}
+        firsts: dict[str, list[float]] = {name: [] for name in made}
+        for turn, first in made.values():
+            turn(4), first()
+        end = time.perf_counter() + args.seconds
+        while time.perf_counter() < end or len(next(iter(firsts.values()))) < 3:
+            for name, (turn, first) in made.items():
+                time.sleep(REST)
+                spent[name] += turn(args.tokens)
+                firsts[name].append(first())
+    rows: list[dict[str, Any]] = []
+    for name in made:
+        streams = int(name.split(", ")[1].split()[0]) if ", " in name else 1
+        rows.append(
+            {
+                "what": name,
+                "ms a step": middle(spent[name]) * 1000,
+                "tokens/s": streams / middle(spent[name]),
+                f"first token of {FIRST}, ms": middle(firsts[name]) * 1000,
+                "steps": len(spent[name]),
+            }
+        )
+    report("decode", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
