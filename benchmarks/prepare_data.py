@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))
 
-from pydantic import Field
+from pydantic import Field  # noqa: E402
 
-from config import Strict, parse_flags, run_main
+from config import Strict, parse_flags, run_main  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "out"
 HEADER = "The Project Gutenberg eBook of Number {0}\n\n*** START OF THE PROJECT GUTENBERG EBOOK NUMBER {0} ***\n\n\n"
