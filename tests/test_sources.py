@@ -373,6 +373,7 @@ def test_fetching_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines] == ["val", "train", "train"]
     assert all(Path(line.split("\t")[0]).is_file() for line in lines)
+    assert sources.main(["--corpus", "pg19"]) == 0
     assert sources.main(["--corpus", "nonsense"]) == 2
     with pytest.raises(ConfigError):
         fetch("someone/gone", Place())
