@@ -110,7 +110,9 @@ class DataConfig(Strict):
     """What `prepare_data.py` does with the texts of this preset, and where they come from."""
 
     source: str = ""
-    """`pg19`, `tinystories`, `tinyshakespeare`, `sample`, a hub data set's name, or empty for one's own files."""
+    """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, files like `data/*.txt`, or empty: --input says."""
+    years: str = Field("", pattern=r"^(\d{1,4}-\d{1,4})?$")
+    """Only books published then, like 1837-1901 (pg19, and parquet files with a publication_date); empty: all."""
     tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
     """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
@@ -123,6 +125,16 @@ class DataConfig(Strict):
     """Join hard-wrapped lines of Gutenberg-style texts into paragraphs."""
     strip_licence: bool = True
     """Remove Project Gutenberg headers and licences where a text carries them."""
+    strip_notes: bool = True
+    """Remove transcriber's notes from e-texts (licensed by Project Gutenberg, or hard-wrapped)."""
+    strip_illustrations: bool = True
+    """Remove [Illustration: …] from e-texts."""
+    strip_italics: bool = True
+    """Write _words_ of e-texts as words."""
+    fix_mojibake: bool = False
+    """Put right UTF-8 that was read as Windows-1252, like â€œ for “."""
+    drop_duplicates: bool = False
+    """Keep each text once; a copy of a validation text is dropped from training."""
 
 
 class TrainConfig(Strict):

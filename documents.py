@@ -30,8 +30,12 @@ from cleaning import (
     Layout,
     cut_after,
     find_layout,
+    fix_mojibake,
     licence_bounds,
     normalise_newlines,
+    strip_illustrations,
+    strip_italics,
+    strip_notes,
     unwrap,
 )
 from config import ConfigError
@@ -39,6 +43,8 @@ from config import ConfigError
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 FIELD = "text"
 PIECE = 1 << 20  # bytes of one task; also what one process holds of a long text at a time
+ROWS = 1 << 18  # bytes of a table's rows that a worker takes together
+YEAR = "publication_date"  # the field that --years looks at
 KINDS = {  # how files of other kinds begin
     b"%PDF": "a PDF: save its text as .txt",
     b"PK\x03\x04": "a zip archive (also EPUB and Word files): unpack it or save its text as .txt",
@@ -55,11 +61,21 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """How texts are read."""
+    """How texts are read, and which steps of cleaning are on. Those from `strip_notes` to `strip_italics` work on books only."""
 
     unwrap: bool = True
     strip_licence: bool = True
+    strip_notes: bool = True
+    strip_illustrations: bool = True
+    strip_italics: bool = True
+    fix_mojibake: bool = False
+    books: bool = False
+    """All are e-texts of books. Otherwise only those that carry Project Gutenberg's licence or are hard-wrapped."""
     skip_bad: bool = False
+    field: str = FIELD
+    """Where rows have their text."""
+    years: tuple[int, int] | None = None
+    """Only rows whose YEAR lies there, both ends included."""
 
 
 class Piece(NamedTuple):
@@ -143,12 +159,11 @@ class TextPart:
         with self.path.open("rb") as file:
             file.seek(self.start)
             data = normalise_newlines(file.read(self.size))
-        data, joined = unwrap(data, self.layout)
         try:
-            text = data.decode("utf-8")
+            text, size, counts = tidy(data, self.layout, options, self.last)
         except UnicodeDecodeError:
             raise DocumentError(f"{self.path} changed while it was read: run the same command again") from None
-        yield Piece(self.document, text, len(data), self.last, {"joined_lines": joined} if joined else {})
+        yield Piece(self.document, text, size, self.last, counts)
 
 
 @dataclass(frozen=True)
@@ -174,25 +189,35 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One document in memory."""
+class Rows:
+    """Rows of a table in memory, each a document, with their numbers there."""
 
     document: int
-    place: str
-    data: bytes
-    documents: int = 1
+    path: Path
+    rows: tuple[tuple[int, bytes], ...]
+
+    @property
+    def documents(self) -> int:
+        return len(self.rows)
 
     @property
     def size(self) -> int:
-        return len(self.data)
+        return sum(len(data) for _, data in self.rows)
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
 
     def read(self, options: Options) -> Iterator[Piece]:
-        try:
-            yield clean(self.document, self.data, options)
-        except UnicodeDecodeError as error:
-            if not options.skip_bad:
-                raise DocumentError(f"{self.place}: not UTF-8 at byte {error.start} of this row; {REMEDY}") from None
-            yield Piece(self.document, "", 0, True, {"skipped_rows": 1})
+        for document, (number, data) in enumerate(self.rows, self.document):
+            try:
+                yield clean(document, data, options)
+            except UnicodeDecodeError as error:
+                if not options.skip_bad:
+                    raise DocumentError(
+                        f"{self.path}, row {number}: not UTF-8 at byte {error.start} of this row; {REMEDY}"
+                    ) from None
+                yield Piece(document, "", 0, True, {"skipped_rows": 1})
 
 
 @dataclass(frozen=True)
@@ -222,7 +247,7 @@ class LinesPart:
         for number, line in enumerate(lines, self.first_line):
             if line.strip():
                 try:
-                    yield clean(document, _field(line, f"{self.path}:{number}", at), options)
+                    yield clean(document, _field(line, f"{self.path}:{number}", at, options.field), options)
                 except DocumentError:
                     if not options.skip_bad:
                         raise
@@ -258,26 +283,43 @@ class LinesFile:
 class TableFile:
     """A `.parquet` file, read by this process a few rows at a time and cleaned by the workers.
 
-    Takes about two row groups of memory: what is compressed together must be unpacked together.
+    Pages are unpacked one at a time. Only where a row group has a dictionary page, this must be unpacked whole.
     """
 
     name: str
     path: Path
     size: int
-    documents: int
+    rows: int
+    column: str = FIELD
+    keep: np.ndarray | None = None
+    """bool [rows]: which are documents; none: all."""
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
+
+    @property
+    def documents(self) -> int:
+        return self.rows if self.keep is None else int(self.keep.sum())
 
     def tasks(self, first: int) -> Iterator[Task]:
         import pyarrow
         import pyarrow.parquet
 
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # arrow's own keeps what it frees, more with every batch
+        held: list[tuple[int, bytes]] = []
+        number = size = 0
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as table:
-            rows = max(1, min(1024, PIECE * self.documents // max(self.size, 1)))
-            for batch in table.iter_batches(batch_size=rows, columns=[FIELD], use_threads=False):
-                for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    yield Row(first, f"{self.path}, row {first}", data or b"")
-                    first += 1
+            step = max(1, min(1024, PIECE * self.rows // max(self.size, 1)))
+            for batch in table.iter_batches(batch_size=step, columns=[self.column], use_threads=False):
+                for data in batch.column(0).cast(pyarrow.large_binary()):
+                    if self.keep is None or self.keep[number]:
+                        held.append((number, data.as_py() or b""))
+                        size += len(held[-1][1])
+                    number += 1
+                    if size >= ROWS:
+                        yield Rows(first, self.path, tuple(held))
+                        first, held, size = first + len(held), [], 0
+        if held:
+            yield Rows(first, self.path, tuple(held))
 
 
 @dataclass(frozen=True)
@@ -336,19 +378,21 @@ def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
     return list(found.values())
 
 
-def inspect(path: Path, name: str, options: Options) -> File | str:
+def inspect(path: Path, name: str, options: Options, split: str = "") -> File | str:
     """The documents in one file, none where it is empty; or, as text, why it cannot be read.
 
-    Reads a text through once, and a `.jsonl` for its line ends.
+    Reads a text through once, and a `.jsonl` for its line ends. split: `train` or `val` where the source says so.
     """
     try:
         if path.suffix.lower() == ".parquet":
-            return _inspect_table(path, name)
+            return _inspect_table(path, name, options, split)
+        if options.years:
+            return f"{path}: --years needs a field '{YEAR}', which only .parquet files are searched for"
         with path.open("rb") as file:
             return (
-                _inspect_lines(file, path, name)
+                _inspect_lines(file, path, name, split)
                 if path.suffix.lower() == ".jsonl"
-                else _inspect_text(file, path, name, options)
+                else _inspect_text(file, path, name, options, split)
             )
     except OSError as error:
         return f"{path}: {error.strerror or error}"
@@ -365,10 +409,38 @@ def clean(document: int, data: bytes, options: Options) -> Piece:
             data = data[start:stop]
     if not data or data.isspace():
         return Piece(document, "", 0, True, counts | {"empty_documents": 1})
-    if options.unwrap and (layout := find_layout(data[:LAYOUT_SAMPLE])).width:
-        data, joined = unwrap(data, layout)
-        counts |= {"unwrapped_documents": 1, "joined_lines": joined}
-    return Piece(document, data.decode("utf-8"), len(data), True, counts)
+    layout = judge(data[:LAYOUT_SAMPLE], options, bool(counts))
+    counts |= {"unwrapped_documents": 1} if layout.width else {}
+    text, size, steps = tidy(data, layout, options, True)
+    return Piece(document, text, size, True, counts | steps)
+
+
+def judge(sample: bytes, options: Options, licence: bool) -> Layout:
+    """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
+    found = find_layout(sample)
+    width = found.width if options.unwrap else 0
+    return Layout(width, found.blocks, options.books or licence or found.width > 0)
+
+
+def tidy(data: bytes, layout: Layout, options: Options, last: bool) -> tuple[str, int, dict[str, int]]:
+    """The clean text of a document or of a part of it (LF line ends), its UTF-8 bytes, and what each step did.
+
+    last: the document ends with it. Raises UnicodeDecodeError.
+    """
+    counts: dict[str, int] = {}
+    if layout.book and options.strip_notes:
+        data, counts["transcriber_notes"] = strip_notes(data, last)
+    if layout.book and options.strip_illustrations:
+        data, counts["illustrations"] = strip_illustrations(data)
+    data, counts["joined_lines"] = unwrap(data, layout)
+    text, size = data.decode("utf-8"), len(data)
+    if layout.book and options.strip_italics:
+        text, counts["italics"] = strip_italics(text)
+        size -= 2 * counts["italics"]
+    if options.fix_mojibake and (fixed := fix_mojibake(text)) is not text:
+        counts["mojibake_documents"] = int(fixed != text)
+        text, size = fixed, len(fixed.encode())
+    return text, size, {name: count for name, count in counts.items() if count}
 
 
 def _inside(folder: Path) -> list[tuple[Path, str]]:
@@ -380,7 +452,7 @@ def _inside(folder: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _inspect_text(file: BinaryIO, path: Path, name: str, options: Options) -> TextFile | str:
+def _inspect_text(file: BinaryIO, path: Path, name: str, options: Options, split: str) -> TextFile | str:
     head = file.read(LICENCE_WINDOW)
     for beginning, what in KINDS.items():
         if head.startswith(beginning):
@@ -401,7 +473,7 @@ def _inspect_text(file: BinaryIO, path: Path, name: str, options: Options) -> Te
         solid = solid or not data.isspace()
     start = len(MARK) if head.startswith(MARK) else 0
     if not solid or size == start:
-        return TextFile(name, path, (0,), Layout(), {}, documents=0)
+        return TextFile(name, path, (0,), Layout(), {}, documents=0, split=split)
     counts: dict[str, int] = {"byte_order_marks": 1} if start else {}
     stop = size
     if options.strip_licence:
@@ -412,12 +484,10 @@ def _inspect_text(file: BinaryIO, path: Path, name: str, options: Options) -> Te
             start = max(start, begin)
         if start >= stop:
             return TextFile(name, path, (0,), Layout(), counts, documents=0)
-    layout = Layout()
-    if options.unwrap:
-        file.seek(start)
-        layout = find_layout(file.read(min(LAYOUT_SAMPLE, stop - start)))
-        counts |= {"unwrapped_documents": 1} if layout.width else {}
-    return TextFile(name, path, _cuts(file, start, stop, layout), layout, counts)
+    file.seek(start)
+    layout = judge(file.read(min(LAYOUT_SAMPLE, stop - start)), options, "licence_documents" in counts)
+    counts |= {"unwrapped_documents": 1} if layout.width else {}
+    return TextFile(name, path, _cuts(file, start, stop, layout), layout, counts, split=split)
 
 
 def _cuts(file: BinaryIO, start: int, stop: int, layout: Layout) -> tuple[int, ...]:
@@ -436,7 +506,7 @@ def _cuts(file: BinaryIO, start: int, stop: int, layout: Layout) -> tuple[int, .
     return (*cuts, stop)
 
 
-def _inspect_lines(file: BinaryIO, path: Path, name: str) -> LinesFile:
+def _inspect_lines(file: BinaryIO, path: Path, name: str, split: str) -> LinesFile:
     size = file.seek(0, 2)
     file.seek(0)
     blocks, start, line = [], 0, 1
@@ -446,28 +516,40 @@ def _inspect_lines(file: BinaryIO, path: Path, name: str) -> LinesFile:
             data += more
         blocks.append((start, start + len(data), line, sum(1 for row in data.split(b"\n") if row.strip())))
         start, line = start + len(data), line + data.count(b"\n")
-    return LinesFile(name, path, size, tuple(blocks))
+    return LinesFile(name, path, size, tuple(blocks), split=split)
 
 
-def _inspect_table(path: Path, name: str) -> TableFile | str:
+def _inspect_table(path: Path, name: str, options: Options, split: str) -> TableFile | str:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             fields, facts = table.schema_arrow, table.metadata
+            if options.field not in fields.names:
+                return (
+                    f"{path}: no field '{options.field}' (it has {', '.join(fields.names)}): name one with --text-field"
+                )
+            kind = fields.field(options.field).type
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
+                return f"{path}: field '{options.field}' holds {kind}, not text"
+            keep = None
+            if options.years:
+                if YEAR not in fields.names:
+                    return f"{path}: --years needs a field '{YEAR}' (it has {', '.join(fields.names)})"
+                dates = table.read(columns=[YEAR]).column(0).cast(pyarrow.int64()).fill_null(-1).to_numpy()
+                keep = (dates >= options.years[0]) & (dates <= options.years[1])
     except pyarrow.ArrowInvalid as error:
         return f"{path}: not a parquet file ({str(error).splitlines()[0]})"
-    if FIELD not in fields.names:
-        return f"{path}: no field '{FIELD}' (it has {', '.join(fields.names)})"
-    kind = fields.field(FIELD).type
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
-        return f"{path}: field '{FIELD}' holds {kind}, not text"
-    size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
-    return TableFile(name, path, size, facts.num_rows)
+    size = 0
+    for group in map(facts.row_group, range(facts.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        size += sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == options.field)
+    left_out = {} if keep is None or keep.all() else {"documents_of_other_years": int((~keep).sum())}
+    return TableFile(name, path, size, facts.num_rows, options.field, keep, left_out, split)
 
 
-def _field(line: bytes, place: str, offset: int) -> bytes:
+def _field(line: bytes, place: str, offset: int, name: str) -> bytes:
     """The text of one JSON row, as UTF-8."""
     try:
         row: Any = json.loads(line.removeprefix(MARK).decode("utf-8"))
@@ -477,10 +559,13 @@ def _field(line: bytes, place: str, offset: int) -> bytes:
         raise DocumentError(
             f"{place}: not JSON ({error}); mend the row, or leave it out with --skip-bad-files"
         ) from None
-    if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
         fields = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        raise DocumentError(f"{place}: no text in a field '{FIELD}' ({fields}); mend the row, or use --skip-bad-files")
-    text: str = row[FIELD]
+        raise DocumentError(
+            f"{place}: no text in a field '{name}' ({fields}); mend the row, name another with --text-field, or use "
+            f"--skip-bad-files"
+        )
+    text: str = row[name]
     return text.encode("utf-8", "replace")
 
 

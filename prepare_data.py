@@ -1,7 +1,7 @@
-"""Texts -> token shards: files, folders or a preset's own texts become data/NAME/, which train.py reads.
+"""Texts -> token shards: files, folders, a hub's data set or a preset's texts become data/NAME/, which train.py reads.
 
     python prepare_data.py --input novels/ more.txt --out data/novels
-    python prepare_data.py --preset shakespeare-char --input tinyshakespeare.txt
+    python prepare_data.py --preset victorian --years 1837-1901     # PG-19 from the Hugging Face hub
     cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
 
 The folder holds `train_000000.bin` …, `val_000000.bin` … (little-endian uint16, or uint32 beyond 65,536 ids), the
@@ -20,8 +20,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,26 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+import documents
+import sources
 from config import ROOT, ConfigError, DataConfig, flag_value, load_config, parse_flags, run_main
-from documents import SUFFIXES, Corpus, DocumentError, File, Options, Task, find, inspect
-from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, write_whole
-from tokenizer import Tokenizer, TokenizerError, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from documents import SUFFIXES, Corpus, DocumentError, File, Options, find, inspect
+from encoding import (
+    DROP,
+    TRAIN,
+    VAL,
+    Work,
+    alphabet,
+    batches,
+    choose_validation,
+    digests,
+    encode,
+    find_duplicates,
+    measure,
+)
+from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join, write_whole
+from sources import Input
+from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
 from workers import Pool, Progress
 
 __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
@@ -40,9 +54,7 @@ __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare
 STATE = "state.json"
 OURS = re.compile(r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|state\.json(\.tmp)?")
 SMALL = 4 << 20  # bytes of texts up to which further processes cost more than they save
-RECIPE = 1  # raise it whenever the same texts and settings give other shards
-GROUP = 1 << 18  # bytes of small tasks that a worker takes together
-BPE_BYTES = 1 << 28  # a vocabulary is trained on about this much, spread evenly; more does not change it noticeably
+RECIPE = 2  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
 
@@ -53,151 +65,36 @@ class PrepareFlags(DataConfig):
     """Files, folders, globs (.txt, .jsonl and .parquet with a field `text`) or - for standard input."""
     preset: str = ""
     """Take the data settings, and without --input the texts, of this preset."""
+    hub: str = ""
+    """Take the texts from this data set (OWNER/NAME) of the Hugging Face hub; the same as --source."""
+    hub_config: str = ""
+    """Its configuration, where it has several."""
+    hub_revision: str = "main"
+    """Its branch, tag or commit."""
+    validate_on: sources.Part = "validation"
+    """Its part that becomes the validation split; parts that are neither this nor `train` are left out."""
+    text_field: str = documents.FIELD
+    """Field of .jsonl rows, parquet tables and hub data sets that holds the text."""
     out: Path | None = None
     """Folder to write; none: data/ and the preset's or the first input's name."""
     tokenizer_from: Path | None = None
     """Folder of a model or of prepared data whose tokenizer to use instead of --tokenizer."""
     workers: int = Field(0, ge=0, le=1024)
     """Processes; 0: one a core. The shards do not depend on it."""
+    part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$")
+    """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
+    join: tuple[Path, ...] = ()
+    """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
     s3_output: str = ""
     """Also copy the shards, tokenizer and manifest to this s3://bucket/prefix."""
 
 
-@dataclass
-class Encoded:
-    """What a worker made of some tasks, by split."""
-
-    tokens: dict[str, np.ndarray]
-    bytes: Counter[str] = field(default_factory=Counter)
-    documents: Counter[str] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
-    size: int = 0
-
-
 def default_out(preset: str) -> Path:
     """Where a preset's texts are prepared: data/PRESET, or `tokens` inside it where that folder holds the texts."""
     folder = ROOT / "data" / Path(preset).stem
     return folder / "tokens" if any(folder.glob("*.txt")) else folder
-
-
-def choose_validation(corpus: Corpus, fraction: float) -> np.ndarray:
-    """Which documents validate, bool [documents]: the source's own split, else a fixed pseudo-random choice by name.
-
-    At least one document, and never all; none where there is only one document, which is split by position instead.
-    """
-    chosen = np.zeros(corpus.documents, dtype=bool)
-    if any(file.split == "val" for file in corpus.files):
-        first = 0
-        for file in corpus.files:
-            chosen[first : first + file.documents] = file.split == "val"
-            first += file.documents
-        return chosen
-    count = min(max(1, round(corpus.documents * fraction)), corpus.documents - 1)
-    chosen[np.argsort(corpus.keys(), kind="stable")[:count]] = True
-    return chosen
-
-
-def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Tasks in groups of about GROUP bytes, the same whatever the workers."""
-    group: list[Task] = []
-    size = 0
-    for task in tasks:
-        group.append(task)
-        size += task.size + 64
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def encode(
-    tasks: list[Task], options: Options, tokenizer: tuple[str, str], chosen: np.ndarray, cut: int | None
-) -> Encoded:
-    """The tokens of `tasks`, end-of-text after each document. Runs in a worker.
-
-    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. chosen: of their documents, from the first on,
-    those that validate. cut: where training ends, in characters from the first task's begin, when one document is split
-    by position. Raises DocumentError for a text that cannot be read or holds characters the tokenizer lacks.
-    """
-    coder = _tokenizer(*tokenizer)
-    end = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
-    parts: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
-    made = Encoded({}, size=sum(task.size for task in tasks))
-    first = tasks[0].document
-    for task in tasks:
-        for piece in task.read(options):
-            made.counts.update(piece.counts)
-            if cut is None:
-                pairs = [("val" if chosen[piece.document - first] else "train", piece.text)]
-            else:
-                at = min(max(cut, 0), len(piece.text))
-                cut -= len(piece.text)
-                pairs = [("train", piece.text[:at]), ("val", piece.text[at:])]
-            for name, text in pairs:
-                if text:
-                    try:
-                        parts[name].append(coder.encode_array(text))
-                    except TokenizerError as error:
-                        raise DocumentError(f"{task.place}: {error}") from None
-                    made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
-            if piece.text and piece.last:
-                parts[pairs[-1][0]].append(end)
-                made.documents.update(name for name, _ in pairs)
-    made.tokens = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return made
-
-
-def measure(tasks: list[Task], options: Options) -> int:
-    """Characters of the clean text of `tasks`."""
-    return sum(len(piece.text) for task in tasks for piece in task.read(options))
-
-
-def alphabet(tasks: list[Task], options: Options) -> str:
-    """The distinct characters of the clean text of `tasks`, in order."""
-    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    for task in tasks:
-        for piece in task.read(options):
-            seen[np.frombuffer(piece.text.encode("utf-32-le"), dtype="<u4")] = True
-    return "".join(map(chr, np.flatnonzero(seen).tolist()))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(where: str, fingerprint: str) -> Tokenizer:
-    return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be written: the documents, how they are read, and which of them validate."""
-
-    corpus: Corpus
-    options: Options
-    chosen: np.ndarray
-    """bool [documents]; see `choose_validation`."""
-    cuts: Sequence[int]
-    """Where training ends when the only document is split by position, in characters from each batch on; else empty."""
-
-    def batches(self) -> Iterator[tuple[list[Task], np.ndarray, int | None]]:
-        """Each batch with its part of `chosen` and its cut."""
-        for number, tasks in enumerate(batches(self.corpus.tasks())):
-            last = tasks[-1]
-            chosen = self.chosen[tasks[0].document : last.document + last.documents]
-            yield tasks, chosen, self.cuts[number] if self.cuts else None
-
-    def training_texts(self) -> Iterator[str]:
-        """The text that trains, or BPE_BYTES of it taken evenly, read in this process."""
-        step = max(1, round(self.corpus.size / BPE_BYTES))
-        for tasks, chosen, cut in islice(self.batches(), 0, None, step):
-            for task in tasks:
-                for piece in task.read(self.options):
-                    if cut is not None:
-                        yield piece.text[: max(cut, 0)]
-                        cut -= len(piece.text)
-                    elif not chosen[piece.document - tasks[0].document]:
-                        yield piece.text
 
 
 def prepare(flags: PrepareFlags, out: Path) -> Manifest:
@@ -220,11 +117,11 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
             return kept
         if flags.tokenizer == "gpt2" and not flags.tokenizer_from:
             gpt2_tokenizer()  # before the workers fork from this process, so that they have it
-        small = sum(path.stat().st_size for path, _ in files) < SMALL and not flags.workers
+        small = sum(item.path.stat().st_size for item in files) < SMALL and not flags.workers
         pool = stack.enter_context(Pool(1 if small else flags.workers))
-        options = Options(flags.unwrap, flags.strip_licence, flags.skip_bad_files)
+        options = _options(flags)
         corpus, counts = _inspected(pool, files, options, _name(flags))
-        work = _planned(pool, corpus, options, flags.val_fraction)
+        work = _planned(pool, corpus, options, flags)
         stack.enter_context(_unfinished(part, out))
         state = _state(part, identity)
         tokenizer = load_tokenizer(part) if state else _tokenizer_for(flags, work, pool, part)
@@ -241,7 +138,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
                 "dtype": np.dtype(tokenizer.dtype).name,
                 "splits": {name: writer.result() for name, writer in writers.items()},
                 "source": source,
-                "cleaning": dict(sorted((counts + cleaning).items())),
+                "cleaning": dict(sorted((cleaning if _part(flags)[0] else counts + cleaning).items())),
                 "max_id": max(writer.max_id for writer in writers.values()),
             }
         )
@@ -252,20 +149,37 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
     return manifest
 
 
-def _files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) -> list[tuple[Path, str]]:
-    """The files to read with their names; standard input is first copied to one that goes with `stack`."""
+def _files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) -> list[Input]:
+    """The files to read; standard input is first copied to one that goes with `stack`, a hub's data set to its cache."""
     if flags.input:
         found = find(item for item in flags.input if item != "-")
-        return [*found, *([_standard_input(out, stack)] if "-" in flags.input else [])]
-    if flags.source.endswith(SUFFIXES):
+        found += [_standard_input(out, stack)] if "-" in flags.input else []
+    elif flags.source.endswith(SUFFIXES):
         found = [(path, path.name) for path in sorted(ROOT.glob(flags.source))]
         if not found:
             raise ConfigError([f"there is no {flags.source} in {ROOT}: put your texts there, or give --input PATH"])
-        return found
-    if not flags.source:
-        raise ConfigError(["nothing to prepare: give --input PATH… (files, folders or - ) or --preset NAME"])
-    raise ConfigError(
-        [f"--source {flags.source}: downloading is not built in: fetch these texts yourself and add --input PATH"]
+    elif not flags.source:
+        raise ConfigError(
+            ["nothing to prepare: give --input PATH… (files, folders or - ), --preset NAME or --hub NAME"]
+        )
+    elif sources.is_corpus(flags.source):
+        return sources.fetch(
+            flags.source,
+            sources.Place(config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on),
+        )
+    else:
+        raise ConfigError([f"--source {flags.source}: give {', '.join(sources.NAMED)} or OWNER/NAME, or --input PATH"])
+    return sources.given(found, flags.validate_on)
+
+
+def _options(flags: PrepareFlags) -> Options:
+    first, _, last = flags.years.partition("-")
+    return Options(
+        **flags.model_dump(include=set(Options.__dataclass_fields__) - {"years"}),
+        skip_bad=flags.skip_bad_files,
+        field=flags.text_field,
+        books=not flags.input and sources.is_books(flags.source),
+        years=(int(first), int(last)) if flags.years else None,
     )
 
 
@@ -288,18 +202,30 @@ def _name(flags: PrepareFlags) -> str:
 
 def _settings(flags: PrepareFlags) -> dict[str, Any]:
     """The settings that the shards depend on."""
-    names = {"val_fraction", "shard_tokens", "unwrap", "strip_licence", "skip_bad_files"}
-    settings = flags.model_dump(include=names) | {"recipe": RECIPE, "tokenizer": flags.tokenizer}
+    names = {"val_fraction", "shard_tokens", "drop_duplicates"}
+    settings = flags.model_dump(include=names) | vars(_options(flags))
+    settings |= {"recipe": RECIPE, "tokenizer": flags.tokenizer}
     if flags.tokenizer_from:
         settings["tokenizer"] = load_tokenizer(flags.tokenizer_from).fingerprint
     elif flags.tokenizer == "bpe":
         settings["vocab_size"] = flags.vocab_size
-    return settings
+    return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
-def _identity(settings: dict[str, Any], files: Iterable[tuple[Path, str]]) -> str:
-    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in files]
-    return hashlib.sha256(json.dumps([settings, stats], sort_keys=True).encode()).hexdigest()
+def _part(flags: PrepareFlags) -> tuple[int, int]:
+    """Which part, from 0, of how many."""
+    part, parts = map(int, flags.part.split("/"))
+    if part > parts:
+        raise ConfigError([f"--part {flags.part}: there are only {parts} parts: give 1/{parts} to {parts}/{parts}"])
+    return part - 1, parts
+
+
+def _identity(settings: dict[str, Any], files: Iterable[Input]) -> str:
+    facts = [
+        (item.name, item.split, item.path.stat().st_size, item.version or item.path.stat().st_mtime_ns)
+        for item in files
+    ]
+    return hashlib.sha256(json.dumps([settings, facts], sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -356,16 +282,15 @@ def _unfinished(part: Path, out: Path) -> Iterator[None]:
             os.close(number)
 
 
-def _inspected(
-    pool: Pool, files: Sequence[tuple[Path, str]], options: Options, name: str
-) -> tuple[Corpus, Counter[str]]:
+def _inspected(pool: Pool, files: Sequence[Input], options: Options, name: str) -> tuple[Corpus, Counter[str]]:
     """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file."""
     good: list[File] = []
     bad: list[str] = []
     counts: Counter[str] = Counter()
-    with Progress("checking", sum(path.stat().st_size for path, _ in files)) as progress:
-        for (path, _), file in zip(files, pool.map(inspect, ((*pair, options) for pair in files)), strict=True):
-            progress.add(path.stat().st_size)
+    arguments = ((item.path, item.name, options, item.split) for item in files)
+    with Progress("checking", sum(item.path.stat().st_size for item in files)) as progress:
+        for item, file in zip(files, pool.map(inspect, arguments), strict=True):
+            progress.add(item.path.stat().st_size)
             if isinstance(file, str):
                 bad.append(file)
             elif not file.documents:
@@ -388,18 +313,30 @@ def _inspected(
     return Corpus(name, good), counts
 
 
-def _planned(pool: Pool, corpus: Corpus, options: Options, fraction: float) -> Work:
-    chosen = choose_validation(corpus, fraction)
+def _planned(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) -> Work:
+    """What becomes of each document; first, where that is asked for, reads all of them to find duplicates."""
+    dropped = np.zeros(corpus.documents, dtype=bool)
+    if flags.drop_duplicates:
+        numbers = []
+        with Progress("looking for duplicates", corpus.size) as progress:
+            for file, found in zip(corpus.files, pool.map(digests, ((f, options) for f in corpus.files)), strict=True):
+                numbers.append(found)
+                progress.add(file.size)
+        dropped = find_duplicates(corpus, numbers)
+    chosen = choose_validation(corpus, flags.val_fraction, dropped)
+    roles = np.where(dropped, DROP, np.where(chosen, VAL, TRAIN)).astype(np.uint8)
     if corpus.documents > 1 or chosen.any():
-        return Work(corpus, options, chosen, ())
+        return Work(corpus, options, roles, ())
+    if flags.part != "1/1":
+        raise ConfigError([f"--part {flags.part}: one document is split by position, and only as a whole"])
     lengths = list(pool.map(measure, ((tasks, options) for tasks in batches(corpus.tasks()))))
-    cut = int(sum(lengths) * (1 - fraction))
+    cut = int(sum(lengths) * (1 - flags.val_fraction))
     if not 0 < cut < sum(lengths):
         raise DocumentError(
             f"{corpus.name}: {sum(lengths)} characters are too little text to train on and to validate with"
         )
     before = np.cumsum([0, *lengths[:-1]])
-    return Work(corpus, options, chosen, [cut - int(start) for start in before])
+    return Work(corpus, options, roles, [cut - int(start) for start in before])
 
 
 def _state(part: Path, identity: str) -> dict[str, Any]:
@@ -454,9 +391,9 @@ def _write_shards(
         return _write_shards(pool, work, flags, tokenizer, part, _start(state["identity"]))
     counts = Counter(state["counts"])
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
-    remaining = work.batches()
+    remaining = work.batches(_part(flags))
     skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
-    arguments = ((tasks, work.options, where, chosen, cut) for tasks, chosen, cut in remaining)
+    arguments = ((tasks, work.options, where, roles, cut) for tasks, roles, cut in remaining)
     saved = time.monotonic()
 
     def save() -> None:
@@ -464,7 +401,7 @@ def _write_shards(
             writer.sync()
         write_whole(part / STATE, json.dumps(state))
 
-    with Progress("encoding", work.corpus.size, skipped) as progress:
+    with Progress("encoding", work.corpus.size // _part(flags)[1], skipped) as progress:
         try:
             for number, made in enumerate(pool.map(encode, arguments), state["batches"] + 1):
                 for name, writer in writers.items():
@@ -488,9 +425,24 @@ def _write_shards(
         if writer.tokens < 2:
             raise DocumentError(
                 f"{work.corpus.name}: too little text: the {'training' if name == 'train' else 'validation'} split got "
-                f"{writer.tokens} tokens; add text or change --val-fraction {flags.val_fraction}"
+                f"{writer.tokens} tokens; add text, or change --val-fraction {flags.val_fraction} or --part {flags.part}"
             )
     return writers, counts
+
+
+def join_parts(folders: Sequence[Path], out: Path) -> Manifest:
+    """Put prepared folders together into `out`, whole or not at all. Raises ManifestError, ConfigError, OSError."""
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    _refuse_foreign(out)
+    with _unfinished(part, out):
+        for path in part.iterdir():
+            path.unlink()
+        begun = time.monotonic()
+        manifest = join(folders, part)
+        load_tokenizer(folders[0]).save(part)
+        _exchange(part, out, old)
+    _report(out, manifest, time.monotonic() - begun)
+    return manifest
 
 
 def _exchange(part: Path, out: Path, old: Path) -> None:
@@ -531,11 +483,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         given = list(sys.argv[1:] if argv is None else argv)
         preset = flag_value(given, "preset")
-        defaults = load_config(preset).data.model_dump() if preset else {}
-        flags = parse_flags(PrepareFlags, given, defaults=defaults, description=__doc__)
-        first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or ("",))[0]).stem
+        hub = flag_value(given, "hub")
+        values = load_config(preset).data.model_dump() if preset else {}
+        if named := hub or flag_value(given, "source"):
+            values |= sources.defaults(named) | {"source": named}
+        flags = parse_flags(PrepareFlags, given, defaults=values, description=__doc__)
+        if hub and flags.source != hub:
+            raise ConfigError([f"--hub {hub} and --source {flags.source}: give one of them"])
+        first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or (flags.source,))[0]).stem
+        if flags.join and not flags.out:
+            raise ConfigError(["--join needs --out FOLDER"])
         out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
-        prepare(flags, out)
+        if flags.join:
+            join_parts(flags.join, out)
+        else:
+            prepare(flags, out)
         if flags.s3_output:
             from s3 import upload_folder
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,6 +196,69 @@ class ShardWriter:
         return Split.model_validate(
             {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
         )
+
+
+def join(folders: Sequence[Path], out: Path) -> Manifest:
+    """Make `out`, which must be empty, of the shards of several prepared folders, one after the other.
+
+    Files are linked where the disk can, else copied. Raises ManifestError where the folders do not go together: another
+    tokenizer, or parts (`prepare_data.py --part`) of something else, twice or missing.
+    """
+    manifests = [Manifest.load(folder) for folder in folders]
+    first = manifests[0]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if (manifest.tokenizer, manifest.dtype) != (first.tokenizer, first.dtype):
+            raise ManifestError(
+                f"{folder} has another tokenizer than {folders[0]}: prepare it again with --tokenizer-from {folders[0]}"
+            )
+    settings = [dict(manifest.source.settings) for manifest in manifests]
+    parts = [str(setting.pop("part", "")) for setting in settings]
+    if any(parts):
+        whole = [f"{number}/{len(folders)}" for number in range(1, len(folders) + 1)]
+        if sorted(parts) != sorted(whole):
+            raise ManifestError(
+                f"these are the parts {', '.join(part or 'none' for part in parts)}, not {', '.join(whole)}"
+            )
+        of = [
+            (manifest.source.name, manifest.source.documents, setting)
+            for manifest, setting in zip(manifests, settings, strict=True)
+        ]
+        if any(other != of[0] for other in of):
+            raise ManifestError("these are parts of different texts, or prepared with different settings")
+    splits: dict[str, Any] = {}
+    for name in SPLITS:
+        splits[name] = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
+        for folder, manifest in zip(folders, manifests, strict=True):
+            split: Split = getattr(manifest.splits, name)
+            for key in ("tokens", "bytes", "documents"):
+                splits[name][key] += getattr(split, key)
+            for shard in split.shards:
+                path = out / f"{name}_{len(splits[name]['shards']):06d}.bin"
+                try:
+                    os.link(folder / shard.file, path)
+                except OSError:
+                    shutil.copyfile(folder / shard.file, path)
+                splits[name]["shards"].append(shard.model_dump() | {"file": path.name})
+    cleaning: Counter[str] = Counter()
+    for manifest in manifests:
+        cleaning.update(manifest.cleaning)
+    names = list(dict.fromkeys(manifest.source.name for manifest in manifests))
+    identities = [manifest.source.identity for manifest in manifests]
+    source = {
+        "name": ", ".join(names),
+        "documents": first.source.documents if any(parts) else sum(m.source.documents for m in manifests),
+        "settings": settings[0],
+        "identity": hashlib.sha256("".join(identities).encode()).hexdigest(),
+    }
+    values = {
+        "splits": splits,
+        "source": source,
+        "cleaning": dict(cleaning),
+        "max_id": max(m.max_id for m in manifests),
+    }
+    joined = Manifest.model_validate(first.model_dump() | values)
+    joined.save(out)
+    return joined
 
 
 def write_whole(path: Path, text: str) -> None:

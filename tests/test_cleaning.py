@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import cleaning
 from cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
-from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, wrapped
+from documents import Options, clean
+from prepare_data import Manifest
+from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
 
 
@@ -197,3 +200,145 @@ def test_wrapped_lines_are_cut_at_the_end_of_a_paragraph_only() -> None:
     assert cut_after(" x\u3000 — y".encode(), Layout()) == len(" x\u3000 —".encode())
     assert cut_after(b"one two\nthree", Layout(70)) is None
     assert cut_after(b"one two\nthree", Layout()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "count"),
+    [
+        ("One.\n\n[Illustration]\n\nTwo.", "One.\n\nTwo.", 1),
+        ("One.\n\n[Illustration: A cat\nand [1] a dog.\n\n_Page 5_]\n\n\nTwo.", "One.\n\nTwo.", 1),
+        ("[Illustration]\n\nOne.\n\n  [ILLUSTRATION: a]  \n\n[Illustration]", "One.\n\n", 3),
+        ("One\n[Illustration]\ntwo.\n[Illustration]\n\nThree.", "One\ntwo.\n\nThree.", 2),
+        ("One [Illustration: x] two, [Illustration]three.", "One two, three.", 2),
+        ("[Illustrations by Phiz] [Illustrated] [illustration] [a]", "[Illustrations by Phiz] [Illustrated] [illustration] [a]", 0),
+        ("[Illustration: never closed\n\n[Illustration: nor this", "[Illustration: never closed\n\n[Illustration: nor this", 0),
+        ("[Illustration: " + "x" * 5000 + "] One.", "[Illustration: " + "x" * 5000 + "] One.", 0),
+    ],
+)  # fmt: skip
+def test_illustrations(text: str, expected: str, count: int) -> None:
+    assert cleaning.strip_illustrations(text.encode()) == (expected.encode(), count)
+
+
+LONG = "\n\n".join(paragraphs(60)).encode()
+BOX = b"+-----------+\n|\n| Transcriber's Note: spelling\n| was kept.\n|\n+-----------+\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "count"),
+    [
+        (b"TITLE\n\n[Transcriber's Note: see\n\nbelow [1].]\n\nText.", b"TITLE\n\nText.", 1),
+        ("A word [Transcriber’s note: sic] here.".encode(), b"A word here.", 1),
+        (
+            b"TITLE\n\n\nTranscriber's Note:\n\nKept as it was.\n\n\n\nText.\n\n" + LONG,
+            b"TITLE\n\n\nText.\n\n" + LONG,
+            1,
+        ),
+        (b"TITLE\n\n" + BOX + b"Text.\n\n" + LONG, b"TITLE\n\nText.\n\n" + LONG, 1),
+        (LONG + b"\n\n\nTRANSCRIBER'S NOTES\n\nOne.\n\n\n\nTwo.\n", LONG, 1),
+        (LONG + "\n\n_Transcriber’s Notes_:\nOne.\n\nTwo.".encode(), LONG, 1),
+        (b"TRANSCRIBER'S NOTE\n\n" + LONG, LONG, 1),
+        (b"The transcriber's note was lost.\n\nHe was a Transcriber's Note taker.", None, 0),
+        (b"[Transcribed by hand] " + LONG, None, 0),
+    ],
+)
+def test_transcribers_notes(text: bytes, expected: bytes | None, count: int) -> None:
+    assert cleaning.strip_notes(text) == (text if expected is None else expected, count)
+
+
+def test_a_note_that_does_not_end_the_text_goes_only_to_its_own_end() -> None:
+    part = LONG + b"\n\n\nTRANSCRIBER'S NOTES\n\nOne.\n\n\n\nTwo.\n"
+    assert cleaning.strip_notes(part, last=False) == (LONG + b"\n\n\nTwo.\n", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "count"),
+    [
+        ("It was _very_ old, “_so_” and (_I_)!", "It was very old, “so” and (I)!", 3),
+        ("_Two words\nover lines_ and _é_", "Two words\nover lines and é", 2),
+        ("snake_case_name and __init__ and _ _ and ____ and a_b", "snake_case_name and __init__ and _ _ and ____ and a_b", 0),
+        ("Mr. _____ said _no_ to Lord ____, who", "Mr. _____ said no to Lord ____, who", 1),
+        ("open _here\n\nand closed_ there", "open _here\n\nand closed_ there", 0),
+        ("5 _ 6 _ 7, x_ y _z", "5 _ 6 _ 7, x_ y _z", 0),
+        ("naïve_mots_naïfs", "naïve_mots_naïfs", 0),
+        ("my_name_ is x_y_, but _not _ this", "my_name_ is x_y_, but _not _ this", 0),
+        ("_" + "a " * 400 + "a_", "_" + "a " * 400 + "a_", 0),
+        ("_" * 50_000, "_" * 50_000, 0),
+    ],
+)  # fmt: skip
+def test_italics(text: str, expected: str, count: int) -> None:
+    assert cleaning.strip_italics(text) == (expected, count)
+
+
+@pytest.mark.parametrize("encoding", ["windows-1252", "latin-1"])
+def test_mojibake(encoding: str) -> None:
+    good = "She said, “It’s £5 at the café — naïve!” and left… ‘Yes’"
+    if encoding == "latin-1":
+        assert cleaning.fix_mojibake(good.encode().decode("latin-1")) == good
+    else:
+        broken = "".join(bytes([byte]).decode(encoding, "ignore") for byte in good.encode())
+        assert "\u009d" not in broken and "â€œIt" in broken
+        assert cleaning.fix_mojibake(broken) == good
+        assert cleaning.fix_mojibake("â€œHiâ€") == "“Hi”"
+    for text in (good, "plain", "Ärger über “Ãœ”? Château d’Éon, Â£", "ﬁne ½ ① “quoted” &amp; <b>", "Él dijo “sí”"):
+        if "Ã" not in text and "Â" not in text:
+            assert cleaning.fix_mojibake(text) == text
+
+
+def test_the_steps_are_switched_one_by_one_and_counted(tmp_path: Path) -> None:
+    made = paragraphs(60)
+    body = "[Transcriber's Note: kept.]\n\n" + wrapped(made[:30], "\n\n") + "\n[Illustration]\n\n_That_ was all, and â€œsheâ€ left.\n\n" + wrapped(made[30:], "\n\n").rstrip()  # fmt: skip
+    (tmp_path / "book.txt").write_text(NEW_HEADER + body + NEW_FOOTER, encoding="utf-8")
+    on = {
+        "unwrap": "unwrapped_documents",
+        "strip-licence": "licence_documents",
+        "strip-notes": "transcriber_notes",
+        "strip-illustrations": "illustrations",
+        "strip-italics": "italics",
+        "fix-mojibake": "mojibake_documents",
+    }
+
+    def counted(*flags: str) -> tuple[dict[str, int], str]:
+        out = tmp_path / f"out{len(flags)}{'-'.join(flags)}"
+        assert run("--input", tmp_path / "book.txt", "--tokenizer", "char", *flags, "--out", out) == 0
+        return Manifest.load(out).cleaning, "".join(told(out, "train") + told(out, "val"))
+
+    counts, text = counted("--fix-mojibake")
+    assert {name: counts[name] for name in on.values()} == dict.fromkeys(on.values(), 1)
+    assert text.strip() == "\n\n".join([*made[:30], "That was all, and “she” left.", *made[30:]])
+    for flag, name in on.items():
+        left, _ = counted("--fix-mojibake", f"--no-{flag}")
+        assert set(on.values()) - set(left) == {name}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        VERSE.replace("hill", "_hill_") + "\n\n[Illustration]\n\n",
+        "Use _emphasis_ and my_name.\n\nTranscriber's Note: none.\n\nSee [Illustration] and [1].\n" * 3,
+        PLAY + "\n\nEnter _ALL_ [Illustration: the stage]\n",
+    ],
+    ids=["verse", "prose", "play"],
+)
+def test_texts_that_are_no_books_of_project_gutenberg_keep_their_marks(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"text": text}) + "\n" + json.dumps({"text": "Other."}) + "\n", "utf-8"
+    )
+    for source in ("a.txt", "rows.jsonl"):
+        out = tmp_path / f"out-{source}"
+        assert run("--input", tmp_path / source, "--tokenizer", "char", "--out", out) == 0
+        stories = told(out, "train") + told(out, "val")
+        assert text in stories or "".join(stories) == text
+        assert Manifest.load(out).cleaning == {}
+
+
+def test_a_licence_alone_makes_a_book_and_the_bytes_are_those_of_the_clean_text() -> None:
+    verse = VERSE.replace("hill", "_hill_").replace("wind", "â€œwindâ€")
+    for fix in (False, True):
+        piece = clean(0, (NEW_HEADER + verse + NEW_FOOTER).encode(), Options(fix_mojibake=fix))
+        assert piece.text.startswith("Upon the silent hill I lay number 0\nAnd heard the ")
+        assert ("“wind”" in piece.text) == fix
+        assert piece.bytes == len(piece.text.encode())
+        assert piece.counts["italics"] == 30
+    assert clean(0, verse.encode(), Options(books=True)).counts == {"italics": 30}
+    assert clean(0, verse.encode(), Options()).counts == {}

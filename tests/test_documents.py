@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import documents
-import prepare_data
+import encoding
 from config import ConfigError
 from documents import Options, find, inspect
 from prepare_data import Manifest
@@ -35,7 +35,7 @@ def test_jsonl_and_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytes
     table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string()), "n": list(range(50))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
     monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(prepare_data, "GROUP", 900)
+    monkeypatch.setattr(encoding, "GROUP", 900)
     clean = [row.replace("\r\n", "\n") for row in rows if row]
     for suffix in ("jsonl", "parquet"):
         out = tmp_path / suffix

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import documents
+import encoding
 import prepare_data
 import shards
 from documents import Options, find, inspect
@@ -95,7 +97,7 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
     common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400]
     run(*common, "--out", tmp_path / "whole", "--workers", 1)
     monkeypatch.setattr(documents, "PIECE", 1000)
-    monkeypatch.setattr(prepare_data, "GROUP", 1)
+    monkeypatch.setattr(encoding, "GROUP", 1)
     for count in (1, 2, 3):
         run(*common, "--out", tmp_path / f"w{count}", "--workers", count)
         assert hashes(tmp_path / f"w{count}") == hashes(tmp_path / "whole")
@@ -108,7 +110,7 @@ def test_one_document_is_split_by_position(
     group: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "PIECE", 700)
-    monkeypatch.setattr(prepare_data, "GROUP", group)
+    monkeypatch.setattr(encoding, "GROUP", group)
     text = (texts / "more" / "s01.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.75)
     for kind in ("char", "bpe"):
@@ -153,22 +155,35 @@ def test_the_sample_preset(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys, prepare_data
+import pathlib, resource, sys, prepare_data
 code = prepare_data.main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+status = pathlib.Path("/proc/self/status")  # ru_maxrss begins with what the parent process had
+peaks = [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
+print(int(peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024)
 sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def write_copies(path: Path, story: str, copies: int) -> None:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"text": [f"{number} {story}" for number in range(copies)]})
+        pyarrow.parquet.write_table(table, path, row_group_size=500, write_batch_size=20, compression="none")
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(copies):
+            file.write(json.dumps({"text": story}) + "\n" if path.suffix == ".jsonl" else story)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_memory_does_not_grow_with_the_text(suffix: str, texts: Path, tmp_path: Path) -> None:
     story = (texts / "s04.txt").read_text(encoding="utf-8")
     used = []
     for copies in (20, 9_000):
         path = tmp_path / f"{copies}.{suffix}"
-        with path.open("w", encoding="utf-8") as file:
-            for _ in range(copies):
-                file.write(json.dumps({"text": story}) + "\n" if suffix == "jsonl" else story)
+        write_copies(path, story, copies)
         flags = ["--input", path, "--tokenizer", "char", "--workers", 1, "--out", tmp_path / str(copies)]
         command = [sys.executable, "-c", MEMORY, *map(str, flags)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -182,9 +197,7 @@ def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None
     def chosen(fraction: float, *inputs: Path) -> set[str]:
         files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
         corpus = documents.Corpus("x", files)
-        return {
-            file.name for file, val in zip(files, prepare_data.choose_validation(corpus, fraction), strict=True) if val
-        }
+        return {file.name for file, val in zip(files, encoding.choose_validation(corpus, fraction), strict=True) if val}
 
     assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
     assert chosen(0.25, texts) == chosen(0.25, texts / "more", texts) or len(chosen(0.25, texts)) == 3
@@ -200,10 +213,10 @@ def test_a_sources_own_split_is_kept(texts: Path) -> None:
 
     files = [inspect(path, name, Options()) for path, name in find([str(texts)])][:4]
     files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
-    chosen = prepare_data.choose_validation(documents.Corpus("x", files), 0.9)
+    chosen = encoding.choose_validation(documents.Corpus("x", files), 0.9)
     assert chosen.tolist() == [False, True, True, False]
     files = [dataclasses.replace(file, split="train") for file in files]
-    assert prepare_data.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
+    assert encoding.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
@@ -263,7 +276,8 @@ def test_faults_of_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([], "give --input PATH"),
         (["--input", tmp_path / "no"], "no such file or folder"),
         (["--preset", "nonsense"], "--preset nonsense: unknown"),
-        (["--source", "pg19"], "add --input PATH"),
+        (["--source", "elsewhere"], "give pg19, tinystories, tinyshakespeare or OWNER/NAME, or --input PATH"),
+        (["--source", "pg19", "--years", "1837"], "--years '1837'"),
         (["--source", "nowhere/*.txt"], "put your texts there"),
         (["--input", tmp_path, "--val-fraction", "1.5", "--vocab-size", "9"], "val-fraction"),
     ]
@@ -340,8 +354,9 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
 
 INTERRUPTED = """
 import os, signal, sys
-import documents, prepare_data, shards
-documents.PIECE, prepare_data.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
+import documents, encoding, prepare_data, shards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
+documents.PIECE, encoding.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
 os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
@@ -448,3 +463,78 @@ def test_a_second_preparation_of_the_same_folder_is_refused(
         assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_parts_joined_are_the_whole(kind: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE", 900)
+    monkeypatch.setattr(encoding, "GROUP", 500)
+    common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400, "--val-fraction", 0.5, "--shard-tokens", 1024]
+    run(*common, "--out", tmp_path / "whole")
+    parts = [tmp_path / f"part{number}" for number in (1, 2)]
+    for number, part in enumerate(parts, 1):
+        assert run(*common, "--part", f"{number}/2", "--workers", number, "--out", part) == 0
+    assert run("--join", *parts, "--out", tmp_path / "joined") == 0
+    whole, joined = Manifest.load(tmp_path / "whole"), Manifest.load(tmp_path / "joined")
+    for name in ("train", "val"):
+        assert sorted(told(tmp_path / "joined", name)) == sorted(told(tmp_path / "whole", name))
+        assert [told(part, name) for part in parts].count([]) == 0
+        ours, theirs = getattr(joined.splits, name), getattr(whole.splits, name)
+        assert (ours.tokens, ours.bytes, ours.documents) == (theirs.tokens, theirs.bytes, theirs.documents)
+        assert all(hashes(tmp_path / "joined")[shard.file] == shard.sha256 for shard in ours.shards)
+    assert (joined.cleaning, joined.source.documents, joined.tokenizer) == (whole.cleaning, 12, whole.tokenizer)
+    assert joined.source.settings == whole.source.settings
+    for part in parts:
+        assert Manifest.load(part)
+
+
+def test_what_does_not_go_together_is_not_joined(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--input", texts, "--tokenizer", "gpt2", "--val-fraction", 0.5]
+    one, two, other, char = (tmp_path / name for name in ("one", "two", "other", "char"))
+    run(*common, "--part", "1/2", "--out", one)
+    run(*common, "--part", "2/2", "--out", two)
+    run(*common, "--part", "2/2", "--no-unwrap", "--out", other)
+    run("--input", texts, "--tokenizer", "char", "--out", char)
+    cases = [
+        (["--join", one, one], 1, "these are the parts 1/2, 1/2, not 1/2, 2/2"),
+        (["--join", one], 1, "these are the parts 1/2, not 1/1"),
+        (["--join", one, other], 1, "different texts, or prepared with different settings"),
+        (["--join", one, char], 1, "another tokenizer"),
+        (["--join", one, tmp_path / "none"], 1, "no such file"),
+        ([*common, "--part", "3/2"], 2, "--part 3/2: there are only 2 parts"),
+        ([*common, "--part", "0/2"], 2, "--part '0/2'"),
+        (["--input", texts / "s04.txt", "--tokenizer", "gpt2", "--part", "1/2"], 2, "only as a whole"),
+    ]
+    for arguments, code, message in cases:
+        capsys.readouterr()
+        assert run(*arguments, "--out", tmp_path / "out") == code
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert run("--join", one, two) == 2
+    assert run("--join", two, one, "--out", tmp_path / "out") == 0
+    assert run("--join", char, char, "--out", tmp_path / "twice") == 0
+    assert Manifest.load(tmp_path / "twice").source.documents == 24
+
+
+def test_copies_are_dropped_once_and_never_from_validation(texts: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("One two.", "Three.", " One two.\n", "Four.", "Three.")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "four.txt").write_text("Four.", encoding="utf-8")
+    common = ["--input", tmp_path / "rows.jsonl", tmp_path / "four.txt", "--tokenizer", "char", "--val-fraction", 0.4]
+    for count in (1, 2):
+        out = tmp_path / f"out{count}"
+        assert run(*common, "--drop-duplicates", "--workers", count, "--out", out) == 0
+        assert sorted(told(out, "train") + told(out, "val")) == ["Four.", "One two.", "Three."]
+        assert Manifest.load(out).cleaning["duplicate_documents"] == 3
+    assert run(*common, "--out", tmp_path / "all") == 0
+    assert len(told(tmp_path / "all", "train") + told(tmp_path / "all", "val")) == 6
+
+    class Given:
+        def __init__(self, split: str, documents: int):
+            self.split, self.documents = split, documents
+
+    corpus = documents.Corpus("x", [Given("train", 3), Given("val", 2)])  # type: ignore[list-item]
+    numbers = [np.array([5, 6, 5], np.uint64), np.array([6, 0], np.uint64)]
+    assert encoding.find_duplicates(corpus, numbers).tolist() == [False, True, True, False, False]

@@ -45,6 +45,8 @@ BY_HAND = (
     "pip install",
     "streamlit run",
     "python api.py",
+    "python prepare_data.py --preset",  # these two run against a hub in tests/test_sources.py
+    "python prepare_data.py --hub",
     "gunicorn",
     "docker",
     "curl",

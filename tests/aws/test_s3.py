@@ -205,3 +205,22 @@ def test_the_program_moves_both_ways(bucket: str, shards: Path, tmp_path: Path) 
     assert contents(tmp_path / "back") == contents(shards)
     assert transfer.main([str(shards), str(tmp_path / "back")]) == 2
     assert transfer.main([str(shards), "s3://no-such-bucket-anywhere/p"]) == 1
+
+
+def test_prepared_data_goes_to_s3_with_its_manifest_last(bucket: str, tmp_path: Path) -> None:
+    import prepare_data
+    from shards import Manifest
+
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"Text number {number}. " * 99, encoding="utf-8")
+    out, url = tmp_path / "out", f"s3://{bucket}/corpora/mine"
+    words = ["--input", str(tmp_path), "--tokenizer", "char", "--out", str(out)]
+    assert prepare_data.main([*words, "--s3-output", url]) == 0
+    assert set(download_folder(url, tmp_path / "back")) == {path.name for path in out.iterdir()}
+    assert contents(tmp_path / "back") == contents(out)
+    assert Manifest.load(tmp_path / "back") == Manifest.load(out)
+    (out / ".DS_Store").write_text("", encoding="utf-8")
+    keys = [item["Key"] for item in transfer.client().list_objects_v2(Bucket=bucket)["Contents"]]
+    assert prepare_data.main([*words, "--s3-output", url]) == 0
+    assert [item["Key"] for item in transfer.client().list_objects_v2(Bucket=bucket)["Contents"]] == keys
+    assert prepare_data.main([*words, "--s3-output", "s3://no-such-bucket-here/x"]) == 1
