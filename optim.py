@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
+from devices import native_bf16
 
 
 def lr_scale(step: int, total: int, train: TrainConfig) -> float:
@@ -50,6 +51,51 @@ def parameter_groups(model: nn.Module, train: TrainConfig) -> tuple[dict[str, nn
     return muon, decayed, plain
 
 
+def orthogonalized(stack: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+    """Matrices [n, A, B], each with its singular values brought near 1 (Newton-Schulz; Jordan et al. 2024, "Muon")."""
+    a, b, c = coefficients
+    tall = stack.size(1) > stack.size(2)
+    x = stack.mT if tall else stack
+    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)  # [n, A, A]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class StackedMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # type: ignore[misc]
+    """`torch.optim.Muon` with matrices of one shape orthogonalized together, and in float32 where bf16 is slow.
+
+    torch takes them one by one in bf16, which on a CPU without bf16 costs small models more than the model itself.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, alike in shapes.items():
+                self._update(group, shape, alike)
+
+    def _update(self, group: dict[str, Any], shape: torch.Size, alike: list[nn.Parameter]) -> None:
+        gradients: list[Any] = [p.grad for p in alike]
+        for parameter in alike:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[p]["momentum_buffer"] for p in alike]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        kind = torch.bfloat16 if native_bf16(updates.device) else torch.float32
+        straight = orthogonalized(updates.to(kind), group["ns_steps"], group["ns_coefficients"], group["eps"])
+        weights: list[Any] = list(alike)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+        torch._foreach_add_(weights, straight.to(updates.dtype).unbind(), alpha=-rate)
+
+
 class Optimizer:
     """AdamW, or Muon on the hidden matrices beside AdamW on the rest, behind one face.
 
@@ -76,8 +122,9 @@ class Optimizer:
         if muon:
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError("--train.optimizer muon needs torch 2.9 or newer: update torch or use adamw")
+            kind = torch.optim.Muon if sharded else StackedMuon
             self.parts.append(
-                torch.optim.Muon(list(muon.values()), lr=train.muon_lr, weight_decay=train.weight_decay, momentum=0.95)
+                kind(list(muon.values()), lr=train.muon_lr, weight_decay=train.weight_decay, momentum=0.95)
             )
         self.peaks = [train.lr, train.muon_lr]
 
