@@ -1,6 +1,6 @@
 """Texts -> token shards: files, folders or a preset's own texts become data/NAME/, which train.py reads.
 
-    python prepare_data.py --input novels/ more.txt --out data/novels
+    python prepare_data.py --input novels/ more.txt --out data/novels --index
     python prepare_data.py --preset shakespeare-char --input tinyshakespeare.txt
     cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
 
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from catalogue import Catalogue
 from config import ROOT, ConfigError, DataConfig, flag_value, load_config, parse_flags, run_main
 from documents import SUFFIXES, Corpus, DocumentError, File, Options, Task, find, inspect
 from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, write_whole
@@ -38,7 +39,9 @@ from workers import Pool, Progress
 __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
 
 STATE = "state.json"
-OURS = re.compile(r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|state\.json(\.tmp)?")
+OURS = re.compile(
+    r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|documents\.json|originality|state\.json(\.tmp)?"
+)
 SMALL = 4 << 20  # bytes of texts up to which further processes cost more than they save
 RECIPE = 1  # raise it whenever the same texts and settings give other shards
 GROUP = 1 << 18  # bytes of small tasks that a worker takes together
@@ -61,6 +64,8 @@ class PrepareFlags(DataConfig):
     """Processes; 0: one a core. The shards do not depend on it."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
+    index: bool = False
+    """Also index the training text, so that copied passages can be found (originality.py)."""
     s3_output: str = ""
     """Also copy the shards, tokenizer and manifest to this s3://bucket/prefix."""
 
@@ -74,6 +79,8 @@ class Encoded:
     documents: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     size: int = 0
+    dropped: list[int] = field(default_factory=list)
+    """Documents without text."""
 
 
 def default_out(preset: str) -> Path:
@@ -143,6 +150,8 @@ def encode(
                     except TokenizerError as error:
                         raise DocumentError(f"{task.place}: {error}") from None
                     made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
+            if piece.last and not piece.text:
+                made.dropped.append(piece.document)
             if piece.text and piece.last:
                 parts[pairs[-1][0]].append(end)
                 made.documents.update(name for name, _ in pairs)
@@ -416,7 +425,7 @@ def _state(part: Path, identity: str) -> dict[str, Any]:
 
 def _start(identity: str) -> dict[str, Any]:
     empty = {"shards": [], "bytes": 0, "documents": 0, "open_tokens": 0, "max_id": -1}
-    return {"identity": identity, "batches": 0, "counts": {}, "train": empty, "val": empty}
+    return {"identity": identity, "batches": 0, "counts": {}, "dropped": [], "train": empty, "val": empty}
 
 
 def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> Tokenizer:
@@ -452,7 +461,7 @@ def _write_shards(
     except OSError as error:
         print(f"{part}: {error}: starting anew", file=sys.stderr)
         return _write_shards(pool, work, flags, tokenizer, part, _start(state["identity"]))
-    counts = Counter(state["counts"])
+    counts, dropped = Counter(state["counts"]), list(state.get("dropped", []))
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
     remaining = work.batches()
     skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
@@ -472,8 +481,9 @@ def _write_shards(
                     writer.bytes += made.bytes[name]
                     writer.documents += made.documents[name]
                 counts.update(made.counts)
+                dropped += made.dropped
                 at = {name: writer.state() for name, writer in writers.items()}
-                state = state | {"batches": number, "counts": dict(counts)} | at
+                state = state | {"batches": number, "counts": dict(counts), "dropped": dropped} | at
                 progress.add(made.size)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
@@ -490,6 +500,8 @@ def _write_shards(
                 f"{work.corpus.name}: too little text: the {'training' if name == 'train' else 'validation'} split got "
                 f"{writer.tokens} tokens; add text or change --val-fraction {flags.val_fraction}"
             )
+    files = [(file.name, file.documents) for file in work.corpus.files]
+    Catalogue(files, work.chosen, dropped, shared=bool(work.cuts)).save(part)
     return writers, counts
 
 
@@ -536,6 +548,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or ("",))[0]).stem
         out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
         prepare(flags, out)
+        if flags.index:
+            from originality import build_index
+
+            build_index(out)
         if flags.s3_output:
             from s3 import upload_folder
 
