@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import Field
 
 from catalogue import Catalogue
-from config import ConfigError, Strict, parse_flags, run_main
+from config import ROOT, ConfigError, Strict, parse_flags, read_toml, run_main
 from shards import Manifest, write_whole
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def build_index(folder: Path) -> Path:
     parts = min(bits, max(0, (most // PARTITION).bit_length()), 9)
     documents = _spread(data.train, tokenizer.eot, gram, stride, bits, parts, draft)
     entries = _gather(draft, bits, parts)
-    files = {}
+    files: dict[str, Any] = {}
     for name in ("offsets.bin", "positions.bin", "documents.bin"):
         with (draft / name).open("rb") as file:
             files[name] = {
@@ -510,6 +510,15 @@ with warnings.catch_warnings():
         """Length from which a run counts as copied; 0: 12 tokens, 50 for one id a character."""
         json: bool = False  # type: ignore[assignment]
         """Print JSON instead of text."""
+
+
+def data_of(model: Path) -> Path | None:
+    """The prepared data that the run of a model folder names in its config.toml; None where it names none."""
+    for place in (model / "config.toml", model.parent / "config.toml"):
+        if place.is_file() and (data := read_toml(place).get("data_folder")):
+            found = Path(str(data))
+            return found if found.is_absolute() or found.is_dir() else ROOT / found
+    return None
 
 
 def read_text(name: str) -> str:

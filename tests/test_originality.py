@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
+import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 import originality
 import prepare_data
+from api import create_app
+from api_models import read_settings
 from catalogue import Catalogue, author_of
 from dataset import TokenData
+from engine import Engine
 from helpers import nonsense
-from originality import FOLDER, Index, OriginalityError, build_index, outermost
+from originality import FOLDER, Index, OriginalityError, build_index, data_of, outermost
+from tiny_models import random_model, shape, tiny_tokenizer
+from ui.marks import STYLE, marked
 
 SYLLABLES = ["ka", "lo", "mi", "ter", "an", "ush", "wel", "dor", "ine", "sta", "bri", "gol", "fen", "ry", "pal", "ox"]
 SYLLABLES += [
@@ -246,3 +256,93 @@ def test_spans_inside_others_are_dropped() -> None:
 )
 def test_authors_are_read_from_the_text_or_the_name(name: str, head: str, author: str) -> None:
     assert author_of(name, head) == author
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    tokenizer = tiny_tokenizer()
+    with Engine(random_model(shape(tokenizer)), tokenizer, name="tiny", slots=2, queue_size=8) as engine:
+        yield engine
+
+
+def test_the_api_tells_what_was_copied(books: Path, engine: Engine) -> None:
+    name, text = training_text(books)[0]
+    with TestClient(create_app(read_settings(index=books), engine)) as client:
+        sent = "Zounds, " + text[300:600]
+        answer = client.post("/v1/originality", json={"text": sent})
+        assert answer.status_code == 200
+        report = answer.json()
+        assert report == json.loads(json.dumps(asdict(Index.open(books).check(sent))))
+        run = report["runs"][0]
+        assert sent[run["start"] : run["stop"]] == run["text"] and run["sources"][0]["name"] == name
+        assert client.post("/v1/originality", json={"text": "Zounds, no."}).json()["runs"] == []
+        for body, param in (({"text": ""}, "text"), ({}, "text"), ({"text": "x", "min_tokens": 3}, "min_tokens")):
+            error = client.post("/v1/originality", json=body)
+            assert (error.status_code, error.json()["error"]["param"]) == (400, param), error.text
+        assert "/v1/originality" in client.get("/openapi.json").json()["paths"]
+
+
+def test_a_server_without_an_index_says_how_to_get_one(tmp_path: Path, engine: Engine) -> None:
+    for index in (None, tmp_path):
+        with TestClient(create_app(read_settings(index=index), engine)) as client:
+            answer = client.post("/v1/originality", json={"text": "The fog"})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "no_index") and "--index" in error["message"]
+            assert str(tmp_path) not in error["message"]
+
+
+def test_a_models_run_names_its_data(tmp_path: Path) -> None:
+    best = tmp_path / "run" / "best"
+    best.mkdir(parents=True)
+    assert data_of(best) is None
+    (tmp_path / "run" / "config.toml").write_text(f'data_folder = "{tmp_path}"\n', encoding="utf-8")
+    assert data_of(best) == data_of(tmp_path / "run") == tmp_path
+
+
+def test_marks_are_readable_without_colour_and_text_is_never_html() -> None:
+    text = "A <b>bold</b> & copied passage, and another."
+    runs = [{"start": 2, "stop": 20}, {"start": 13, "stop": 30}, {"start": 32, "stop": 35}]
+    made = marked(text, runs)
+    assert re.sub(r"</?mark[^>]*>|<sup>.*?</sup>", "", made) == html.escape(text, quote=True)
+    assert [html.unescape(part) for part in re.findall(r"<mark[^>]*>(.*?)</mark>", made)] == [
+        text[2:20],
+        text[20:30],
+        text[32:35],
+    ]
+    assert re.findall(r"<sup>(.*?)</sup>", made) == ["[1]", "[2]", "[3]"] and "⟦" in STYLE
+
+
+def page_of_a_copied_story() -> None:
+    from ui.backends import BackendError, Place
+    from ui.marks import draw_originality
+
+    class Reader:
+        place, name = Place("local", "reader"), "reader"
+
+        def originality(self, text: str) -> dict[str, object]:
+            if "no index" in text:
+                raise BackendError("there is no <i>index</i>")
+            source = {"name": "A <b>.txt", "document": 0, "token": 5, "before": "Once ", "after": " away."}
+            run = {"start": 4, "stop": 12, "tokens": 12, "text": text[4:12], "occurrences": 2, "sources": [source]}
+            return {"share": 0.5, "min_tokens": 12, "longest": 12, "runs": [run]}
+
+    import streamlit as st
+
+    draw_originality(Reader(), st.session_state["text"])  # type: ignore[arg-type]
+
+
+def test_the_page_marks_passages_when_asked() -> None:
+    from streamlit.testing.v1 import AppTest
+
+    page = AppTest.from_function(page_of_a_copied_story, default_timeout=30)
+    page.session_state["text"] = "The old fog <script> came."
+    page.run()
+    assert not page.exception and not page.get("html")
+    page.toggle(key="originality").set_value(True).run()
+    shown = " ".join(element.proto.body for element in page.get("html"))
+    assert not page.exception
+    assert '<mark class="copied">old fog </mark><sup>[1]</sup>&lt;script&gt;' in shown
+    assert "12 tokens from A &lt;b&gt;.txt, 2 times" in shown and "50%" in shown
+    page.session_state["text"] = "no index"
+    page.run()
+    assert "there is no <i>index</i>" in page.text[0].value and not page.exception
