@@ -66,7 +66,7 @@ def test_the_loss_of_a_text_within_the_context_is_transformers_own(model_folder:
     from transformers import AutoTokenizer
 
     model, tokenizer = load_model(model_folder)
-    text = TEXT[:20]
+    text = TEXT[:40]
     ids = [tokenizer.eot, *AutoTokenizer.from_pretrained(model_folder)(text)["input_ids"]]
     assert 10 < len(ids) <= 24
     batch = torch.tensor([ids])
@@ -77,12 +77,12 @@ def test_the_loss_of_a_text_within_the_context_is_transformers_own(model_folder:
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 7, 12, 24])
+@pytest.mark.parametrize("stride", [5, 12, 24])
 def test_the_strided_loss_of_a_long_text_is_that_of_transformers_token_by_token(
     model_folder: Path, stride: int
 ) -> None:
     model, tokenizer = load_model(model_folder)
-    text = TEXT * 2
+    text = TEXT * 6
     ids = [tokenizer.eot, *tokenizer.encode(text)]
     reference, nats, first, five = theirs(model_folder), [], 0, 0
     for at in range(1, len(ids)):
