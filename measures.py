@@ -58,7 +58,7 @@ class Tally:
         """The measures, by name.
 
         loss: nats a token; perplexity: its exponential. bits_per_byte: nats / (ln 2 · bytes). word_perplexity:
-        exp(nats / words), the measure of PG-19 (Rae et al. 2020, "Compressive Transformers", section 4.1), which
+        exp(nats / words), the measure of PG-19 (Rae et al. 2020, "Compressive Transformers", section 4), which
         does not depend on the tokenizer.
         """
         count, words = max(self.tokens, 1), max(self.words, 1)
@@ -76,7 +76,7 @@ class Tally:
         }
 
     def calibration(self) -> dict[str, Any]:
-        """Expected calibration error (Guo et al. 2017, equation 3) and its table, for the likeliest token."""
+        """Expected calibration error (Guo et al. 2017) and its table, for the likeliest token."""
         rows = []
         for number, (count, confidence, right) in enumerate(self.bins.tolist()):
             row: dict[str, Any] = {"from": number / BINS, "to": (number + 1) / BINS, "tokens": int(count)}

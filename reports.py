@@ -44,7 +44,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def names(report: dict[str, Any]) -> list[str]:
-    return [part["model"] for part in report["models"]]
+    """The models' names, numbered where there are several."""
+    found = [part["model"] for part in report["models"]]
+    return found if len(found) == 1 else [f"({number}) {name}" for number, name in enumerate(found, 1)]
 
 
 def grouped(report: dict[str, Any], kind: str, key: str) -> list[tuple[str, list[dict[str, Any] | None]]]:
@@ -85,8 +87,8 @@ def _by(report: dict[str, Any], what: str, groups: Sequence[tuple[str, list[dict
     keys = (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"), ("top1", "right"))
     several = len(report["models"]) > 1
     head = [what, "words"]
-    for number, name in enumerate(names(report)):
-        head += [f"{label} ({number + 1}: {name})" if several else label for _, label in keys]
+    for number in range(1, len(report["models"]) + 1):
+        head += [f"{label} ({number})" if several else label for _, label in keys]
     forms = {key: form for key, _, form in FIGURES}
     rows = []
     for name, figures in groups:
