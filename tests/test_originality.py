@@ -138,6 +138,19 @@ def test_everything_as_long_as_promised_is_found(books: Path) -> None:
         assert begin in places[(starts == 0) & (stops == index.shortest)].tolist()
 
 
+def test_one_changed_token_anywhere_ends_a_run(books: Path) -> None:
+    index, data = Index.open(books), TokenData.open(books).train
+    for changed in range(20, 32):
+        ids = data.read(1000, 1050).astype(np.int64)
+        assert not (ids == index.tokenizer.eot).any()
+        ids[changed] = (ids[changed] + 1) % 256 + 1
+        for start, stop, place in zip(*index._matches(ids), strict=True):
+            assert not start <= changed < stop
+            assert data.read(int(place), int(place + stop - start)).tolist() == ids[start:stop].tolist()
+        spans = {(int(start), int(stop)) for start, stop, _ in zip(*index._matches(ids), strict=True)}
+        assert {(0, changed), (changed + 1, 50)} <= spans
+
+
 def test_a_hundred_random_texts_are_accused_of_nothing(books: Path) -> None:
     index = Index.open(books)
     stock = " ".join(text for _, text in training_text(books)).split()
