@@ -44,6 +44,8 @@ class ServerFlags(Strict):
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Arithmetic of the weights; auto: what this processor does fast."""
+    index: Path | None = None
+    """Prepared data whose originality index answers /v1/originality; none: what the model's run was trained on."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts written at the same time."""
     queue_size: int = Field(64, ge=0, le=100_000)
@@ -391,6 +393,15 @@ class ScoreBody(Body):
     """Likeliest alternatives listed for each token."""
 
 
+class OriginalityBody(Body):
+    """A text of which is asked what stands word for word in the training text."""
+
+    text: Text = Field(min_length=1)
+    """The text."""
+    min_tokens: int = Field(0, ge=0, le=100_000)
+    """Length from which a passage counts as copied; 0: 12 tokens, 50 for one id a character."""
+
+
 class Reply(BaseModel):
     """Base of answers."""
 
@@ -514,6 +525,39 @@ class ScoreReply(Reply):
     tokens: list[ScoredToken]
     logprob: float
     """Sum over the tokens."""
+
+
+class CopySource(Reply):
+    name: str
+    """The document's name."""
+    document: int
+    token: int
+    """Place in the document, in tokens."""
+    before: str
+    after: str
+
+
+class CopiedRun(Reply):
+    start: int
+    stop: int
+    """The run is text[start:stop], in characters."""
+    tokens: int
+    text: str
+    occurrences: int
+    """How often the training text has it."""
+    sources: list[CopySource]
+
+
+class OriginalityReply(Reply):
+    tokens: int
+    longest: int
+    """Tokens of the longest copied run; runs below `shortest` may be missed."""
+    shortest: int
+    min_tokens: int
+    copied_tokens: int
+    share: float
+    """Of the tokens that lie in copied runs."""
+    runs: list[CopiedRun]
 
 
 class HealthReply(Reply):

@@ -181,7 +181,7 @@ def schema(app: FastAPI, service: Service) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     limits = service.settings
-    for name in ("GenerateBody", "BatchBody", "CompletionBody", "ScoreBody"):
+    for name in ("GenerateBody", "BatchBody", "CompletionBody", "ScoreBody", "OriginalityBody"):
         properties = schemas[name]["properties"]
         for field, limit in (("max_tokens", limits.max_tokens), ("max_length", limits.max_tokens), ("n", limits.max_n)):
             for part in bounded(properties.get(field, {})):
@@ -266,7 +266,7 @@ class PlainText(Response):
 
 
 def add_writing(app: FastAPI, service: Service) -> None:
-    """`/generate`, `/generate/batch`, `/invocations` and `/v1/score`."""
+    """`/generate`, `/generate/batch`, `/invocations`, `/v1/score` and `/v1/originality`."""
     settings = service.settings
 
     async def write(request: Request, body: m.GenerateBody, media_type: str, form: Callable[[Any], bytes]) -> Response:
@@ -317,6 +317,13 @@ def add_writing(app: FastAPI, service: Service) -> None:
         tokens = await score_text(service, body.text, body.top)
         logprob = math.fsum(token["logprob"] or 0.0 for token in tokens)
         return JSONResponse({"model": service.name, "tokens": tokens, "logprob": logprob})
+
+    no_index: dict[int | str, dict[str, Any]] = {404: {"model": m.ErrorReply, "description": "No originality index."}}
+
+    @app.post("/v1/originality", response_model=m.OriginalityReply, responses={**WRITING, **no_index}, tags=["write"])
+    async def originality(body: m.OriginalityBody) -> Response:
+        """What of a text stands word for word in the training text, and where."""
+        return JSONResponse(await service.originality(body.text, body.min_tokens))
 
 
 async def gathered(runs: Sequence[Run]) -> None:

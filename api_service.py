@@ -20,7 +20,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -29,12 +31,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api_models import ApiError, Settings
+from api_models import ApiError, Settings, bad_value
 from api_stream import LOG, Run, shutting_down, unexpected
 
 if TYPE_CHECKING:
     from config import GenerationParams
     from engine import Engine, Job
+    from originality import Index
 
 OPEN_PATHS = {"/", "/client.js", "/style.css", "/health", "/livez", "/readyz", "/ping", "/docs", "/redoc"}
 OPEN_PATHS |= {"/openapi.json", "/docs/oauth2-redirect"}
@@ -147,6 +150,9 @@ class Service:
         self.draining = False
         self.runs: set[Run] = set()
         self.scoring = 0  # texts being scored or waiting for it
+        self.folder: Path | None = None  # of the model, once it is found
+        self.index: Index | None = None
+        self.index_lock = threading.Lock()
         self.started = time.time()
         self.metrics = Metrics(self)
 
@@ -227,6 +233,38 @@ class Service:
         self.runs.add(run)
         return run
 
+    async def originality(self, text: str, min_tokens: int) -> dict[str, Any]:
+        """The originality report of a text; ApiError 404 where there is no index, 400 for what it cannot check."""
+        self.check_prompt(text, "text")
+        if self.scoring > self.settings.queue_size:
+            raise queue_full(1.0)
+        self.scoring += 1
+        try:
+            index = await asyncio.to_thread(self.opened_index)
+            return asdict(await asyncio.to_thread(index.check, text, min_tokens))
+        except ValueError as error:
+            param = "min_tokens" if str(error).startswith("min_tokens") else "text"
+            raise bad_value(str(error) if param == "min_tokens" else f"text: {error}", param) from None
+        finally:
+            self.scoring -= 1
+
+    def opened_index(self) -> Index:
+        """The index of the training text, opened once. ApiError 404 where there is none that can be used."""
+        from originality import Index, data_of
+
+        with self.index_lock:
+            if self.index is None:
+                data = self.settings.index or (data_of(self.folder) if self.folder else None)
+                try:
+                    if data is None:
+                        raise OSError("no data folder is known")
+                    self.index = Index.open(data)
+                except (OSError, ValueError) as error:
+                    LOG.warning("no_index", extra={"fields": {"message": str(error)}})
+                    remedy = "build one with originality.py --data FOLDER and start the server with --index FOLDER"
+                    raise ApiError(404, f"this server has no originality index: {remedy}", code="no_index") from None
+            return self.index
+
     def _ended(self, run: Run) -> None:
         self.runs.discard(run)
         self.metrics.ended(run)
@@ -239,7 +277,7 @@ class Service:
         settings = self.settings
         begun = time.monotonic()
         try:
-            folder = find_model(settings.model)
+            folder = self.folder = find_model(settings.model)
             engine = Engine.load(
                 folder,
                 device=settings.device,

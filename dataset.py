@@ -65,6 +65,15 @@ class TokenStream:
             self._read = 0
         return out
 
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The tokens at `indices`, of any shape and order, as a new array of that shape."""
+        out = np.empty(indices.shape, dtype=self.dtype)
+        numbers = np.searchsorted(self.ends, indices, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            out[here] = self._shard(number)[indices[here] - int(self.ends[number])]
+        return out
+
     def batch(self, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
         """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x."""
         rows = np.stack([self.read(int(start), int(start) + block_size + 1) for start in starts])

@@ -35,6 +35,8 @@ class Encoded:
     documents: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     size: int = 0
+    dropped: list[int] = field(default_factory=list)
+    """Documents without text of their own."""
 
 
 def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
@@ -99,6 +101,7 @@ def encode(
             role = roles[piece.document - first]
             if role == DROP:
                 made.counts["duplicate_documents"] += piece.last
+                made.dropped += [piece.document] if piece.last else []
                 continue
             made.counts.update(piece.counts)
             if cut is None:
@@ -114,6 +117,8 @@ def encode(
                     except TokenizerError as error:
                         raise DocumentError(f"{task.place}: {error}") from None
                     made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
+            if piece.last and not piece.text:
+                made.dropped.append(piece.document)
             if piece.text and piece.last:
                 parts[pairs[-1][0]].append(end)
                 made.documents.update(name for name, _ in pairs)

@@ -1,6 +1,6 @@
 """Texts -> token shards: files, folders, a hub's data set or a preset's texts become data/NAME/, which train.py reads.
 
-    python prepare_data.py --input novels/ more.txt --out data/novels
+    python prepare_data.py --input novels/ more.txt --out data/novels --index
     python prepare_data.py --preset victorian --years 1837-1901     # PG-19 from the Hugging Face hub
     cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
 
@@ -29,6 +29,7 @@ from pydantic import Field
 
 import documents
 import sources
+from catalogue import Catalogue
 from config import ROOT, ConfigError, DataConfig, flag_value, load_config, parse_flags, run_main
 from documents import SUFFIXES, Corpus, DocumentError, File, Options, find, inspect
 from encoding import (
@@ -52,7 +53,9 @@ from workers import Pool, Progress
 __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
 
 STATE = "state.json"
-OURS = re.compile(r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|state\.json(\.tmp)?")
+OURS = re.compile(
+    r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|documents\.json|originality|state\.json(\.tmp)?"
+)
 SMALL = 4 << 20  # bytes of texts up to which further processes cost more than they save
 RECIPE = 2  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
@@ -87,6 +90,8 @@ class PrepareFlags(DataConfig):
     """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
+    index: bool = False
+    """Also index the training text, so that copied passages can be found (originality.py)."""
     s3_output: str = ""
     """Also copy the shards, tokenizer and manifest to this s3://bucket/prefix."""
 
@@ -353,7 +358,7 @@ def _state(part: Path, identity: str) -> dict[str, Any]:
 
 def _start(identity: str) -> dict[str, Any]:
     empty = {"shards": [], "bytes": 0, "documents": 0, "open_tokens": 0, "max_id": -1}
-    return {"identity": identity, "batches": 0, "counts": {}, "train": empty, "val": empty}
+    return {"identity": identity, "batches": 0, "counts": {}, "dropped": [], "train": empty, "val": empty}
 
 
 def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> Tokenizer:
@@ -389,7 +394,7 @@ def _write_shards(
     except OSError as error:
         print(f"{part}: {error}: starting anew", file=sys.stderr)
         return _write_shards(pool, work, flags, tokenizer, part, _start(state["identity"]))
-    counts = Counter(state["counts"])
+    counts, dropped = Counter(state["counts"]), list(state.get("dropped", []))
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
     remaining = work.batches(_part(flags))
     skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
@@ -409,8 +414,9 @@ def _write_shards(
                     writer.bytes += made.bytes[name]
                     writer.documents += made.documents[name]
                 counts.update(made.counts)
+                dropped += made.dropped
                 at = {name: writer.state() for name, writer in writers.items()}
-                state = state | {"batches": number, "counts": dict(counts)} | at
+                state = state | {"batches": number, "counts": dict(counts), "dropped": dropped} | at
                 progress.add(made.size)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
@@ -427,6 +433,9 @@ def _write_shards(
                 f"{work.corpus.name}: too little text: the {'training' if name == 'train' else 'validation'} split got "
                 f"{writer.tokens} tokens; add text, or change --val-fraction {flags.val_fraction} or --part {flags.part}"
             )
+    if flags.part == "1/1":
+        files = [(file.name, file.documents) for file in work.corpus.files]
+        Catalogue(files, work.roles == VAL, dropped, shared=bool(work.cuts)).save(part)
     return writers, counts
 
 
@@ -498,6 +507,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             join_parts(flags.join, out)
         else:
             prepare(flags, out)
+        if flags.index:
+            from originality import build_index
+
+            build_index(out)
         if flags.s3_output:
             from s3 import upload_folder
 

@@ -92,6 +92,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         (folder / "my_books" / f"{number}.txt").write_text(nonsense(4000, number), encoding="utf-8")
         shutil.copy(folder / "my_books" / f"{number}.txt", folder / "data" / f"book{number}.txt")
+    shutil.copy(folder / "my_books" / "0.txt", folder / "story.txt")
     done = execute(folder, ["train.py", *SMALL])
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -135,6 +136,8 @@ def test_the_command_runs(clone: Path, line: str) -> None:
         words += [*SMALL, "--resume"] if "--resume" in words else SMALL
     if "--resume" in words:
         words = [word for at, word in enumerate(words) if word != "--resume" or "--resume" not in words[:at]]
+    if script == "evaluate.py":
+        words += ["--max-tokens", "4", "--device", "cpu"]
     if script == "generate.py":
         words += ["--max-tokens", "4"]
         text = text or ("The door\n/retry\n/undo\n/set temperature 0.5\n/quit\n" if "--interactive" in words else "")

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +22,7 @@ from config import GenerationParams
 
 if TYPE_CHECKING:
     from engine import Engine
+    from originality import Index
 
 CONNECT_S = 5.0
 SILENCE_S = 120.0  # a server that says nothing for this long has gone
@@ -106,6 +107,7 @@ class Backend(Protocol):
 
     def write(self, prompt: str, params: GenerationParams) -> Writing: ...
     def score(self, text: str, top: int = 10) -> list[Scored]: ...
+    def originality(self, text: str) -> dict[str, Any]: ...
     def seen(self, text: str, params: GenerationParams) -> Seen | None: ...
     def alive(self) -> bool: ...
     def close(self) -> None: ...
@@ -139,6 +141,7 @@ class LocalBackend:
 
     def __init__(self, place: Place, engine: Engine):
         self.place, self.engine, self.name = place, engine, engine.name
+        self.index: Index | None = None
 
     def write(self, prompt: str, params: GenerationParams) -> Writing:
         try:
@@ -166,6 +169,18 @@ class LocalBackend:
             )
             for token in scores
         ]
+
+    def originality(self, text: str) -> dict[str, Any]:
+        from originality import Index, data_of
+
+        try:
+            data = data_of(Path(self.place.where))
+            if data is None:
+                raise BackendError("this model does not say what it was trained on, so nothing can be compared")
+            self.index = self.index or Index.open(data)
+            return asdict(self.index.check(text))
+        except (OSError, ValueError) as error:
+            raise BackendError(str(error)) from None
 
     def seen(self, text: str, params: GenerationParams) -> Seen | None:
         from generate import prompt_window
@@ -293,7 +308,7 @@ class SocketWriting:
 
 
 class RemoteBackend:
-    """A server's `/ws`, `/health` and `/v1/score`; of a gateway, only its WebSocket."""
+    """A server's `/ws`, `/health`, `/v1/score` and `/v1/originality`; of a gateway, only its WebSocket."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -341,6 +356,12 @@ class RemoteBackend:
             )
             for token in self._http("POST", "/v1/score", {"text": text, "top": top})["tokens"]
         ]
+
+    def originality(self, text: str) -> dict[str, Any]:
+        if self.gateway:
+            raise BackendError("a gateway only writes; to find copied passages, choose a model folder or a server")
+        report: dict[str, Any] = self._http("POST", "/v1/originality", {"text": text})
+        return report
 
     def seen(self, text: str, params: GenerationParams) -> Seen | None:
         if self.context is None:

@@ -16,6 +16,7 @@ from ui.editor import sheet
 from ui.export import FORMATS, export
 from ui.history import title_of
 from ui.links import packed, unpacked
+from ui.marks import draw_originality
 
 POLL_S = 0.25
 KEY = "sheet"
@@ -384,6 +385,8 @@ def draw() -> None:
             draw_toolbar(desk, desk.running)
         if not desk.live().text.strip() and not desk.running:
             draw_openings()
+        elif not desk.running:
+            draw_originality(backend, desk.story.text)
 
 
 draw()

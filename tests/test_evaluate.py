@@ -1,0 +1,293 @@
+"""Evaluation: figures equal transformers' and sacrebleu's, every token counts once, reports say what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import prepare_data
+from checkpoint import load_model, save_model
+from config import GenerationParams
+from evaluate import Texts, file_texts, prepared_texts, score, score_text, windows
+from helpers import nonsense, prepare_text
+from measures import BINS, Tally, bleu, distinct, repetition, self_bleu
+from originality import Index
+from reports import markdown
+from tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
+from tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAST = ["--samples", "1", "--max-tokens", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a context of 24 tokens, half as wild as its neighbours: a loss that is no extreme."""
+    tokenizer = tiny_tokenizer()
+    model = random_model(shape(tokenizer, padding=7))
+    with torch.no_grad():
+        model.wte.weight.mul_(0.3)
+    return save(tmp_path_factory.mktemp("models") / "wild", model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight texts by three authors and an index; about half of them validate."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(8):
+        name = f"{('Ash', 'Birch', 'Cedar')[number % 3]}_Tale{number}_18{number}0.txt"
+        (folder / name).write_text(nonsense(700 + 90 * number, seed=number), encoding="utf-8")
+    words = ["--input", str(folder), "--out", str(folder / "data"), "--vocab-size", "300", "--workers", "1", "--index"]
+    assert prepare_data.main([*words, "--val-fraction", "0.5"]) == 0
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def data_model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the data's own tokenizer."""
+    tokenizer = load_tokenizer(data)
+    return save(tmp_path_factory.mktemp("models") / "calm", random_model(shape(tokenizer), seed=2), tokenizer)
+
+
+def theirs(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_the_loss_of_a_text_within_the_context_is_transformers_own(model_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load_model(model_folder)
+    text = TEXT[:40]
+    ids = [tokenizer.eot, *AutoTokenizer.from_pretrained(model_folder)(text)["input_ids"]]
+    assert 10 < len(ids) <= 24
+    batch = torch.tensor([ids])
+    with torch.no_grad():
+        loss = float(theirs(model_folder)(input_ids=batch, labels=batch).loss)
+    found = score_text(model, tokenizer, text, stride=12).figures()
+    assert found["loss"] == pytest.approx(loss, abs=1e-4) and found["tokens"] == len(ids) - 1
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("stride", [5, 12, 24])
+def test_the_strided_loss_of_a_long_text_is_that_of_transformers_token_by_token(
+    model_folder: Path, stride: int
+) -> None:
+    model, tokenizer = load_model(model_folder)
+    draw, ids = np.random.default_rng(0), [0]
+    while len(ids) < 90:  # the model's own choice now and then, so that some guesses are right
+        with torch.no_grad():
+            order = model(torch.tensor([ids[-24:]]))[0, -1].argsort(descending=True).tolist()
+        ids.append(draw.choice([order[0], order[3], int(draw.integers(tokenizer.vocab_size))]))
+    reference, nats, first, five = theirs(model_folder), [], 0, 0
+    for at in range(1, len(ids)):
+        begin = max(0, math.ceil((at - 24) / stride)) * stride
+        with torch.no_grad():
+            logp = reference(torch.tensor([ids[begin:at]])).logits[0, -1, : tokenizer.vocab_size].log_softmax(-1)
+        nats.append(-float(logp[ids[at]]))
+        order = logp.argsort(descending=True).tolist()
+        first, five = first + (order[0] == ids[at]), five + (ids[at] in order[:5])
+    found = score(model, np.array(ids), stride)
+    assert found.figures()["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+    assert (found.first, found.five) == (first, five) and 0 < first < five
+
+
+def test_bits_and_words_of_a_text(model_folder: Path) -> None:
+    model, tokenizer = load_model(model_folder)
+    ids = np.array([tokenizer.eot, *tokenizer.encode(TEXT)])
+    nats = score(model, ids, 12).nats
+    figures = score_text(model, tokenizer, TEXT, 12).figures()
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()))
+    assert figures["word_perplexity"] == pytest.approx(math.exp(nats / len(TEXT.split())))
+    assert (figures["words"], figures["bytes"]) == (len(TEXT.split()), len(TEXT.encode()))
+
+
+def test_batches_of_windows_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_model(model_folder)
+    ids = np.array(tokenizer.encode(TEXT * 5))
+    together = score(model, ids, 8)
+    monkeypatch.setattr(evaluate, "LOGITS", 1)
+    alone = score(model, ids, 8)
+    assert together.nats == pytest.approx(alone.nats, rel=1e-6) and together.tokens == alone.tokens == len(ids) - 1
+
+
+@pytest.mark.parametrize(("length", "context", "stride"), [(2, 8, 4), (9, 8, 4), (10, 8, 4), (57, 8, 3), (40, 8, 8)])
+def test_windows_score_every_token_once_with_enough_before_it(length: int, context: int, stride: int) -> None:
+    scored = []
+    for start, stop, first in windows(length, context, stride):
+        assert 0 < stop - start <= context
+        targets = range(start + 1 + first, stop + 1)
+        assert start == 0 or all(target - start > context - stride for target in targets)
+        scored += targets
+    assert scored == list(range(1, length))
+
+
+def test_without_an_end_of_text_the_first_token_is_only_read(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(prepare_text(tmp_path, nonsense(900)))
+    assert tokenizer.eot is None
+    model = random_model(shape(tokenizer))
+    found = score_text(model, tokenizer, "the old house", stride=8)
+    assert (found.tokens, found.bytes, found.words) == (12, 12, 3)
+    limited = score_text(model, tokenizer, nonsense(500), stride=8, limit=50)
+    assert limited.tokens == 49
+
+
+def test_measures_of_written_texts_by_hand() -> None:
+    texts = ["The cat and the hat.", "the cat"]
+    assert distinct(texts, 1) == pytest.approx(5 / 8)  # the cat and hat .
+    assert distinct(texts, 2) == pytest.approx(5 / 6)
+    assert repetition("a b c d a b c d a b c d") == pytest.approx(1 - 4 / 9)
+    assert (repetition("a b c"), distinct([], 2), self_bleu(["one"]), bleu([], [])) == (0.0, 0.0, None, None)
+
+
+def test_bleu_is_sacrebleus() -> None:
+    import sacrebleu
+
+    texts = [nonsense(200, seed) for seed in range(4)]
+    real = [nonsense(200, seed + 2) for seed in range(4)]
+    expected = sacrebleu.corpus_bleu(texts, [real])
+    found = bleu(texts, real)
+    assert found is not None and found["score"] == pytest.approx(expected.score) and expected.score > 1
+    assert "tok:13a" in found["signature"] and found["texts"] == 4
+    each = [sacrebleu.sentence_bleu(text, [other for other in texts if other is not text]).score for text in texts]
+    assert self_bleu(texts) == pytest.approx(sum(each) / 4)
+    assert self_bleu(["a b c d e", "a b c d e"]) == pytest.approx(100.0)
+
+
+def test_calibration_by_hand() -> None:
+    tally = Tally()
+    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.5, 0.5, 1.0])
+    right = np.array([True, True, True, False, False, True, True])
+    tally.add(np.ones(7), confidence, right, right)
+    found = tally.calibration()
+    assert found["error"] == pytest.approx((abs(5 * 0.96 - 4) + abs(2 * 0.5 - 1)) / 7)
+    assert [row["tokens"] for row in found["bins"] if row["tokens"]] == [2, 5] and len(found["bins"]) == BINS
+    assert found["bins"][7]["accuracy"] == 0.5 and found["bins"][0]["confidence"] is None
+    double = Tally()
+    double += tally
+    double += tally
+    assert double.tokens == 14 and double.calibration()["error"] == pytest.approx(found["error"])
+
+
+def test_texts_of_prepared_data_are_the_files_with_their_authors(data: Path) -> None:
+    held = list(prepared_texts(data))
+    assert len(held) == 4
+    for one in held:
+        assert one.text.strip() == (data.parent / one.name).read_text(encoding="utf-8").strip()
+        assert one.author == one.name.split("_")[0]
+
+
+def test_texts_of_files_are_cleaned_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Title: A\nAuthor: George Eliot\n\nIt rained.\n", encoding="utf-8")
+    rows = [{"text": "One row."}, {"text": " "}, {"text": "Another row."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    held = list(file_texts([str(tmp_path)]))
+    assert [(one.name, one.author) for one in held] == [
+        ("a.txt", "George Eliot"),
+        ("rows.jsonl, row 1", ""),
+        ("rows.jsonl, row 3", ""),
+    ]
+
+
+def test_two_models_side_by_side(data: Path, data_model: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    words = ["--model", str(data_model), "--compare", str(model_folder), "--data", str(data), *FAST]
+    assert evaluate.main([*words, "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(printed)
+    assert json.loads((out / "report.json").read_text(encoding="utf-8")) == report
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.md").read_text(encoding="utf-8")
+    assert page == markdown(report)
+    calm, wild = report["models"]
+    for part in report["models"]:
+        rows, authors = part["documents"], part["authors"]
+        assert len(rows) == 4 and {row["author"] for row in rows} == {row["author"] for row in authors}
+        for key in ("tokens", "bytes", "words"):
+            assert part["total"][key] == sum(row[key] for row in rows) == sum(row[key] for row in authors)
+        nats = [sum(row["loss"] * row["tokens"] for row in kind) for kind in (rows, authors)]
+        assert nats == pytest.approx([part["total"]["loss"] * part["total"]["tokens"]] * 2)
+        assert part["written"]["texts"] == 9 and part["written"]["originality"]["runs"] == []
+        assert f"{part['total']['loss']:.4f}" in page and "Ash" in page
+    assert calm["total"]["bytes"] == wild["total"]["bytes"]
+    assert evaluate.main([*words, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["models"] == report["models"]
+
+
+def test_a_run_names_its_own_data_and_the_figures_are_the_trainings(
+    data: Path, data_model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    model, tokenizer = load_model(data_model)
+    save_model(run / "best", model, tokenizer, card={}, generation=GenerationParams())
+    (run / "config.toml").write_text(f'data_folder = "{data}"\n', encoding="utf-8")
+    assert evaluate.main(["--model", str(run), "--samples", "0", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["models"][0]
+    assert "written" not in found
+    expected = sum((score_text(model, tokenizer, held.text, 12).nats for held in prepared_texts(data)), 0.0)
+    assert found["total"]["loss"] * found["total"]["tokens"] == pytest.approx(expected)
+
+
+def test_copied_passages_of_what_was_written_are_told_with_their_source(data: Path) -> None:
+    from catalogue import Catalogue
+
+    index, catalogue = Index.open(data), Catalogue.load(data)
+    assert catalogue is not None
+    name = catalogue.name("train", 0)
+    text = (data.parent / name).read_text(encoding="utf-8")
+    found = evaluate.originality(index, ["Quite other words, mostly.", "Zounds! " + text[200:500]], 0)
+    assert found["runs"][0]["text_number"] == 1 and found["longest"] == found["runs"][0]["tokens"] > 60
+    assert name in [source["name"] for source in found["runs"][0]["sources"]]
+    assert found["share"] == pytest.approx(found["copied_tokens"] / found["tokens"])
+
+
+def test_held_out_texts_are_written_on_from_the_middle(data: Path, data_model: Path) -> None:
+    model, tokenizer = load_model(data_model)
+    params = GenerationParams(max_tokens=20, seed=1, top_k=0)
+    ours, real = evaluate.continuations(model, tokenizer, params, Texts(data, ()))
+    texts = [held.text for held in prepared_texts(data)]
+    assert len(ours) == len(real) == 4
+    for own, other, text in zip(ours, real, texts, strict=True):
+        assert other in text and len(own) <= max(len(other), 1)
+        assert 0.2 < text.index(other) / len(text) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--data", "DATA", "--input", "x.txt"], 2, "exclude each other"),
+        ([], 2, "--data FOLDER or --input"),
+        (["--data", "DATA", "--stride", "999"], 2, "--stride 999"),
+        (["--data", "nowhere"], 1, "manifest.json"),
+        (["--input", "nowhere.txt"], 2, "nowhere.txt"),
+        (["--data", "DATA", "--model", "nowhere"], 1, "nowhere"),
+        (["--data", "DATA", "--index", "nowhere"], 1, "there is no index"),
+        (["--data", "DATA", "--out", "FILE"], 2, "is a file"),
+        (["--data", "DATA", "--stride", "-1"], 2, "--stride"),
+    ],
+)
+def test_bad_flags_are_named(
+    data: Path, data_model: Path, tmp_path: Path, capsys: Any, words: list[str], code: int, told: str
+) -> None:
+    (tmp_path / "FILE").write_text("x")
+    places = {"DATA": str(data), "FILE": str(tmp_path / "FILE"), "nowhere": str(tmp_path / "nowhere")}
+    given = ["--model", str(data_model), *FAST, *(places.get(word, word) for word in words)]
+    assert evaluate.main(given) == code
+    assert told in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_read_a_text_is_named(tmp_path: Path, capsys: Any) -> None:
+    tokenizer = load_tokenizer(prepare_text(tmp_path, nonsense(900)))
+    folder = save(tmp_path / "chars", random_model(shape(tokenizer)), tokenizer)
+    (tmp_path / "odd.txt").write_text("the old house №\n", encoding="utf-8")
+    assert evaluate.main(["--model", str(folder), "--input", str(tmp_path / "odd.txt"), *FAST]) == 2
+    assert "odd.txt" in (told := capsys.readouterr().err) and "№" in told

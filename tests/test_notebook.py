@@ -1,0 +1,42 @@
+"""The walkthrough notebook runs from top to bottom and is stored without outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from helpers import ROOT
+
+NOTEBOOK = ROOT / "notebooks" / "walkthrough.ipynb"
+
+
+def read() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_is_whole_and_holds_no_outputs() -> None:
+    book = read()
+    nbformat.validate(book)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert len(code) > 8 and all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    for module in ("tokenizer", "prepare_data", "dataset", "model", "config", "generate"):
+        assert any(f"import {module}" in cell.source or f"from {module} import" in cell.source for cell in code)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WALKTHROUGH_STEPS", "6")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    book = read()
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "and back: The old house stood alone" in text and "on stories it has never seen" in text
+    assert text.count("--- temperature") == 3
