@@ -151,7 +151,7 @@ class TrainConfig(Strict):
     max_tokens: int = Field(0, ge=0)
     """Training tokens; 0: given by max_steps or epochs."""
     max_minutes: float = Field(0.0, ge=0.0)
-    """Stop and save after this much wall-clock time; 0: no limit."""
+    """Stop and save after this much wall-clock time; alone with wsd: decay so as to end then; 0: no limit."""
     lr: float = Field(1e-3, gt=0.0, le=10.0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0.0)
@@ -191,7 +191,7 @@ class TrainConfig(Strict):
     eval_interval: int = Field(250, ge=0)
     """Steps between validation passes."""
     eval_tokens: int = Field(0, ge=0)
-    """Validation tokens a pass, always the same ones; 0: all of them."""
+    """Validation tokens a pass, always the same windows, spread evenly; 0: all of them."""
     sample_interval: int = Field(0, ge=0)
     """Steps between samples."""
     each_epoch: bool = False
@@ -231,10 +231,10 @@ class TrainConfig(Strict):
                 "no end is set: give --train.max-steps, --train.epochs, --train.max-tokens or --train.max-minutes"
             )
         known = self.max_steps or self.epochs or self.max_tokens
-        if self.max_minutes and not known and self.schedule != "constant":
+        if self.max_minutes and not known and self.schedule not in ("constant", "wsd"):
             found.append(
                 f"--train.schedule {self.schedule} needs to know its last step: give --train.max-steps, "
-                f"or --train.schedule constant with --train.max-minutes alone"
+                f"or --train.schedule wsd (which decays in time) or constant with --train.max-minutes alone"
             )
         return found
 
@@ -442,7 +442,7 @@ def run_main(body: Callable[[], int]) -> int:
         return 130
 
 
-def to_toml(config: BaseModel) -> str:
+def to_toml(config: BaseModel | dict[str, Any]) -> str:
     """The settings as TOML that `read_toml` and `--config` accept; None values are left out."""
 
     def value(item: Any) -> str:
@@ -457,7 +457,7 @@ def to_toml(config: BaseModel) -> str:
         return repr(item)
 
     plain, tables = [], []
-    for key, item in config.model_dump().items():
+    for key, item in (config if isinstance(config, dict) else config.model_dump()).items():
         if isinstance(item, dict):
             rows = [f"{name} = {value(part)}" for name, part in item.items() if part is not None]
             tables.append(f"\n[{key}]\n" + "\n".join(rows) + "\n")

@@ -250,21 +250,23 @@ class prefetched:
 def validation_batches(
     stream: TokenStream, block_size: int, batch_size: int, limit: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The fixed validation pass: consecutive windows from the start, every token predicted once.
+    """The fixed validation pass: windows side by side, every token predicted once.
 
-    x and y are [<= batch_size, T]; the last window is shorter and comes alone. `limit` ends the pass after that many
-    predicted tokens (0: all). Ranks take every world-th batch; their sums add up to the same pass.
+    x and y are [<= batch_size, T]; the last window is shorter and comes alone. `limit` keeps the pass to that many
+    predicted tokens (0: all), in windows spread evenly, so that every book has its say. Ranks take every world-th batch;
+    their sums add up to the same pass.
     """
-    last = len(stream) - 1 if not limit else min(limit, len(stream) - 1)
+    last = len(stream) - 1
     if last < 1:
         raise DataError("the validation split has fewer than two tokens: raise --val-fraction or add text")
-    whole = last // block_size
+    taken = min(limit or last, last)
+    whole, rest = divmod(taken, block_size)
     batches: list[np.ndarray] = []
     if whole:
-        starts = np.arange(whole, dtype=np.int64) * block_size
+        starts = np.arange(whole, dtype=np.int64) * (last // block_size) // whole * block_size
         batches = np.split(starts, range(batch_size, whole, batch_size))
     for number, part in enumerate(batches):
         if number % world == rank:
             yield stream.batch(part, block_size)
-    if last > whole * block_size and len(batches) % world == rank:
-        yield stream.batch(np.array([whole * block_size]), last - whole * block_size)
+    if rest and len(batches) % world == rank:
+        yield stream.batch(np.array([last - rest]), rest)

@@ -33,10 +33,31 @@ def lr_scale(step: int, total: int, train: TrainConfig) -> float:
     if train.schedule == "constant" or total - 1 <= peak:
         return 1.0
     if train.schedule == "wsd":
-        first = max(peak, total - 1 - max(1, round(train.decay_fraction * total)))
+        first = max(peak, first_decay(total, train))
         return 1.0 if step <= first else low + (1 - low) * (total - 1 - step) / (total - 1 - first)
     done = (step - peak) / (total - 1 - peak)
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def first_decay(total: int, train: TrainConfig) -> int:
+    """The last update of a wsd schedule of `total` updates that still has the full rate."""
+    return total - 1 - max(1, round(train.decay_fraction * total))
+
+
+def clock_end(step: int, elapsed_s: float, reserve_s: float, train: TrainConfig) -> int:
+    """Last step of a wsd run that only the clock ends, once its decay has to begin; 0 while it may still hold.
+
+    The rate of wsd does not depend on the end before it decays, so the end can wait until the pace is known: `step`
+    steps took `elapsed_s`. `reserve_s` is kept for the last evaluation. With the steps returned as
+    --train.max-steps, the same run comes out whatever the clock says.
+    """
+    left_s = train.max_minutes * 60 - reserve_s - elapsed_s
+    total = step + max(1, math.floor(left_s * step / elapsed_s)) if step else 0
+    if not total or first_decay(total, train) > step:
+        return 0
+    while first_decay(total, train) < step:  # no step already taken may fall into the decay
+        total += 1
+    return total
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> tuple[dict[str, nn.Parameter], ...]:

@@ -4,6 +4,7 @@
     python train.py --preset story-small --data data/novels --train.max-steps 200
     python train.py --resume --out runs/story-small              # go on where it stopped, exactly
     python train.py --init-from gpt2 --data data/mine             # go on training another model, on your texts
+    python train.py --input my_books/ --minutes 10               # one dial: everything else is chosen for you
     torchrun --standalone --nproc_per_node=8 train.py --preset victorian
 
 Every run is a folder: config.toml, metrics.jsonl, samples.jsonl, loss.png, tensorboard/, best/ and last/ (model folders).
@@ -22,6 +23,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from config import (
     ROOT,
@@ -72,6 +75,10 @@ class TrainArgs(Strict):
     """Print parameters, memory, speed, time and cost instead of training: `here`, a GPU's name, or p4d.24xlarge."""
     price_per_hour: float = 0.0
     """With --plan: what the machine costs an hour."""
+    minutes: float = Field(0.0, ge=0.0)
+    """One dial: measure this machine, choose everything else for the best model after so many minutes, and train it."""
+    input: tuple[str, ...] = ()
+    """With --minutes: the texts (files, folders, globs), prepared first; or give --data."""
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)
 
@@ -189,6 +196,7 @@ def sample(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> dict[
 
 def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     """Flags over `--config` over the preset; with --resume over the run's own settings. All faults at once."""
+    began = time.monotonic()
     preset, file, out = (flag_value(argv, name) for name in ("preset", "config", "out"))
     origin = flag_value(argv, "init-from") or flag_value(argv, "init_from")
     preset = preset or ("finetune" if origin else "sample")
@@ -214,6 +222,15 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     if words and "--plan" in words and (words[-1] == "--plan" or words[words.index("--plan") + 1].startswith("-")):
         words.insert(words.index("--plan") + 1, "here")
     args = parse_flags(TrainArgs, words, defaults=given)
+    if args.minutes or args.input:
+        from dial import turn
+
+        alone = {"--preset": flag_value(argv, "preset"), "--init-from": origin, "--plan": args.plan}
+        alone |= {"--resume": args.resume, "torchrun": "RANK" in os.environ}
+        tables, folder = turn(args.minutes, args.input, args.data, began, [name for name, on in alone.items() if on])
+        tables = merge(tables, read_toml(Path(file))) if file else tables
+        given = {"preset": folder.name, "model": tables["model"], "train": tables["train"]}
+        args = parse_flags(TrainArgs, words, defaults=given).model_copy(update={"data": folder})
     if origin:
         from runs import shape_faults
 
@@ -293,9 +310,10 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from checkpoint import load_model, load_training, newest_checkpoint
     from dataset import Windows, training_batches
     from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision
-    from optim import Optimizer, lr_scale
+    from optim import Optimizer, clock_end, lr_scale
     from runlog import RunLog, announce, duration
     from runs import Progress, Saver, bits_per_byte, kept_batch, start_model, whole_model, wrapped
+    from shards import write_whole
     from tokenizer import load_tokenizer
 
     device, train = team.device, config.train
@@ -382,7 +400,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     elapsed_before, energy_before, reason, stopped = progress.elapsed_s, progress.energy_j, "", False
     busy = 0.0  # seconds in steps since the last log line, without evaluation, samples and checkpoints
     session_steps = busy_steps = 0
-    all_busy = all_tokens = 0.0
+    all_busy = all_tokens = look_s = 0.0
+    by_clock = not total and train.schedule == "wsd"
 
     def checkpoint() -> None:
         """last/, and what the run has used so far."""
@@ -392,6 +411,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
 
     def look(at_epoch_end: bool) -> dict[str, Any]:
         """Validation and best/, at an interval or an epoch's end."""
+        nonlocal look_s
+        tick = time.monotonic()
         found = validate(module, data.val, block, batch, precision, team, train.eval_tokens)
         progress.stale = 0 if found < progress.best_val - train.min_improvement else progress.stale + 1
         progress.val_loss = found
@@ -408,6 +429,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                 "best_epoch_loss": progress.best_epoch_loss,
             }
             progress.epoch_loss, progress.epoch_steps = 0.0, 0
+        look_s = time.monotonic() - tick
         return row
 
     def look_at_text() -> None:
@@ -421,6 +443,16 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             look_at_text()
         while True:
             now = time.monotonic()
+            if by_clock:
+                reserve_s = look_s + 4 * save.seconds / max(1, save.folders)  # best/ and, with its moments, last/
+                total = team.same(clock_end(progress.step, now - began + elapsed_before, reserve_s, train))
+                if total:  # from here on a run of so many steps
+                    by_clock, log.total = False, total
+                    train = train.model_copy(update={"max_steps": total, "max_minutes": 0.0})
+                    save.config = config = config.model_copy(update={"train": train})
+                    if team.leader:
+                        write_whole(run / "config.toml", to_toml(config))
+                    log.say(f"step {progress.step}: the learning rate falls from here to the end, step {total}")
             reason = training_ends(train, progress, total, (now - began + elapsed_before) / 60, stop)
             timer = team.leader and 0 < train.checkpoint_minutes * 60 < now - saved_at
             ends, stops, due = team.total([float(bool(reason)), float(bool(stop.reason)), float(timer)])
