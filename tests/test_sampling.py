@@ -223,7 +223,7 @@ def write(model: GPT, asked: Sequence[One], slots: int, every: int = 1) -> list[
     return [(found[text], text.written) for text in texts]
 
 
-@pytest.fixture(params=["plain", "packed", "int8", "weight-only int8", "bfloat16"])
+@pytest.fixture(params=["plain", "packed", "float16", "int8", "weight-only int8", "bfloat16"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GPT:
     """The same small model, prepared in each of the ways."""
     monkeypatch.setattr(quantize, "WORTH_PACKING", 0)
@@ -232,8 +232,8 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GP
         quantize._replace(made, quantize.WeightOnlyInt8)
     elif request.param != "plain":
         used, _ = quantize.prepare(made, "float32" if request.param == "packed" else request.param)
-        if request.param == "int8" and used != "int8":
-            pytest.skip("no int8 kernels on this machine")
+        if request.param in ("float16", "int8") and used != request.param:
+            pytest.skip(f"no {request.param} kernels on this machine")
     return made
 
 
