@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationParams
+from graphs import graphed
 from model import GPT
 from quantize import row_counts
 
@@ -381,7 +382,9 @@ class Writer:
 
     def __init__(self, model: GPT, slots: int):
         self.model, self.counts = model, row_counts(model)
-        self.cache = model.new_cache(slots)
+        cuda = model.wte.weight.is_cuda
+        self.cache = model.new_cache(slots + cuda)  # one more for rows that only pad a graph
+        self.graphs = graphed(model, self.cache, self.counts)
         self.held = [Held() for _ in range(slots)]
         self.free = list(range(slots))
         self.texts: list[Text] = []
@@ -486,7 +489,11 @@ class Writer:
     def _decode(self, texts: list[Text]) -> list[tuple[Text, Tensor]]:
         """The next logits of texts that are being written, all at once."""
         rows = next(count for count in self.counts if count >= len(texts))
-        logits = self.model.decode([t.unread[0] for t in texts], self.cache, [t.slot for t in texts], rows)
+        ids, slots = [text.unread[0] for text in texts], [text.slot for text in texts]
+        if self.graphs is not None:
+            logits = self.graphs(ids, slots, rows)
+        else:
+            logits = self.model.decode(ids, self.cache, slots, rows)
         return list(zip(texts, logits.cpu().unbind(), strict=True))
 
 
