@@ -59,6 +59,7 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
     from sampling import Text, Writer
 
     model, tokenizer, _ = load_for_writing(folder, device=device, dtype=dtype)
+    tokenizer.eot = None  # no text ends before its time
     writer = Writer(model, streams)
     count = [0]
 
@@ -72,11 +73,11 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
 
     def turn(tokens: int) -> list[float]:
         for _ in range(streams):
-            text(PROMPT, tokens + 1)
+            text(PROMPT, tokens + streams + 1)  # the first ones write while the others are read
         while any(one.reading for one in writer.texts):
             writer.step()
         moments = [time.perf_counter()]
-        while len(writer.texts) == streams:
+        for _ in range(tokens):
             writer.step()
             moments.append(time.perf_counter())
         for one in list(writer.texts):
