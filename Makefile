@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint format app api soak bench clean local-aws aws-validate aws-package aws-deploy aws-delete
+.PHONY: demo test lint format app api soak bench bench-gpu clean local-aws aws-validate aws-package aws-deploy aws-delete
 
 $(VENV)/base: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,11 @@ bench: $(VENV)/dev          ## the published figures, on this machine's processo
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/train_step.py --seconds 60 $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/decode.py --seconds 120
+	$(BIN)/python benchmarks/engine_ceiling.py
+
+bench-gpu: $(VENV)/dev      ## the same on an NVIDIA GPU: one text, and 64 at once
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/decode.py --device cuda --streams 1 64 --tokens 64 --seconds 60
 
 local-aws: $(VENV)/base     ## gateway, Lambda and SageMaker's runtime on this machine
 	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL))

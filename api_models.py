@@ -3,11 +3,12 @@
 VLG_MODEL=runs/sample/best VLG_API_KEYS=one,two python api.py
 >>> settings = read_settings(port=9000)
 >>> body = GenerateBody.model_validate({"prompt": "The fog", "max_tokens": 20})
->>> body.params(settings)
+>>> body.params(settings, {"temperature": 0.7})
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -235,13 +236,17 @@ class SamplingBody(GenerationParams):
     def _numbers(cls, value: Any) -> Any:
         return _whole(cls, value)
 
-    def params(self, settings: ServerFlags) -> GenerationParams:
-        """The sampling settings, within this server's limits; ApiError names the one that is beyond."""
+    def params(self, settings: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:
+        """The sampling settings, within this server's limits; ApiError names the one that is beyond.
+
+        defaults: what the model's folder recommends, for fields that the request leaves open.
+        """
         values = self.model_dump(include=set(GenerationParams.model_fields))
+        values |= {name: value for name, value in defaults.items() if name not in self.model_fields_set}
         if self.max_length is not None and "max_tokens" not in self.model_fields_set:
             values["max_tokens"] = self.max_length
         elif "max_tokens" not in self.model_fields_set:
-            values["max_tokens"] = min(self.max_tokens, settings.max_tokens)
+            values["max_tokens"] = min(values["max_tokens"], settings.max_tokens)
         return within(GenerationParams(**values), settings)
 
 

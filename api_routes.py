@@ -183,6 +183,9 @@ def schema(app: FastAPI, service: Service) -> dict[str, Any]:
     limits = service.settings
     for name in ("GenerateBody", "BatchBody", "CompletionBody", "ScoreBody", "OriginalityBody"):
         properties = schemas[name]["properties"]
+        if name in ("GenerateBody", "BatchBody"):
+            for field, value in service.defaults.items():
+                properties[field]["default"] = value
         for field, limit in (("max_tokens", limits.max_tokens), ("max_length", limits.max_tokens), ("n", limits.max_n)):
             for part in bounded(properties.get(field, {})):
                 part["maximum"] = min(part["maximum"], limit)
@@ -271,7 +274,7 @@ def add_writing(app: FastAPI, service: Service) -> None:
 
     async def write(request: Request, body: m.GenerateBody, media_type: str, form: Callable[[Any], bytes]) -> Response:
         request_id = body.request_id or request.state.request_id
-        run = await service.begin(body.prompt, body.params(settings), request_id=request_id)
+        run = await service.begin(body.prompt, body.params(settings, service.defaults), request_id=request_id)
         if body.stream:
             chunks = encoded(messages(run, settings.flush_ms / 1000), form)
             return Stream(chunks, [run], media_type, settings.stall_s)
@@ -301,7 +304,8 @@ def add_writing(app: FastAPI, service: Service) -> None:
     async def batch(request: Request, body: m.BatchBody) -> Response:
         """Write on from several prompts at once, all with the same settings."""
         prompts: Sequence[str | list[int]] = body.prompts
-        runs = await begin_all(service, prompts, body.params(settings), request.state.request_id, "prompts")
+        params = body.params(settings, service.defaults)
+        runs = await begin_all(service, prompts, params, request.state.request_id, "prompts")
         try:
             await unless_gone(request, gathered(runs))
         finally:

@@ -151,6 +151,7 @@ class Service:
         self.runs: set[Run] = set()
         self.scoring = 0  # texts being scored or waiting for it
         self.folder: Path | None = None  # of the model, once it is found
+        self.defaults: dict[str, Any] = {}  # sampling settings that the folder recommends
         self.index: Index | None = None
         self.index_lock = threading.Lock()
         self.started = time.time()
@@ -273,11 +274,13 @@ class Service:
         """Read the model, in a thread of its own; a failure is kept for whoever asks."""
         from checkpoint import find_model
         from engine import Engine
+        from generate import folder_defaults
 
         settings = self.settings
         begun = time.monotonic()
         try:
             folder = self.folder = find_model(settings.model)
+            self.defaults = folder_defaults(folder)
             engine = Engine.load(
                 folder,
                 device=settings.device,

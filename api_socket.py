@@ -122,7 +122,9 @@ class Socket:
                 code="too_many_requests",
                 kind="rate_limit_error",
             )
-        run = await self.service.begin(body.prompt, body.params(self.settings), request_id=request_id)
+        run = await self.service.begin(
+            body.prompt, body.params(self.settings, self.service.defaults), request_id=request_id
+        )
         self.runs[request_id] = run
         task = asyncio.create_task(self._stream(run))
         self.tasks.add(task)

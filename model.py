@@ -177,6 +177,18 @@ class CausalSelfAttention(nn.Module):
             rows.append(x.new_zeros(R - len(rows), self.n_head, 1, self.head_size))
         return self.c_proj.forward((torch.cat(rows) if R > 1 else rows[0]).view(R, C))
 
+    def decode_fixed(self, x: Tensor, layer: Tensor, slots: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """`decode` with shapes that do not depend on what the slots hold, as CUDA graphs need it.
+
+        x [R, C] for `slots` [R] of the cache's `layer`, at `positions` [R]; mask [R, 1, 1, span] from GPT.span_mask.
+        """
+        R, C = x.shape
+        q, k, v = self.c_attn(x).view(R, 3, self.n_head, self.head_size).unbind(1)  # each [R, H, D]
+        layer[slots, 0, :, positions], layer[slots, 1, :, positions] = k, v
+        past = layer[:, :, :, : mask.size(-1)].index_select(0, slots)  # [R, 2, H, span, D]
+        y = F.scaled_dot_product_attention(q[:, :, None], past[:, 0], past[:, 1], attn_mask=mask)  # [R, H, 1, D]
+        return cast(Tensor, self.c_proj(y.reshape(R, C)))
+
 
 class MLP(nn.Module):
     """Two linear layers, four times wider inside, with GPT-2's tanh GELU (Hendrycks & Gimpel 2016) between."""
@@ -339,6 +351,27 @@ class GPT(nn.Module):
         for slot in slots:
             cache.length[slot] += 1
         return self._logits(self.ln_f(x))[: len(slots)]
+
+    @staticmethod
+    def span_mask(positions: Tensor, span: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[R, 1, 1, span]: 0 up to each row's position, minus infinity beyond it."""
+        beyond = torch.arange(span, device=positions.device) > positions[:, None]  # [R, span]
+        return torch.zeros(beyond.shape, device=positions.device, dtype=dtype).masked_fill(beyond, -math.inf)[
+            :, None, None
+        ]
+
+    @torch.inference_mode()
+    def decode_fixed(self, ids: Tensor, cache: KVCache, slots: Tensor, positions: Tensor, span: int) -> Tensor:
+        """`decode` in tensors alone (ids, slots, positions [R] on the model's device): logits [R, N].
+
+        Every position must be below `span`. The cache's lengths are neither read nor changed.
+        """
+        x = self.wte(ids) + self._positions(0, self.config.block_size)[positions]  # [R, C]
+        mask = self.span_mask(positions, span, x.dtype)
+        for layer, block in zip(cache.layers, cast(Sequence[Block], self.h), strict=True):
+            x = x + block.attn.decode_fixed(block.ln_1(x), layer, slots, positions, mask)
+            x = x + block.mlp(block.ln_2(x))
+        return self._logits(self.ln_f(x))
 
     def use_plain_attention(self, plain: bool = True) -> None:
         """Switch every block to the reference attention (slow; for comparison) or back."""

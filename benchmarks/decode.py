@@ -1,12 +1,13 @@
 """Milliseconds a token while writing, beside transformers and CTranslate2; and what eight writers at once gain.
 
-    python benchmarks/decode.py --seconds 90
+    python benchmarks/decode.py --seconds 120
     python benchmarks/decode.py --model runs/sample/best --without-peers
     python benchmarks/decode.py --device cuda --streams 1 64
 
 The model is GPT-2's 124M shape with random weights unless --model names a folder; sampling as the defaults have it. A turn
-writes some tokens after a prompt of 64; the figure is the median gap between two tokens. The peers choose greedily, which
-costs them nothing. CTranslate2 reads the same model folder through its own converter.
+writes some tokens after a prompt of 64; the figure is the median gap between two tokens. The candidates take turns, and
+what is claimed are ratios within a round. The peers choose greedily, which costs them nothing; ours sample with the
+defaults. CTranslate2 reads the same model folder through its own converter.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import middle, report
+from common import middle, report, table
 
 Turn = Callable[[int], list[float]]  # writes so many tokens: the seconds between them
+Candidates = dict[str, tuple[Turn, Callable[[], float]]]  # by name: a turn, and the time to a long prompt's first token
+Rounds = dict[str, list[float]]  # by name: seconds, one figure a round
 PROMPT = 64
 FIRST = 512  # tokens of the prompt for the time to the first token
 REST = 0.4  # seconds between turns: the threads of a library spin for a while after its work, at the next one's cost
@@ -56,6 +59,7 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
     from sampling import Text, Writer
 
     model, tokenizer, _ = load_for_writing(folder, device=device, dtype=dtype)
+    tokenizer.eot = None  # no text ends before its time
     writer = Writer(model, streams)
     count = [0]
 
@@ -69,11 +73,11 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
 
     def turn(tokens: int) -> list[float]:
         for _ in range(streams):
-            text(PROMPT, tokens + 1)
+            text(PROMPT, tokens + streams + 1)  # the first ones write while the others are read
         while any(one.reading for one in writer.texts):
             writer.step()
         moments = [time.perf_counter()]
-        while len(writer.texts) == streams:
+        for _ in range(tokens):
             writer.step()
             moments.append(time.perf_counter())
         for one in list(writer.texts):
@@ -178,61 +182,101 @@ def convert(folder: Path, target: Path) -> list[str]:
     return found
 
 
+def candidates(args: argparse.Namespace, folder: Path, scratch: Path, kinds: Sequence[str], device: Any) -> Candidates:
+    """Everybody who takes turns, by name: ours in each number format and number of streams, then the peers."""
+    import torch
+
+    made: Candidates = {}
+    for kind in kinds:
+        for streams in args.streams:
+            made[f"ours {kind}, {streams} at once"] = our_turn(folder, kind, streams, args.device)
+    if args.without_peers:
+        return made
+    for kind in [kind for kind in kinds if kind not in ("int8", "float16")]:
+        made[f"transformers {kind}"] = transformers_turn(folder, kind, str(device))
+    if device.type == "cpu":
+        vocabulary = convert(folder, scratch / "converted")
+        for kind in ("float32", "int8"):
+            name = f"CTranslate2 {kind}"
+            made[name] = ctranslate2_turn(scratch / "converted", vocabulary, kind, torch.get_num_threads())
+    return made
+
+
+def take_turns(made: Candidates, seconds: float, tokens: int) -> tuple[Rounds, Rounds]:
+    """(seconds a step, seconds to the first token) of each candidate, a median or a figure each round."""
+    steps: Rounds = {name: [] for name in made}
+    firsts: Rounds = {name: [] for name in made}
+    for turn, first in made.values():
+        turn(4), first()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(firsts.values()))) < 3:
+        for name, (turn, first) in made.items():
+            time.sleep(REST)
+            steps[name].append(middle(turn(tokens)))
+            firsts[name].append(first())
+    return steps, firsts
+
+
+def compared(steps: Rounds, firsts: Rounds, usual: str, few: int, many: int) -> list[dict[str, Any]]:
+    """What is claimed, as ratios within a round; the median of the rounds. `usual`: the format that auto chooses."""
+    peer = "bfloat16" if usual == "bfloat16" else "float32"
+    ours, small = f"ours {usual}, {few} at once", f"ours int8, {few} at once"
+    asked = [
+        ("a token, beside CTranslate2 float32", steps, "CTranslate2 float32", ours, 1.0),
+        (f"a token, beside transformers {peer}", steps, f"transformers {peer}", ours, 1.4),
+        ("a token in int8, beside CTranslate2 int8", steps, "CTranslate2 int8", small, 1.5),
+        (f"first token of {FIRST}, beside transformers {peer}", firsts, f"transformers {peer}", ours, 1.0),
+    ]
+    rows: list[dict[str, Any]] = []
+    for what, times, theirs, mine, target in asked:
+        if theirs in times and mine in times:
+            ratio = middle([other / own for other, own in zip(times[theirs], times[mine], strict=True)])
+            rows.append({"what": what, "times as fast": ratio, "aim": target})
+    for kind in (usual, "int8"):
+        alone, together = f"ours {kind}, {few} at once", f"ours {kind}, {many} at once"
+        if few < many and alone in steps and together in steps:
+            pairs = zip(steps[alone], steps[together], strict=True)
+            ratio = middle([many / few * one / all_of_them for one, all_of_them in pairs])
+            row = {"what": f"{many} streams in {kind}, tokens/s beside {few}", "times as fast": ratio}
+            rows.append(row | {"aim": 5.0 if (few, many) == (1, 8) else None})
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; none: random weights in GPT-2's 124M shape")
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tokens", type=int, default=16, help="tokens a turn")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-peers", action="store_true")
     args = parser.parse_args(argv)
 
-    import torch
-
     from devices import native_bf16, pick_device
 
     device = pick_device(args.device)
-    kinds = ["float32", "float16", "int8"] + (["bfloat16"] if native_bf16(device) else [])
+    usual = "bfloat16" if native_bf16(device) else "float16"
+    kinds = ["float32", usual] + (["int8"] if device.type == "cpu" else [])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or random_folder(Path(scratch) / "model")
-        made: dict[str, tuple[Turn, Callable[[], float]]] = {}
-        for kind in kinds:
-            for streams in args.streams:
-                made[f"ours {kind}, {streams} at once"] = our_turn(folder, kind, streams, args.device)
-        if not args.without_peers:
-            for kind in [kind for kind in kinds if kind not in ("int8", "float16")]:
-                made[f"transformers {kind}"] = transformers_turn(folder, kind, str(device))
-            if device.type == "cpu":
-                vocabulary = convert(folder, Path(scratch) / "converted")
-                threads = torch.get_num_threads()
-                for kind in ("float32", "int8"):
-                    made[f"CTranslate2 {kind}"] = ctranslate2_turn(
-                        Path(scratch) / "converted", vocabulary, kind, threads
-                    )
-        spent: dict[str, list[float]] = {name: [] for name in made}
-        firsts: dict[str, list[float]] = {name: [] for name in made}
-        for turn, first in made.values():
-            turn(4), first()
-        end = time.perf_counter() + args.seconds
-        while time.perf_counter() < end or len(next(iter(firsts.values()))) < 3:
-            for name, (turn, first) in made.items():
-                time.sleep(REST)
-                spent[name] += turn(args.tokens)
-                firsts[name].append(first())
+        made = candidates(args, folder, Path(scratch), kinds, device)
+        steps, firsts = take_turns(made, args.seconds, args.tokens)
     rows: list[dict[str, Any]] = []
     for name in made:
         streams = int(name.split(", ")[1].split()[0]) if ", " in name else 1
         rows.append(
             {
                 "what": name,
-                "ms a step": middle(spent[name]) * 1000,
-                "tokens/s": streams / middle(spent[name]),
+                "ms a step": middle(steps[name]) * 1000,
+                "tokens/s": streams / middle(steps[name]),
                 f"first token of {FIRST}, ms": middle(firsts[name]) * 1000,
-                "steps": len(spent[name]),
+                "rounds": len(steps[name]),
             }
         )
-    report("decode", rows)
+    ratios = compared(steps, firsts, usual, min(args.streams), max(args.streams))
+    if ratios:
+        print(table(ratios), end="\n\n")
+    report(f"decode_{device.type}", rows, ratios=ratios)
     return 0
 
 

@@ -10,17 +10,13 @@ accelerator can lift the engine above this figure; it bounds what one process se
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
-from pathlib import Path
 
+from common import report
 from pydantic import Field
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from config import GenerationParams, ModelConfig, Strict, parse_flags, run_main  # noqa: E402
+from config import GenerationParams, ModelConfig, Strict, parse_flags, run_main
 
 
 class Args(Strict):
@@ -65,11 +61,9 @@ def _main(argv: list[str] | None) -> int:
     args = parse_flags(Args, argv)
     torch.set_num_threads(args.threads)
     speed, work = measure(args.texts, args.tokens)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(
-        f"{speed:,.0f} tokens/s; {1000 * work:.2f} ms of processor time a token, {1 / work:,.0f} tokens/s at most ({args.texts} texts of {args.tokens} tokens, "
-        f"{args.threads} thread, torch {torch.__version__}, commit {commit.strip() or 'unknown'})"
-    )
+    row = {"texts": args.texts, "tokens a text": args.tokens, "threads": args.threads, "tokens/s": speed}
+    row |= {"processor ms a token": 1000 * work, "tokens/s at most": 1 / work}
+    report("engine_ceiling", [row])
     return 0
 
 
