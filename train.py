@@ -292,7 +292,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
 
     from checkpoint import load_model, load_training, newest_checkpoint
     from dataset import Windows, training_batches
-    from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision
+    from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision, seed_dropout
     from optim import Optimizer, lr_scale
     from runlog import RunLog, announce, duration
     from runs import Progress, Saver, bits_per_byte, kept_batch, start_model, whole_model, wrapped
@@ -432,7 +432,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                 checkpoint()
                 saved_at = time.monotonic()
             tick = time.monotonic()
-            torch.manual_seed(step_seed(train.seed, progress.step, team.rank))
+            seed_dropout(device, step_seed(train.seed, progress.step, team.rank))
             scale = lr_scale(progress.step, total, train)
             optimizer.set_lr(scale)
             module.train()

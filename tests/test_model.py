@@ -162,6 +162,16 @@ def test_all_ignored_gives_zero() -> None:
     assert float(loss) == 0.0
 
 
+def test_a_compiled_step_is_one_graph() -> None:
+    """Nothing in the model or its loss sends the compiler back to Python, chunks and ignored targets included."""
+    model, x = tiny(dropout=0.1).train(), ids(2, 17)
+    y = x[:, 1:].clone()
+    y[0, 0] = -1
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(x[:, :-1].contiguous(), y)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_loss_equals_the_eager_one_without_recompiling() -> None:
     model, x = tiny(), ids(2, 17)
