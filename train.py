@@ -361,7 +361,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             log.say(
                 f"note: {state['world']} processes before, {team.size} now: sums are formed in another order from here on"
             )
-    elif team.leader:
+    if team.leader:  # of a resumed run, too: the next --resume goes on with the flags of this one
         replace_text(run / "config.toml", to_toml(config))
     save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
     for warning in warnings:
