@@ -51,6 +51,17 @@ bench-gpu: $(VENV)/dev      ## the same on an NVIDIA GPU: one text, and 64 at on
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/decode.py --device cuda --streams 1 64 --tokens 64 --seconds 60
 
+# GPU_PYTHON=python3: an interpreter that has the packages already, where the index cannot be reached
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## the GPU's tests and figures (about 8 minutes)
+	@if ! $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		echo "no NVIDIA GPU here: nothing was tested or measured"; exit 0; fi; \
+	code=0; \
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py || code=1; \
+	$(GPU_PYTHON) benchmarks/train_gpu.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) || code=1; \
+	$(GPU_PYTHON) benchmarks/decode.py --device cuda --streams 1 64 --seconds 45 || code=1; \
+	exit $$code
+
 local-aws: $(VENV)/base     ## gateway, Lambda and SageMaker's runtime on this machine
 	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL))
 

@@ -275,6 +275,8 @@ class Config(Strict):
     """One line for tables and --help."""
     data_folder: str = ""
     """In a run's config.toml: the prepared texts it was trained on."""
+    init_from: str = ""
+    """In a run's config.toml: the model whose weights it began with."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)

@@ -36,34 +36,40 @@ class TokenStream:
     def __init__(self, files: list[Path], lengths: list[int], dtype: str):
         self.files, self.dtype = files, np.dtype(dtype).newbyteorder("<")
         self.ends = np.cumsum([0, *lengths])  # shard k holds tokens ends[k] .. ends[k+1]-1
-        self._maps: dict[int, np.memmap] = {}
+        self._maps: dict[int, np.ndarray] = {}
         self._read = 0
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _shard(self, number: int) -> np.memmap:
-        if number not in self._maps:
-            self._maps[number] = np.memmap(self.files[number], dtype=self.dtype, mode="r")
+    def _shard(self, number: int) -> np.ndarray:
+        if (
+            number not in self._maps
+        ):  # a plain array over the mapping: slicing a memmap costs as much as copying a window
+            self._maps[number] = np.asarray(np.memmap(self.files[number], dtype=self.dtype, mode="r"))
         return self._maps[number]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop-1 as a new array; a range may cross shards."""
+        out = np.empty(max(0, stop - start), dtype=self.dtype)
+        self._fill(out, start)
+        return out
+
+    def _fill(self, out: np.ndarray, start: int) -> None:
+        """Copy the tokens from `start` on into all of `out`, of any integer type."""
+        done, stop = start, start + len(out)
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}..{stop} lie outside 0..{len(self)}")
-        out = np.empty(stop - start, dtype=self.dtype)
-        number = int(np.searchsorted(self.ends, start, side="right")) - 1
-        done = start
+        number = int(self.ends.searchsorted(start, side="right")) - 1
         while done < stop:
             first, last = int(self.ends[number]), int(self.ends[number + 1])
             upto = min(stop, last)
             out[done - start : upto - start] = self._shard(number)[done - first : upto - first]
             done, number = upto, number + 1
-        self._read += out.nbytes
+        self._read += len(out) * self.dtype.itemsize
         if self._read > REMAP_BYTES:
             self._maps.clear()
             self._read = 0
-        return out
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The tokens at `indices`, of any shape and order, as a new array of that shape."""
@@ -76,8 +82,10 @@ class TokenStream:
 
     def batch(self, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
         """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x."""
-        rows = np.stack([self.read(int(start), int(start) + block_size + 1) for start in starts])
-        tokens = torch.from_numpy(rows.astype(np.int64))
+        rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            self._fill(row, start)
+        tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -195,9 +203,15 @@ def training_batches(
         for x, y in read():
             yield (x, y) if device is None else (x.to(device), y.to(device))
         return
-    with prefetched(read, lambda pair: (pair[0].pin_memory(), pair[1].pin_memory())) as ready:
+    with prefetched(read, pinned) as ready:
         for x, y in ready:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def pinned(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The pair in page-locked memory, whole: columns of a wider matrix would be copied through ordinary memory again."""
+    x, y = pair
+    return x.contiguous().pin_memory(), y.contiguous().pin_memory()
 
 
 class prefetched:

@@ -116,6 +116,20 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generators that dropout on `device` draws from.
+
+    `torch.manual_seed` does it for every kind of device there is, and keeps a stack trace for each that is not in use:
+    a millisecond, in every step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 def device_name(device: torch.device) -> str:
     """What to call the device in logs: the GPU's name, or the processor's."""
     if device.type == "cuda":

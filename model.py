@@ -65,7 +65,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         grad_x = torch.empty_like(narrow) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        whole = x.device.type == "cpu" and bool((targets != IGNORE).all())  # a GPU would have to be waited for
+        # asked on CPUs only: the host would wait for a GPU in the middle of every step, and a compiled graph would end here
+        ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        whole = ask and bool((targets != IGNORE).all())
         buffer = torch.empty(min(chunk, x.size(0)), table.size(0), dtype=dtype, device=x.device)
         for start in range(0, x.size(0), chunk):
             part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
@@ -78,10 +80,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_x is None or grad_weight is None:
                 continue
             slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))  # softmax minus one-hot
+            thin, into = slope.to(dtype), grad_x[start : start + chunk]
+            torch.mm(thin, table[:used], out=into)
             if not whole:
-                slope *= (wanted != IGNORE)[:, None]
-            thin = slope.to(dtype)
-            torch.mm(thin, table[:used], out=grad_x[start : start + chunk])
+                counts = (wanted != IGNORE)[:, None]
+                into *= counts
+                part = part * counts
             if dtype == torch.float32:
                 grad_weight[:used].addmm_(thin.t(), part)
             else:

@@ -161,15 +161,20 @@ def too_large(
     fits = fitting_batch(model, train, world, room, precision, device)
     if fits:
         return text + f"try --train.batch-size {fits}"
-    for block in (1024, 512, 256, 128, 64):
-        smaller = model.model_copy(update={"block_size": block})
-        if block < model.block_size and fitting_batch(
-            smaller, train.model_copy(update={"tokens_per_step": 0}), 1, room, precision, device
-        ):
-            return text + f"try --model.block-size {block} --train.batch-size 1"
-    if world > 1:
-        return text + "try --train.parallel fsdp, or a smaller --model.n-embd"
-    return text + f"try --model.n-layer {max(1, model.n_layer // 2)} --model.n-embd {max(64, model.n_embd // 2)}"
+    if world > 1 and (fits := fitting_batch(model, train, world, room, precision, device, shards=world)):
+        return text + f"try --train.parallel fsdp --train.batch-size {fits}"
+    blocks = [model.block_size, *(block for block in (1024, 512, 256, 128, 64) if block < model.block_size)]
+    layers, heads = model.n_layer, model.n_head
+    while layers and heads:
+        for block in blocks:
+            shape = {"n_layer": layers, "n_head": heads, "n_embd": heads * model.head_size, "block_size": block}
+            smaller = model.model_copy(update=shape)
+            if memory_needed(smaller, train, 1, precision, device).total <= 0.9 * room:
+                changed = {name: value for name, value in shape.items() if value != getattr(model, name)}
+                flags = [f"--model.{name.replace('_', '-')} {value}" for name, value in changed.items()]
+                return text + " ".join(["try", *flags, "--train.batch-size 1"])
+        layers, heads = (0, 0) if layers == heads == 1 else (max(1, layers // 2), max(1, heads // 2))
+    return text + "too little for any model of this vocabulary: use a machine with more memory"
 
 
 def gigabytes(count: float) -> str:

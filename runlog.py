@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage import replace_text
+
 if TYPE_CHECKING:
     from dataset import TokenData
     from model import GPT
@@ -40,9 +42,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(draft, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def duration(seconds: float) -> str:
@@ -78,7 +78,8 @@ def line(values: Mapping[str, Any]) -> str:
 class RunLog:
     """Writes one run's records. `enabled=False` (ranks other than 0) makes every method a no-op.
 
-    done: steps a resumed run has behind it; what was recorded of later ones is dropped, as they come again.
+    done: steps a resumed run has behind it, -1 for one from the beginning; what was recorded of later ones is dropped, as
+    they come again.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class RunLog:
         enabled: bool = True,
         tensorboard: bool = True,
         wandb: str = "",
-        done: int = 0,
+        done: int = -1,
     ):
         self.folder, self.total, self.enabled = folder, total_steps, enabled
         self.started = time.monotonic()
@@ -100,14 +101,13 @@ class RunLog:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if done:
-            for name in (METRICS, SAMPLES):
-                keep_until(folder / name, done)
+        for name in (METRICS, SAMPLES):
+            keep_until(folder / name, done)
         if tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         if wandb:
             import wandb as client  # type: ignore[import-not-found, unused-ignore]
 

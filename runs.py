@@ -40,6 +40,7 @@ class Progress:
     stale: int = 0  # validation passes since the best one
     average: float = 0.0  # running average of the training loss (decay 0.98), uncorrected
     average_weight: float = 0.0
+    best_average: float = math.inf  # lowest running average
     epoch_loss: float = 0.0  # sum over the steps of the present epoch
     epoch_steps: int = 0
     best_epoch_loss: float = math.inf
@@ -57,6 +58,7 @@ class Progress:
         """Take in one step's loss."""
         self.average = 0.98 * self.average + 0.02 * loss
         self.average_weight = 0.98 * self.average_weight + 0.02
+        self.best_average = min(self.best_average, self.running_loss)
         self.epoch_loss += loss
         self.epoch_steps += 1
         self.losses.append(loss)
@@ -64,6 +66,22 @@ class Progress:
     def spike(self, loss: float) -> bool:
         """Whether a loss lies more than a nat above the running average, once that has settled (46 steps)."""
         return self.average_weight > 0.6 and loss > self.running_loss + 1.0
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None where it was stopped before its first one.
+
+    Raises CheckpointError where there are some and all are damaged: beginning anew would write over what can be saved.
+    """
+    from checkpoint import CHECKPOINT_NAME, CheckpointError, newest_checkpoint
+
+    found = newest_checkpoint(run)
+    if found is None and run.is_dir() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in run.iterdir()):
+        raise CheckpointError(
+            f"--resume: no checkpoint in {run} is whole: copy one back there, or go on from the weights of a model folder: "
+            f"--init-from {run / 'best'} with another --out"
+        )
+    return found
 
 
 def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
@@ -171,13 +189,14 @@ def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> lis
     ]
 
 
-def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, init_from: str) -> GPT:
-    """A new model of the right vocabulary, or the weights of `init_from` with this run's dropout and context."""
+def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
+    """A new model of the right vocabulary, or the weights of `config.init_from` with this run's dropout and context."""
     import torch
 
     from model import GPT
 
     torch.manual_seed(config.train.seed)
+    init_from = config.init_from
     if not init_from:
         return GPT(fitted(config.model, tokenizer))
     from checkpoint import fetch_model, load_model

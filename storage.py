@@ -93,6 +93,18 @@ def write_text(path: Path, content: Any) -> None:
         file.write(text)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: a full disk or a killed process leaves what was there before."""
+    draft = path.with_name(f"{path.name}.tmp")
+    try:
+        write_text(draft, text)
+        _sync(draft)
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError names a file that is missing or damaged."""
     try:

@@ -307,13 +307,13 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     """Train until an end is reached; returns the summary that is printed. `run` is locked by the caller."""
     import torch
 
-    from checkpoint import load_model, load_training, newest_checkpoint
+    from checkpoint import load_model, load_training
     from dataset import Windows, training_batches
-    from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision
+    from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision, seed_dropout
     from optim import Optimizer, clock_end, lr_scale
     from runlog import RunLog, announce, duration
-    from runs import Progress, Saver, bits_per_byte, kept_batch, start_model, whole_model, wrapped
-    from shards import write_whole
+    from runs import Progress, Saver, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
+    from storage import replace_text
     from tokenizer import load_tokenizer
 
     device, train = team.device, config.train
@@ -323,7 +323,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     progress, start = Progress(), None
     state: dict[str, Any] = {}
     if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        start = newest_checkpoint(run)
+        start = last_good(run)
     if start is not None:
         model, kept = load_model(start)
         if kept.fingerprint != tokenizer.fingerprint:
@@ -333,7 +333,10 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         state = load_training(start, verify=False)
         progress = Progress(**state["progress"])
     else:
-        model = start_model(config, data, tokenizer, args.init_from)
+        config = config.model_copy(update={"init_from": args.init_from or config.init_from})
+        model = start_model(config, data, tokenizer)
+        if args.resume:
+            warnings.append(f"no checkpoint in {run} yet: beginning anew")
     config = config.model_copy(update={"model": model.config})
     block = model.config.block_size
     batch = train.batch_size or state.get("batch", 0)
@@ -365,7 +368,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         enabled=team.leader,
         tensorboard=train.tensorboard,
         wandb=run.name if train.wandb else "",
-        done=progress.step,
+        done=progress.step if start else -1,
     )
     if start is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -375,8 +378,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             log.say(
                 f"note: {state['world']} processes before, {team.size} now: sums are formed in another order from here on"
             )
-    elif team.leader:
-        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if team.leader:  # of a resumed run, too: the next --resume goes on with the flags of this one
+        replace_text(run / "config.toml", to_toml(config))
     save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
     for warning in warnings:
         log.say(f"warning: {warning}")
@@ -451,7 +454,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                     train = train.model_copy(update={"max_steps": total, "max_minutes": 0.0})
                     save.config = config = config.model_copy(update={"train": train})
                     if team.leader:
-                        write_whole(run / "config.toml", to_toml(config))
+                        replace_text(run / "config.toml", to_toml(config))
                     log.say(f"step {progress.step}: the learning rate falls from here to the end, step {total}")
             reason = training_ends(train, progress, total, (now - began + elapsed_before) / 60, stop)
             timer = team.leader and 0 < train.checkpoint_minutes * 60 < now - saved_at
@@ -464,7 +467,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                 checkpoint()
                 saved_at = time.monotonic()
             tick = time.monotonic()
-            torch.manual_seed(step_seed(train.seed, progress.step, team.rank))
+            seed_dropout(device, step_seed(train.seed, progress.step, team.rank))
             scale = lr_scale(progress.step, total, train)
             optimizer.set_lr(scale)
             module.train()
@@ -496,6 +499,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                     "tokens": progress.windows * block,
                     "train_loss": sum(progress.losses) / len(progress.losses) if progress.losses else None,
                     "avg_loss": progress.running_loss if math.isfinite(progress.running_loss) else None,
+                    "best_avg_loss": progress.best_average if math.isfinite(progress.best_average) else None,
                     "lr": train.lr * scale,
                     "grad_norm": norm if math.isfinite(norm) else None,
                     "tokens_per_s": speed,

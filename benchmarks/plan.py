@@ -1,9 +1,10 @@
 """How near `train.py --plan` comes to the run it announces: memory and time of both, and their ratios.
 
-    python benchmarks/plan.py                                    # preset sample, two minutes
-    python benchmarks/plan.py --preset story-small --data data/novels --minutes 5
+    python benchmarks/plan.py                                    # three shapes, two minutes each
+    python benchmarks/plan.py --presets story-small --data data/novels --minutes 5
 
-The run gets as many steps as the plan thinks fit into the time. Use an idle machine: both measure what they find.
+Without --data the runs learn the sample stories in the tokenizer of each preset. A run gets as many steps as the plan thinks
+fit into the time. Use an idle machine: both measure what they find.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, report
 
-from config import Strict, parse_flags, preset_values, run_main  # noqa: E402
+from config import Strict, parse_flags, preset_values, run_main
 
 
 class Args(Strict):
-    """Compare a plan with its run."""
+    """Compare plans with their runs."""
 
-    preset: str = "sample"
-    """Preset to plan and to train."""
+    presets: tuple[str, ...] = ("sample", "shakespeare-char", "story-nano")
+    """Presets to plan and to train: small words, letters, GPT-2's vocabulary."""
     data: Path | None = None
-    """Folder written by prepare_data.py; none: the preset's own texts."""
+    """Folder written by prepare_data.py; none: the sample stories."""
     minutes: float = 2.0
-    """How long the run should take."""
+    """How long each run should take."""
 
 
 def seconds(text: str) -> float:
@@ -69,27 +70,44 @@ def train(words: list[str], steps: int, out: Path) -> tuple[float, float]:
     return usage.ru_maxrss * unit, seconds(re.findall(r" time=(\S+)", summary)[0])
 
 
-def body() -> int:
-    args = parse_flags(Args, None)
-    words = ["--preset", args.preset, *(["--data", str(args.data)] if args.data else [])]
-    if args.data is None and preset_values(args.preset).get("data", {}).get("source"):
-        subprocess.run([sys.executable, "prepare_data.py", "--preset", args.preset], cwd=ROOT, check=True)
+def prepared(preset: str, folder: Path) -> Path:
+    """The sample stories in the tokenizer of `preset`."""
+    kind = preset_values(preset).get("data", {}).get("tokenizer", "gpt2")
+    out = folder / f"data-{kind}"
+    if not out.exists():
+        words = ["prepare_data.py", "--preset", "sample", "--tokenizer", kind, "--out", str(out)]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    return out
+
+
+def compared(preset: str, data: Path, minutes: float, out: Path) -> list[dict[str, Any]]:
+    """Two rows, memory and time: what was planned, what the run took, and their ratio."""
+    words = ["--preset", preset, "--data", str(data)]
     guess = 10_000
     _, long = plan(words, guess)
-    steps = max(10, round(guess * args.minutes * 60 / long))
+    steps = max(10, round(guess * minutes * 60 / long))
     planned_bytes, planned_s = plan(words, steps)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        used_bytes, used_s = train(words, steps, Path(folder) / "run")
-    print(f"{'':<8} {'plan':>10} {'run':>10} {'plan / run':>11}")
-    print(
-        f"{'memory':<8} {planned_bytes / 1e6:>7.0f} MB {used_bytes / 1e6:>7.0f} MB {planned_bytes / used_bytes:>11.2f}"
-    )
-    print(f"{'time':<8} {planned_s:>8.0f} s {used_s:>8.0f} s {planned_s / used_s:>11.2f}")
+    used_bytes, used_s = train(words, steps, out)
+    pairs = {"memory, MB": (planned_bytes / 1e6, used_bytes / 1e6), "time, s": (planned_s, used_s)}
+    return [
+        {"preset": preset, "steps": steps, "what": what, "plan": planned, "run": used, "plan / run": planned / used}
+        for what, (planned, used) in pairs.items()
+    ]
+
+
+def body() -> int:
+    args = parse_flags(Args, None)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
+        for preset in args.presets:
+            data = args.data or prepared(preset, Path(scratch))
+            rows += compared(preset, data, args.minutes, Path(scratch) / f"run-{preset}")
+    report("plan", rows)
     return 0
 
 
 def main() -> int:
-    """Print both and their ratios; exit code 1 where the plan or the run fails."""
+    """Print plans, runs and their ratios; exit code 1 where one fails."""
     return run_main(body)
 
 

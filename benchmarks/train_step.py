@@ -29,25 +29,26 @@ SHAPES = {
 }
 
 
-def ours(shape: tuple[int, ...], precision: str, device: Any, compile: str) -> Callable[[], None]:
+def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> Callable[[], None]:
     """A step as train.py takes it."""
     import torch
 
-    from config import ModelConfig, TrainConfig
+    from config import Config, ModelConfig, TrainConfig
     from devices import Team
     from model import GPT
     from optim import Optimizer
+    from runs import wrapped
     from train import take_step
 
     n_layer, n_head, n_embd, block, vocab, batch = shape
     config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab, dropout=0.0)
     train = TrainConfig(max_steps=1000, compile="on" if compile else "off")
+    team = Team(0, 1, "none", device)
     model = GPT(config).to(device)
-    module: Any = torch.compile(model) if compile else model
+    module = wrapped(model, Config(model=config, train=train), team, device)
     optimizer = Optimizer(model, train)
     optimizer.set_lr(1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    team = Team(0, 1, "none", device)
     x, y = batch_of(vocab, batch, block, device)
 
     def step() -> None:
@@ -64,7 +65,7 @@ def batch_of(vocab: int, batch: int, block: int, device: Any) -> tuple[Any, Any]
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def transformers_step(shape: tuple[int, ...], precision: str, device: Any) -> Callable[[], None]:
+def transformers_step(shape: tuple[int, ...], precision: str, device: Any, compile: bool = False) -> Callable[[], None]:
     """transformers' GPT2LMHeadModel with torch's AdamW, as its Trainer runs it."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -84,12 +85,13 @@ def transformers_step(shape: tuple[int, ...], precision: str, device: Any) -> Ca
         use_cache=False,
     )
     model = GPT2LMHeadModel(config).to(device).train()
+    module: Any = torch.compile(model) if compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     x, _ = batch_of(vocab, batch, block, device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
-            loss = model(input_ids=x, labels=x).loss
+            loss = module(input_ids=x, labels=x).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -150,7 +152,7 @@ def candidate(name: str, args: argparse.Namespace, shape: tuple[int, ...], devic
 
         if device.type == "cpu":
             keep_memory()
-        return ours(shape, how[0], device, "on" if "compiled" in how else "")
+        return ours(shape, how[0], device, "compiled" in how)
     if who == "nanoGPT":
         return nanogpt_step(args.nanogpt, shape, device, "compiled" in how)
     return transformers_step(shape, how[0], device)

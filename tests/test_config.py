@@ -46,6 +46,35 @@ def test_ten_presets_load() -> None:
         assert load_config(name).description
 
 
+def story(n_layer: int, n_head: int, n_embd: int, block_size: int) -> dict:
+    """One of the TinyStories models: the shapes differ, the training is the same."""
+    return {
+        "model": dict(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            block_size=block_size,
+            vocab_size=50257,
+            dropout=0.1,
+            bias=True,
+            positions="learned",
+            tied_head=True,
+        ),
+        "train": dict(
+            lr=1e-4,
+            max_steps=20_000,
+            batch_size=32,
+            tokens_per_step=32 * 32 * block_size,
+            warmup_steps=1000,
+            schedule="cosine",
+            grad_clip=0.5,
+            patience=10,
+            precision="auto",
+        ),
+        "data": dict(source="tinystories", tokenizer="gpt2"),
+    }
+
+
 FIGURES = {
     "victorian": {
         "model": dict(n_layer=12, n_embd=768, n_head=12, block_size=2048, vocab_size=50304, dropout=0.2, bias=True),
@@ -65,23 +94,30 @@ FIGURES = {
         "model": dict(
             n_layer=2, n_head=4, n_embd=256, block_size=256, positions="sinusoidal", tied_head=False, bias=True
         ),
-        "train": dict(epochs=10, batch_size=8, lr=3e-4, schedule="cosine", log_interval=20, each_epoch=True),
-        "data": dict(tokenizer="bpe", vocab_size=5000),
+        "train": dict(
+            epochs=10,
+            batch_size=8,
+            lr=3e-4,
+            min_lr=0.0,
+            warmup_steps=0,
+            schedule="cosine",
+            grad_clip=1.0,
+            log_interval=20,
+            each_epoch=True,
+        ),
+        "data": dict(source="data/*.txt", tokenizer="bpe", vocab_size=5000),
     },
-    "story-nano": {"model": dict(n_layer=4, n_head=4, n_embd=128, block_size=64)},
-    "story-small": {
-        "model": dict(n_layer=6, n_head=6, n_embd=384, block_size=128, vocab_size=50257, dropout=0.1, bias=True),
-        "train": dict(lr=1e-4, max_steps=20_000, batch_size=32, tokens_per_step=32 * 32 * 128, grad_clip=0.5),
-    },
-    "story-medium": {"model": dict(n_layer=8, n_head=8, n_embd=512, block_size=256)},
-    "story-large": {"model": dict(n_layer=12, n_head=12, n_embd=768, block_size=512)},
+    "story-nano": story(4, 4, 128, 64),
+    "story-small": story(6, 6, 384, 128),
+    "story-medium": story(8, 8, 512, 256),
+    "story-large": story(12, 12, 768, 512),
     "shakespeare-char": {
-        "train": dict(batch_size=16, lr=1e-3, optimizer="adamw", max_steps=5000, eval_interval=100),
+        "train": dict(batch_size=16, lr=1e-3, optimizer="adamw", max_steps=5000, eval_interval=100, tokens_per_step=0),
         "data": dict(tokenizer="char", val_fraction=0.1),
     },
     "shakespeare-124m": {
-        "model": dict(n_layer=12, block_size=1024, vocab_size=50257),
-        "train": dict(schedule="onecycle", grad_clip=0.5, target_loss=0.1, max_steps=20_000),
+        "model": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257),
+        "train": dict(schedule="onecycle", optimizer="adamw", grad_clip=0.5, target_loss=0.1, max_steps=20_000),
     },
 }
 

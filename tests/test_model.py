@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from config import ModelConfig, load_config
+from helpers import ROOT
 from model import GPT, KVCache, LinearCrossEntropy, sinusoids
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=104, vocab_used=100)
@@ -41,6 +43,20 @@ def test_parameter_counts(preset: str, changes: dict, count: int) -> None:
     assert model.num_parameters() == count
     assert model.report()[-1] == ("total", count, 4 * count)
     assert sum(row[1] for row in model.report()[:-1]) == count
+
+
+def test_the_readme_tells_the_true_counts() -> None:
+    table = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(table) == 9
+    for name, row in table:
+        shape, context, vocabulary, parameters, _ = row.split(" | ")
+        config = load_config(name).model
+        stated = [int(number) for number in shape.split(", ")]
+        assert stated == [config.n_layer, config.n_head, config.n_embd] and int(context) == config.block_size
+        ids = 986 if name == "starter" else int(re.match(r"[\d,]+", vocabulary)[0].replace(",", ""))
+        with torch.device("meta"):
+            model = GPT(config.model_copy(update={"vocab_size": config.vocab_size or ids}))
+        assert model.num_parameters() == int(parameters.split(" at ")[0].replace(",", "")), name
 
 
 def test_untrained_loss_and_initialisation() -> None:
@@ -160,6 +176,16 @@ def test_all_ignored_gives_zero() -> None:
     model = tiny()
     loss = model(ids(2, 8), torch.full((2, 8), -1))
     assert float(loss) == 0.0
+
+
+def test_a_compiled_step_is_one_graph() -> None:
+    """Nothing in the model or its loss sends the compiler back to Python, chunks and ignored targets included."""
+    model, x = tiny(dropout=0.1).train(), ids(2, 17)
+    y = x[:, 1:].clone()
+    y[0, 0] = -1
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(x[:, :-1].contiguous(), y)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")

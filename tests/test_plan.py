@@ -56,6 +56,25 @@ def test_no_batch_fits() -> None:
             plan.largest_batch(GPT2, SETTINGS, 1024, 1, torch.device("cpu"), "fp32")
 
 
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("room", [0.5e9, 0.6e9, 0.8e9, 1.2e9, 2.4e9, 4e9, 20e9])
+def test_a_refusal_names_flags_that_fit(room: float, world: int) -> None:
+    """Each remedy a tighter place calls for: a smaller batch, shards, a shorter context, a smaller model; or none at all."""
+    model = GPT2.model_copy(update={"block_size": 2048})
+    text = plan.too_large(model, SETTINGS, 64, int(room), "fp32", "cpu", world)
+    least = ModelConfig(n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=50304)
+    if plan.memory_needed(least, SETTINGS, 1, "fp32", "cpu").total > 0.9 * room:
+        assert "use a machine with more memory" in text
+        return
+    remedy = text.split("try ")[1]
+    flags = {name.replace("-", "_"): int(value) for name, value in re.findall(r"--\w+\.([\w-]+) (\d+)", remedy)}
+    batch = flags.pop("batch_size")
+    shards = world if "--train.parallel fsdp" in remedy else 1
+    shape = ModelConfig(**model.model_dump() | flags)
+    assert plan.memory_needed(shape, SETTINGS, batch, "fp32", "cpu", shards).total <= 0.9 * room
+    assert shards == 1 or plan.memory_needed(model, SETTINGS, 1, "fp32", "cpu").total > 0.9 * room
+
+
 def test_automatic_batch_keeps_the_global_one() -> None:
     settings = TrainConfig(max_steps=1, batch_size=0, tokens_per_step=3 * 1024 * 8)
     batch = plan.fitting_batch(GPT2, settings, 1, 10**12, "bf16", "cuda")

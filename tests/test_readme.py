@@ -1,4 +1,7 @@
-"""Every command that the README shows runs; `make demo` and `make test` are run by CI and by hand."""
+"""Every command that the README shows runs; `make demo` and `make test` are run by CI and by hand.
+
+What trains or writes gets flags behind its own that make it small: shape, steps, tokens.
+"""
 
 from __future__ import annotations
 

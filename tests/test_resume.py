@@ -158,6 +158,61 @@ def test_the_scaler_goes_on_exactly(
     assert rows(out)[-1]["train_loss"] < rows(out)[0]["train_loss"]
 
 
+def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """From the same foreign weights, and without a trace of the first attempt in its records."""
+    origin, whole, out = tmp_path / "origin", tmp_path / "whole", tmp_path / "run"
+    assert run(tiny_data, origin, "--train.max-steps", "2", "--train.seed", "5") == 0
+    flags = [
+        "--init-from",
+        str(origin),
+        "--train.max-steps",
+        "6",
+        "--train.sample-interval",
+        "2",
+        "--train.tensorboard",
+    ]
+    assert run(tiny_data, whole, *flags, "--train.sample-tokens", "5") == 0
+    step, calls = train.take_step, itertools.count(1)
+
+    def crashing(*args: object) -> tuple[float, float, bool]:
+        if next(calls) == 4:
+            raise RuntimeError("the machine is gone")
+        return step(*args)
+
+    monkeypatch.setattr(train, "take_step", crashing)
+    assert run(tiny_data, out, *flags, "--train.sample-tokens", "5") == 1
+    assert rows(out)[-1]["step"] == 3 and not (out / "last").exists()
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert f"no checkpoint in {out} yet: beginning anew" in capsys.readouterr().err
+    assert_equal_runs(whole, out)
+    assert (whole / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(tiny_data, out, "--train.max-steps", "6", "--train.max-tokens", "256") == 0
+    file = out / "last/training_state.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert train.main(["--resume", "--out", str(out), "--train.max-tokens", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "training_state.safetensors is damaged" in said and f"no checkpoint in {out} is whole" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny_data: Path, tmp_path: Path, one_thread: None) -> None:
     out = tmp_path / "run"
     run(tiny_data, out, "--train.max-steps", "6")
@@ -173,6 +228,7 @@ def test_the_schedule_does_not_move(tiny_data: Path, tmp_path: Path, one_thread:
     assert rows(out)[-1]["lr"] == pytest.approx(1e-4)
     assert train.main(["--resume", "--out", str(out), "--train.max-tokens", "0"]) == 0
     assert len(rows(out)) == 20 and rows(out)[10]["lr"] > 1e-4
+    assert train.read_args(["--resume", "--out", str(out)])[1].train.max_tokens == 0  # kept for the next one
 
 
 def test_a_run_does_not_go_on_in_another_tokenizer(
@@ -303,17 +359,19 @@ def killed_session(words: list[str], out: Path, delay: float | None) -> bool:
             os._exit(code)
     if delay is not None:
         before = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
-        end = time.monotonic() + 60
-        while time.monotonic() < end and os.waitpid(child, os.WNOHANG)[0] == 0:
-            if (out / "metrics.jsonl").exists() and len(rows(out)) != before:
+        end = time.monotonic() + 300
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            late = time.monotonic() > end
+            if late or ((out / "metrics.jsonl").exists() and len(rows(out)) != before):
                 time.sleep(delay)
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
+                assert not late, "no step in five minutes"
                 return False
             time.sleep(0.002)
-        return True
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    else:
+        ended = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
     return True
 
 
@@ -321,6 +379,8 @@ def killed_session(words: list[str], out: Path, delay: float | None) -> bool:
 def test_killed_at_random_moments_ends_bitwise_equal(
     tiny_data: Path, tmp_path: Path, request: pytest.FixtureRequest, one_thread: None
 ) -> None:
+    import torch._dynamo  # noqa: F401 - which optimizers need: else every forked session would load it anew
+
     soak = float(request.config.getoption("--soak"))
     kills, steps = (20, 150) if not soak else (10_000, 10_000)
     flags = ["--train.max-steps", str(steps), "--train.checkpoint-interval", "3", "--train.keep-last", "2"]
@@ -328,14 +388,11 @@ def test_killed_at_random_moments_ends_bitwise_equal(
     if soak:  # where it will end is not known yet, and other schedules depend on that
         flags += ["--train.schedule", "constant"]
     rng, end = random.Random(int(soak)), time.monotonic() + soak
-    out, count, resuming = tmp_path / "killed", 0, False
+    out, count = tmp_path / "killed", 0
     while count < kills and (not soak or time.monotonic() < end):
-        words = ["--resume", "--out", str(out)] if resuming else command(tiny_data, out, *flags)[2:]
+        begun = (out / "config.toml").exists()  # perhaps killed before the first checkpoint, too
+        words = ["--resume", "--out", str(out)] if begun else command(tiny_data, out, *flags)[2:]
         finished = killed_session(words, out, rng.random() * 0.12)
-        resuming = resuming or newest_checkpoint(out) is not None
-        if not resuming:
-            for left in out.iterdir():  # killed before the first checkpoint: nothing to resume, so begin anew
-                left.unlink() if left.is_file() else None
         count += not finished
         if finished:
             break

@@ -212,6 +212,20 @@ def test_only_leftovers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
     assert (tmp_path / "last" / "config.json").read_text() == "new"
 
 
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.toml"
+    storage.replace_text(path, "old = 1\n")
+    assert path.read_text() == "old = 1\n" and [*tmp_path.iterdir()] == [path]
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"config\.toml could not be written: No space left"):
+        storage.replace_text(path, "new = 2\n")
+    assert path.read_text() == "old = 1\n" and [*tmp_path.iterdir()] == [path]
+
+
 def test_folders_that_hold_something_else_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "aunt.txt").write_text("Dear Aunt,")

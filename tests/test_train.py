@@ -557,6 +557,18 @@ def test_muon_and_the_other_schedules_train(tiny_data: Path, tmp_path: Path) -> 
         assert rows(out)[-1]["train_loss"] < rows(out)[0]["train_loss"]
 
 
+def test_the_lowest_average_so_far_is_logged(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([3.0, 2.0, 9.0, 9.0, 1.0, 1.0])
+    monkeypatch.setattr(train, "take_step", lambda *a: (next(losses), 1.0, True))
+    run(tiny_data, tmp_path / "a", "--train.max-steps", "6", "--train.eval-interval", "0")
+    averages = [row["avg_loss"] for row in rows(tmp_path / "a")]
+    assert [row["best_avg_loss"] for row in rows(tmp_path / "a")] == list(itertools.accumulate(averages, min))
+    assert averages[2] > averages[1]
+    assert f"best_avg_loss={min(averages):.4f}" in capsys.readouterr().err
+
+
 def test_the_running_average() -> None:
     from runs import Progress
 
