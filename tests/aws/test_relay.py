@@ -513,10 +513,11 @@ def test_prompts_and_texts_stay_out_of_the_logs(
 
 
 def test_limits_are_those_of_the_api() -> None:
-    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS
+    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS, STYLE_CHARACTERS
 
     fields = dict(GenerationParams.model_fields)
-    stop = fields.pop("stop")
+    stop, style = fields.pop("stop"), fields.pop("style")
+    assert STYLE_CHARACTERS in [getattr(part, "max_length", None) for part in style.metadata]
     assert set(LIMITS) == set(fields)
     kinds = {"ge": annotated_types.Ge, "gt": annotated_types.Gt, "le": annotated_types.Le, "lt": annotated_types.Lt}
     for name, field in fields.items():
