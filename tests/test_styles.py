@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -62,12 +63,9 @@ def data(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def styled() -> tuple[GPT, Tokenizer]:
-    """A random model with three styles, a context of 24 tokens, and a strong wish to write control ids."""
+    """A random model with three styles and a context of 24 tokens."""
     tokenizer = with_styles(tiny_tokenizer(), ["Ash", "Birch", "Charlotte Brontë"])
-    model = random_model(shape(tokenizer, padding=3), seed=3)
-    with torch.no_grad():
-        model.ln_f.bias.copy_(5 * model.wte.weight[list(tokenizer.styles.values())].mean(dim=0))
-    return model, tokenizer
+    return random_model(shape(tokenizer, padding=3), seed=3), tokenizer
 
 
 def documents(out: Path, split: str, eot: int) -> list[list[int]]:
@@ -408,9 +406,10 @@ def test_a_style_is_its_control_id_in_front_and_a_blend_the_mean_of_log_probabil
 def test_control_ids_are_never_written(style: str, styled: tuple[GPT, Tokenizer], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = styled
+    model, tokenizer = copy.deepcopy(styled)
     controls = set(tokenizer.styles.values())
     with torch.no_grad():
+        model.ln_f.bias.copy_(5 * model.wte.weight[list(controls)].mean(dim=0))
         share = model(torch.tensor([[0, 1, 2]]))[0].softmax(-1)[:, list(controls)].sum(-1)
     assert share.mean() > 0.2  # it wants to
     params = GenerationParams(**WRITE | {"temperature": 2.0}, style=style, max_tokens=300, n=2)

@@ -532,6 +532,17 @@ def test_limits_are_those_of_the_api() -> None:
     )
 
 
+def test_a_style_goes_through_the_gateway_to_the_model() -> None:
+    from limits import Refused, validate
+
+    checked = validate({"prompt": "It", "style": "ash:0.7,birch:0.3"}, 1000, 4, 24_000)
+    assert checked["style"] == "ash:0.7,birch:0.3"
+    for wrong in (3, None, "x" * 201, "a\nb", ["ash"]):
+        with pytest.raises(Refused, match="style must be a string of at most 200") as refused:
+            validate({"prompt": "It", "style": wrong}, 1000, 4, 24_000)
+        assert refused.value.error["param"] == "style"
+
+
 def test_the_package_needs_only_what_the_runtime_has() -> None:
     allowed = set(sys.stdlib_module_names) | {"boto3", "botocore", "limits", "wire"}
     for name in ("relay.py", "limits.py", "wire.py"):
