@@ -39,17 +39,17 @@ def dial(
     tokenizer: Tokenizer,
     texts: Iterable[Held],
     limit: int,
-    advance: Callable[[int], None] = lambda texts: None,
+    advance: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any] | None:
     """The table and its summary; None where no text has a style of the model.
 
     score: of ids [n] and a control id (-1: none) to put in front, the tally. limit: tokens scored of each text, from its
-    middle, where heads and contents are past. `advance` hears of each text.
+    middle, where heads and contents are past. `advance` hears of each text's bytes.
     """
     columns = {NONE: -1, **tokenizer.styles}
     rows: list[dict[str, Any]] = []
     for held in texts:
-        advance(1)
+        advance(len(held.text.encode()))
         if held.style not in tokenizer.styles:
             continue
         ids = tokenizer.encode_array(held.text).astype(np.int64)

@@ -355,7 +355,7 @@ def measure(folder: Path, flags: EvaluateFlags, texts: Texts, index: Index | Non
         "calibration": total.calibration(),
     }
     if tokenizer.styles and flags.style_tokens:
-        with Progress(f"styles of {folder}", len(rows)) as progress:
+        with Progress(f"styles of {folder}", size) as progress:
             report["dial"] = dial(
                 lambda ids, control: score(model, ids, stride, control),
                 tokenizer,

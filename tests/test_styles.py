@@ -21,6 +21,7 @@ from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
 from dataset import TokenData, Windows, plain_windows, training_batches, validation_batches
 from dial import summary
+from documents import Options, inspect
 from engine import Engine
 from generate import generate, main
 from helpers import TINY_FLAGS, nonsense
@@ -50,6 +51,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts["Ash_Odd_1839.txt"] = "She wrote <|ash|> and <|birch|> upon the wall.\n" + nonsense(300, seed=8)
     texts |= {f"Birch_Tale{n}_18{n}2.txt": nonsense(700, seed=10 + n) for n in range(3)}
     texts |= {"Cedar_One_1855.txt": nonsense(400, seed=20), "anonymous.txt": nonsense(350, seed=21)}
+    texts = {name: text.replace("\n", "\n\n") for name, text in texts.items()}  # paragraphs, where a text may be cut
     return write(tmp_path_factory.mktemp("library"), texts)
 
 
@@ -248,6 +250,8 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     assert run(*flags, "--workers", 2) == 0
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "out", split), tokens(data, split))
+    cuts = [len(inspect(path, path.name, Options()).cuts) for path in library.glob("Ash_Tale*")]
+    assert min(cuts) > 2  # each of these came in pieces
 
 
 def test_more_styles_than_ids_keep_the_largest_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

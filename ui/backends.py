@@ -13,7 +13,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -104,7 +104,7 @@ class Backend(Protocol):
 
     place: Place
     name: str
-    styles: Sequence[str]
+    styles: list[str]
     """What `GenerationParams.style` can name; empty where the model has none, or where nobody tells."""
 
     def write(self, prompt: str, params: GenerationParams) -> Writing: ...
