@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from config import ConfigError, GenerationParams, Strict
+from config import ConfigError, GenerationParams, Strict, StyleText
 
 PREFIX = "VLG_"  # of the environment variables
 
@@ -349,6 +349,8 @@ class CompletionBody(Body):
     """Makes the text reproducible."""
     stop: StopOrNull = Field(None, max_length=16)
     """Strings that end the text; they are not part of it."""
+    style: StyleText | None = Field("", max_length=200)
+    """A style of this model (see /v1/models), or several, like `dickens:0.7,austen:0.3`."""
     stream: bool | None = False
     """Send the text as it is written."""
     stream_options: StreamOptions | None = None
@@ -498,6 +500,8 @@ class ModelReply(Reply):
     owned_by: str
     max_model_len: int
     """Context in tokens."""
+    styles: list[str]
+    """What `style` can name; empty where the model has none."""
 
 
 class ModelList(Reply):
@@ -573,6 +577,8 @@ class HealthReply(Reply):
     """Tokens."""
     vocabulary: int
     parameters: int
+    styles: list[str]
+    """What `style` can name."""
     running: int
     waiting: int
     uptime_s: float

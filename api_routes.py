@@ -234,6 +234,7 @@ def add_status(app: FastAPI, service: Service) -> None:
                 "context": engine.context,
                 "vocabulary": engine.tokenizer.vocab_size,
                 "parameters": service.parameters,
+                "styles": engine.styles,
                 "running": stats.get("running", 0),
                 "waiting": stats.get("waiting", 0),
                 "uptime_s": round(time.time() - service.started, 1),
@@ -415,6 +416,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
             "created": created,
             "owned_by": "local",
             "max_model_len": engine.context,
+            "styles": engine.styles,
         }
 
     @app.get("/v1/models", response_model=m.ModelList, responses=errors(401, 503), tags=["openai"])

@@ -208,6 +208,7 @@ class Service:
         ApiError: 503 not ready, 429 queue full, 400 a prompt the model cannot read.
         """
         from engine import EngineError, QueueFull
+        from tokenizer import StyleError
 
         engine = self.ready()
         self.check_prompt(prompt, param)
@@ -228,6 +229,8 @@ class Service:
             raise queue_full(error.retry_after) from None
         except EngineError:
             raise shutting_down() from None
+        except StyleError as error:
+            raise bad_value(str(error), "style", "unknown_style") from None
         except ValueError as error:
             raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from None
         run = Run(job, params, request_id, on_first=self.metrics.first.observe, on_end=self._ended)

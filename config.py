@@ -13,16 +13,19 @@ import dataclasses
 import math
 import sys
 import tomllib
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
 GPT2_TOKENS = 50257  # ids of the GPT-2 tokenizer, end-of-text included
+GPT2_ROWS = 50304  # its vocabulary padded to a multiple of 128: the ids between are free for styles
+BLEND = 4  # styles that one text can blend
 
 
 class ConfigError(ValueError):
@@ -135,6 +138,8 @@ class DataConfig(Strict):
     """Put right UTF-8 that was read as Windows-1252, like â€œ for “."""
     drop_duplicates: bool = False
     """Keep each text once; a copy of a validation text is dropped from training."""
+    control: str = Field("", max_length=1000)
+    """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see styles.py)."""
 
 
 class TrainConfig(Strict):
@@ -239,6 +244,46 @@ class TrainConfig(Strict):
         return found
 
 
+def style_name(text: str) -> str:
+    """How a style is called: small letters and digits without accents, joined by hyphens. `Henry James` is `henry-james`."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    return "-".join("".join(c if c.isalnum() else " " for c in plain).split())
+
+
+def style_blend(text: str) -> dict[str, float]:
+    """`dickens:0.7,austen:0.3` -> each style's share; they sum to 1, and a name without a weight weighs 1.
+
+    Raises ValueError saying what is wrong.
+    """
+    shares: dict[str, float] = {}
+    parts = [part for part in text.split(",") if part.strip()]
+    for part in parts:
+        name, colon, weight = part.partition(":")
+        try:
+            share = float(weight) if colon else 1.0
+        except ValueError:
+            share = 0.0
+        if not style_name(name) or not 0 < share < math.inf:
+            raise ValueError(
+                f"style {part.strip()!r}: write NAME or NAME:WEIGHT with a weight above 0, like dickens:0.7"
+            )
+        shares[style_name(name)] = shares.get(style_name(name), 0.0) + share
+    if len(shares) > BLEND:
+        raise ValueError(f"style {text!r}: {len(shares)} styles, at most {BLEND} can be blended: leave some out")
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
+
+
+def _blendable(text: str) -> str:
+    """For validators: `text` itself if it can name styles."""
+    text.encode()  # half a surrogate pair is no text: UnicodeEncodeError is a ValueError
+    style_blend(text)
+    return text
+
+
+StyleText = Annotated[str, AfterValidator(_blendable)]
+
+
 class GenerationParams(Strict):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
@@ -266,6 +311,8 @@ class GenerationParams(Strict):
     """Strings that end the text; they are not part of it."""
     keep: int = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
+    style: StyleText = Field("", max_length=200)
+    """Manner of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; empty: none."""
 
 
 class Config(Strict):

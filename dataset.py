@@ -6,6 +6,8 @@
 
 The position in the data is one integer, the number of windows used so far: window number `i` of a run is always the
 same, on any number of devices, so saving the position is saving that integer.
+
+Where `prepare_data.py --control` has put control ids before the documents, each window begins with its document's.
 """
 
 from __future__ import annotations
@@ -30,8 +32,41 @@ class DataError(ValueError):
     """Prepared data that cannot be used; the message names the file and the remedy."""
 
 
+def plain_windows(starts: np.ndarray) -> np.ndarray:
+    """Which training windows, bool [len(starts)], are read without styles: an eighth of them, told by where they start.
+
+    From those the model learns to write in no style in particular (Ho & Salimans 2021, section 3.2).
+    """
+    return (starts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(61) == 0
+
+
+class Documents:
+    """Where the documents of a stream begin, and the control id of each one's style; read once, a second a GB."""
+
+    def __init__(self, stream: TokenStream, lowest: int, eot: int | None):
+        """lowest: the first control id; all ids from there on are styles."""
+        found = [np.zeros(1, dtype=np.int64)]
+        for first in range(0, len(stream), 1 << 22):
+            part = stream.read(first, min(first + (1 << 22), len(stream)))
+            found.append(np.flatnonzero(part >= lowest) + first)
+            if eot is not None:
+                found.append(np.flatnonzero(part == eot) + first + 1)
+        begins = np.unique(np.concatenate(found))
+        self.begins = begins[begins < len(stream)]
+        ids = stream.take(self.begins).astype(np.int64)
+        self.styles = np.where(ids >= lowest, ids, -1)
+        self.lowest = lowest
+
+    def style_at(self, places: np.ndarray) -> np.ndarray:
+        """The control id of the document that each of `places` lies in, -1 for none, int64 of their shape."""
+        return self.styles[np.searchsorted(self.begins, places, side="right") - 1]
+
+
 class TokenStream:
     """The tokens of one split: its shard files read as one sequence through memory maps."""
+
+    documents: Documents | None = None
+    """Where there are styles: which document has which."""
 
     def __init__(self, files: list[Path], lengths: list[int], dtype: str):
         self.files, self.dtype = files, np.dtype(dtype).newbyteorder("<")
@@ -80,11 +115,34 @@ class TokenStream:
             out[here] = self._shard(number)[indices[here] - int(self.ends[number])]
         return out
 
-    def batch(self, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-        """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x."""
+    def plain(self, start: int, length: int, lowest: int) -> np.ndarray:
+        """`length` tokens below `lowest` from `start` on, or where the stream ends before, up to its end."""
+        stop = start + length
+        while True:
+            row = self.read(start, stop)
+            row = row[row < lowest]
+            missing = length - len(row)
+            if missing <= 0 or (start, stop) == (0, len(self)):
+                return row[:length]
+            start, stop = max(0, start - max(0, stop + missing - len(self))), min(len(self), stop + missing)
+
+    def batch(self, starts: np.ndarray, block_size: int, plain: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x.
+
+        Where there are styles, the first token of a window is the control id of the style that its document has: a
+        window is a piece out of a document, and the id before that is far away. plain: windows that are read without
+        any control id, bool [len(starts)]; none if not given.
+        """
         rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             self._fill(row, start)
+        if self.documents is not None:
+            styles = self.documents.style_at(starts)
+            for at in np.flatnonzero(plain) if plain is not None else ():
+                free = self.plain(int(starts[at]), block_size + 1, self.documents.lowest)
+                if len(free) == block_size + 1:
+                    rows[at], styles[at] = free, -1
+            rows[styles >= 0, 0] = styles[styles >= 0]
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -109,6 +167,12 @@ class TokenData:
         streams = [
             cls._stream(folder, manifest, split, verify) for split in (manifest.splits.train, manifest.splits.val)
         ]
+        if styles := manifest.tokenizer.styles:
+            from tokenizer import load_tokenizer
+
+            eot = load_tokenizer(folder).eot
+            for stream in streams:
+                stream.documents = Documents(stream, min(styles.values()), eot)
         return cls(folder, manifest, streams[0], streams[1])
 
     @staticmethod
@@ -196,7 +260,8 @@ def training_batches(
         while True:
             for micro in range(micro_steps):
                 at = step_first + rank * share + micro * batch_size
-                yield stream.batch(windows.starts(at, batch_size), windows.block_size)
+                starts = windows.starts(at, batch_size)
+                yield stream.batch(starts, windows.block_size, plain_windows(starts))
             step_first += world * share
 
     if device is None or device.type != "cuda":

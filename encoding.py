@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,19 +84,24 @@ def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
 
 
 def encode(
-    tasks: list[Task], options: Options, tokenizer: tuple[str, str], roles: np.ndarray, cut: int | None
+    tasks: list[Task],
+    options: Options,
+    tokenizer: tuple[str, str],
+    roles: np.ndarray,
+    cut: int | None,
+    styles: np.ndarray | None = None,
 ) -> Encoded:
-    """The tokens of `tasks`, end-of-text after each document. Runs in a worker.
+    """The tokens of `tasks`, end-of-text after each document and before it the control id of its style. Runs in a worker.
 
     tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. roles: of their documents, from the first on,
-    TRAIN, VAL or DROP. cut: where training ends, in characters from the first task's begin, when one document is split
+    TRAIN, VAL or DROP. styles: a control id for each that begins here and has a style, else -1. cut: where training ends, in characters from the first task's begin, when one document is split
     by position. Raises DocumentError for a text that cannot be read or holds characters the tokenizer lacks.
     """
     coder = _tokenizer(*tokenizer)
     end = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
     parts: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
     made = Encoded({}, size=sum(task.size for task in tasks))
-    first = tasks[0].document
+    first, begun = tasks[0].document, -1
     for task in tasks:
         for piece in task.read(options):
             role = roles[piece.document - first]
@@ -112,6 +118,11 @@ def encode(
                 pairs = [("train", piece.text[:at]), ("val", piece.text[at:])]
             for name, text in pairs:
                 if text:
+                    if styles is not None and piece.document != begun and styles[piece.document - first] >= 0:
+                        parts[name].append(
+                            styles[piece.document - first : piece.document - first + 1].astype(coder.dtype)
+                        )
+                    begun = piece.document
                     try:
                         parts[name].append(coder.encode_array(text))
                     except TokenizerError as error:
@@ -169,6 +180,15 @@ def _tokenizer(where: str, fingerprint: str) -> Tokenizer:
     return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
 
 
+class Batch(NamedTuple):
+    """What a worker encodes at a time."""
+
+    tasks: list[Task]
+    roles: np.ndarray
+    cut: int | None
+    styles: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Work:
     """What is to be written: the documents, how they are read, and which of them validate."""
@@ -179,18 +199,27 @@ class Work:
     """TRAIN, VAL or DROP, uint8 [documents]."""
     cuts: Sequence[int]
     """Where training ends when the only document is split by position, in characters from each batch on; else empty."""
+    styles: np.ndarray | None = None
+    """The control id of each document's style, -1 for none, int64 [documents]; None: no styles."""
 
-    def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[list[Task], np.ndarray, int | None]]:
-        """Each batch with its part of `roles` and its cut. part: (i, n) takes the i-th of n parts, from 0."""
+    def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Each batch with its part of `roles`, its cut and its styles. part: (i, n) takes the i-th of n parts, from 0."""
+        before = -1
         for number, tasks in enumerate(batches(share(self.corpus.tasks(), *part))):
-            last = tasks[-1]
-            roles = self.roles[tasks[0].document : last.document + last.documents]
-            yield tasks, roles, self.cuts[number] if self.cuts else None
+            first, last = tasks[0].document, tasks[-1]
+            stop = last.document + last.documents
+            styles = None
+            if self.styles is not None:
+                styles = self.styles[first:stop].copy()
+                if first == before:
+                    styles[0] = -1  # it has begun in the batch before
+            yield Batch(tasks, self.roles[first:stop], self.cuts[number] if self.cuts else None, styles)
+            before = last.document + last.documents - 1
 
     def training_texts(self) -> Iterator[str]:
         """The text that trains, or BPE_BYTES of it taken evenly, read in this process."""
         step = max(1, round(self.corpus.size / BPE_BYTES))
-        for tasks, roles, cut in islice(self.batches(), 0, None, step):
+        for tasks, roles, cut, _ in islice(self.batches(), 0, None, step):
             for task in tasks:
                 for piece in task.read(self.options):
                     if cut is not None:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,7 @@ from config import GenerationParams
 from generate import encode_prompt, prompt_window
 from model import GPT
 from sampling import CHUNK, Event, Result, Text, Writer, fresh_seed
-
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
+from tokenizer import StyleError, Tokenizer
 
 __all__ = ["Engine", "EngineError", "Event", "Job", "QueueFull", "Result", "TokenScore"]
 
@@ -81,7 +79,10 @@ class Job:
         truncated: bool,
         deadline_s: float | None,
         logprobs: int | None,
+        width: int,
     ):
+        """width: slots that a sample takes, one for each style of a blend."""
+        self.width = width
         self.id, self.seed, self.truncated, self.prompt_tokens = id, seed, truncated, len(ids)
         self.ids, self.params, self.logprobs = ids, params, logprobs
         self.submitted = time.monotonic()
@@ -233,6 +234,11 @@ class Engine:
         return engine
 
     @property
+    def styles(self) -> list[str]:
+        """Names of the styles that the model can write in."""
+        return list(self.tokenizer.styles)
+
+    @property
     def context(self) -> int:
         """Tokens the model sees at once."""
         return self.model.config.block_size
@@ -252,7 +258,12 @@ class Engine:
         """
         if params.max_tokens > self.max_tokens_limit:
             raise ValueError(f"max_tokens {params.max_tokens} exceeds the limit of {self.max_tokens_limit}: lower it")
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = encode_prompt(self.tokenizer, prompt, params.style)
+        width = max(1, len(self.tokenizer.blend(params.style)))
+        if width > self.slots:
+            raise StyleError(
+                f"style {params.style!r} takes {width} slots a text and there are {self.slots}: blend fewer"
+            )
         if len(ids) > self.prompt_limit_tokens:
             raise ValueError(f"prompt: {len(ids)} tokens exceed the limit of {self.prompt_limit_tokens}: shorten it")
         if logprobs is not None and not 0 <= logprobs <= self.tokenizer.vocab_size:
@@ -268,6 +279,7 @@ class Engine:
             truncated=truncated,
             deadline_s=deadline_s,
             logprobs=logprobs,
+            width=width,
         )
         with self._changed:
             if self._closing is not None:
@@ -419,6 +431,8 @@ class Engine:
             if not open_jobs:
                 return
             job = min(open_jobs, key=lambda job: job.started - job.ended)
+            if len(self._writer.free) < job.width:  # nobody overtakes a blend of styles
+                return
             text = Text(
                 self.tokenizer,
                 job.ids,

@@ -23,8 +23,9 @@ import numpy as np
 from pydantic import Field
 
 from catalogue import HEAD, Catalogue, author_of
-from config import ROOT, ConfigError, GenerationParams, Strict, parse_flags, run_main
+from config import ROOT, ConfigError, GenerationParams, Strict, parse_flags, run_main, style_name
 from measures import Tally, bleu, distinct, repetition, self_bleu
+from style_report import dial
 from workers import Progress
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ with warnings.catch_warnings():
         """Length from which a passage counts as copied; 0: 12 tokens, 50 for one id a character."""
         device: str = "auto"
         """auto, cpu, cuda, cuda:N or mps."""
+        style_tokens: int = Field(4096, ge=0)
+        """Of a model with styles: tokens of each text scored under every style; 0: no table of styles."""
         dtype: Literal["float32", "bfloat16"] = "float32"
         """Number format of the weights."""
         json: bool = False  # type: ignore[assignment]
@@ -87,6 +90,8 @@ class Held:
     name: str
     author: str
     text: str
+    style: str = ""
+    """What prepare_data.py --control has marked it with."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,14 @@ def prepared_texts(folder: Path) -> Iterator[Held]:
             begins += (np.flatnonzero(part == tokenizer.eot) + first + 1).tolist()
     if begins[-1] < len(stream):
         begins.append(len(stream))
+    names = {number: style for style, number in tokenizer.styles.items()}
     catalogue = Catalogue.load(folder)
     known = catalogue is not None and catalogue.count("val") == len(begins) - 1
     for number, (start, stop) in enumerate(pairwise(begins)):
-        text = tokenizer.decode(stream.read(start, stop).tolist())
+        ids = stream.read(start, stop).tolist()
+        text = tokenizer.decode(ids)
         name = catalogue.name("val", number) if catalogue is not None and known else f"document {number + 1}"
-        yield Held(name, author_of(name, text), text)
+        yield Held(name, author_of(name, text), text, names.get(ids[0], ""))
 
 
 def file_texts(inputs: Sequence[str]) -> Iterator[Held]:
@@ -140,7 +147,8 @@ def file_texts(inputs: Sequence[str]) -> Iterator[Held]:
         for number, text in _whole(file.tasks(0), Options()):
             if text.strip():
                 own = name if path.suffix.lower() == ".txt" else f"{name}, row {number + 1}"
-                yield Held(own, author_of(own, head or text), text)
+                author = author_of(own, head or text)
+                yield Held(own, author, text, style_name(author))
 
 
 def _whole(tasks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:
@@ -166,10 +174,11 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         scored, start = stop + 1, start + stride
 
 
-def score(model: GPT, ids: np.ndarray, stride: int) -> Tally:
+def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> Tally:
     """Tokens 1.. of `ids` scored by a window that moves on by `stride`; counts tokens, not bytes or words.
 
     Each token has the context that fits: `start`..itself in the first window, at least block_size - stride later.
+    control: an id to stand in the first place of every window; -1: none.
     """
     import torch
 
@@ -179,6 +188,8 @@ def score(model: GPT, ids: np.ndarray, stride: int) -> Tally:
 
     def run() -> None:
         batch = np.stack([ids[start : stop + 1] for start, stop, _ in waiting]).astype(np.int64)
+        if control >= 0:
+            batch[:, 0] = control
         tokens = torch.from_numpy(batch).to(device)
         logits = model(tokens[:, :-1])  # [rows, T, N]
         for row, (_, _, first) in enumerate(waiting):
@@ -343,6 +354,15 @@ def measure(folder: Path, flags: EvaluateFlags, texts: Texts, index: Index | Non
         "documents": rows,
         "calibration": total.calibration(),
     }
+    if tokenizer.styles and flags.style_tokens:
+        with Progress(f"styles of {folder}", size) as progress:
+            report["dial"] = dial(
+                lambda ids, control: score(model, ids, stride, control),
+                tokenizer,
+                texts,
+                flags.style_tokens,
+                progress.add,
+            )
     if flags.samples:
         report["written"] = written(model, tokenizer, flags, texts, index)
     return report

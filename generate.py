@@ -2,6 +2,7 @@
 
     python generate.py --prompt "The old house stood"                 # the newest model
     python generate.py --model runs/novels/best --prompt "It was" --n 3 --seed 7
+    python generate.py --prompt "It was" --style dickens:0.7,austen:0.3       # a model trained with styles
     echo "My dear Sister," | python generate.py --max-tokens 400 > letter.txt
     python generate.py --interactive
 
@@ -45,22 +46,26 @@ any text           goes to the end of the story, and the model writes on (\\n is
 /help              this list                      /quit    end (Ctrl-C stops a piece, then ends)"""
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """The prompt's ids, at least one: an empty prompt is the tokenizer's start. ValueError for ids it does not have."""
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], style: str = "") -> list[int]:
+    """The prompt's ids: of an empty one the tokenizer's start, or none where a style begins the text.
+
+    ValueError for ids that the tokenizer does not have, and for such a style.
+    """
+    styled = bool(tokenizer.blend(style))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     size = tokenizer.vocab_size
     for id in ids:
         if not 0 <= id < size:
             raise ValueError(f"prompt: id {id} is not among the tokenizer's {size} (0 to {size - 1})")
-    return ids or [tokenizer.start]
+    return ids if ids or styled else [tokenizer.start]
 
 
 def prompt_window(ids: Sequence[int], context: int, params: GenerationParams) -> tuple[list[int], bool]:
     """(what is read of a prompt, whether it was cut): its end, behind the `keep` first tokens of its opening.
 
-    A quarter of the context, or max_tokens if that is less, stays free for writing.
+    A quarter of the context, or max_tokens if that is less, stays free for writing, and a place for the style.
     """
-    room = context - min(params.max_tokens, context // 4)
+    room = context - min(params.max_tokens, context // 4) - bool(params.style.strip(" ,"))
     if len(ids) <= room:
         return list(ids), False
     keep = min(params.keep, room // 2)
@@ -92,14 +97,16 @@ def stream(
 
     context = model.config.block_size
     seed = fresh_seed() if params.seed is None else params.seed
-    ids, _ = prompt_window(encode_prompt(tokenizer, prompt), context, params)
+    ids, _ = prompt_window(encode_prompt(tokenizer, prompt, params.style), context, params)
+    width = max(1, len(tokenizer.blend(params.style)))  # slots a text
     with dropout_off(model):
-        writer = writer or Writer(model, min(params.n, SIDE_BY_SIDE))
+        if writer is None or len(writer.free) < width:
+            writer = Writer(model, min(params.n, SIDE_BY_SIDE) * width)
         waiting = iter(range(params.n))
         seq = 0
         try:
             while True:
-                while writer.free and (index := next(waiting, None)) is not None:
+                while len(writer.free) >= width and (index := next(waiting, None)) is not None:
                     writer.add(Text(tokenizer, ids, params, seed=seed, index=index, context=context, logprobs=logprobs))
                 if not writer.texts:
                     return
@@ -119,7 +126,8 @@ def blank_results(
     """A result for each sample, of which nothing is written yet; params.seed must be set."""
     from sampling import Result
 
-    ids, truncated = prompt_window(encode_prompt(tokenizer, prompt), model.config.block_size, params)
+    ids = encode_prompt(tokenizer, prompt, params.style)
+    ids, truncated = prompt_window(ids, model.config.block_size, params)
     return [Result("", "cancelled", 0, [], params.seed or 0, len(ids), truncated) for _ in range(params.n)]
 
 
@@ -488,10 +496,17 @@ def write(argv: list[str]) -> int:
     params = GenerationParams(**{name: getattr(args, name) for name in PARAMS})
     prompt = "" if args.interactive or args.creative else read_prompt(args)
     from quantize import load_for_writing
+    from tokenizer import StyleError
 
     model, tokenizer, remark = load_for_writing(folder, device=args.device, dtype=args.dtype)
     if remark:
         say(remark)
+    if not params.style and tokenizer.styles and sys.stderr.isatty():
+        say(f"--style chooses the manner: {', '.join(tokenizer.styles)}")
+    try:
+        tokenizer.blend(params.style)
+    except StyleError as error:
+        raise ConfigError([f"--{error}"]) from None
     pen = Pen(model, tokenizer)
     if args.interactive:
         from sampling import Writer

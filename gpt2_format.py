@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,13 +162,18 @@ def gpt2_config(config: ModelConfig, tokenizer: Tokenizer, card: Mapping[str, An
     }
 
 
-def generation_config(params: GenerationParams, eot: int | None) -> dict[str, Any]:
-    """`generation_config.json`: how transformers and vLLM sample from this model unless told otherwise."""
+def generation_config(params: GenerationParams, eot: int | None, controls: Iterable[int] = ()) -> dict[str, Any]:
+    """`generation_config.json`: how transformers and vLLM sample from this model unless told otherwise.
+
+    transformers never writes the `controls`. vLLM does not look at `suppress_tokens`; it leaves them out of the text as
+    special tokens, and training makes them improbable.
+    """
     values: dict[str, Any] = {"max_new_tokens": max(1, params.max_tokens), "do_sample": params.temperature > 0}
     if params.temperature > 0:
         values |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         values |= {"min_p": params.min_p} if params.min_p else {}
     values["repetition_penalty"] = params.repetition_penalty
+    values |= {"suppress_tokens": sorted(controls)} if controls else {}
     return values if eot is None else values | {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
 
 
@@ -182,6 +187,14 @@ def model_card(name: str, config: ModelConfig, tokenizer: Tokenizer, card: Mappi
     rows |= {
         key.replace("_", " "): value for key, value in card.items() if key not in ("description", "data", "limits")
     }
+    rows |= {"styles": ", ".join(tokenizer.styles)} if tokenizer.styles else {}
+    styled = ""
+    if tokenizer.styles:
+        first = next(iter(tokenizer.styles))
+        styled = (
+            f"\nIt writes in the manner of one of its styles where a text begins with the style's control token: `<|{first}|>`"
+            f" to transformers, `--style {first}` to generate.py.\n"
+        )
     table = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in rows.items() if value is not None)
     return (
         "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\nlanguage: en\n---\n\n"
@@ -192,7 +205,7 @@ def model_card(name: str, config: ModelConfig, tokenizer: Tokenizer, card: Mappi
         '```\npython generate.py --model FOLDER --prompt "It was a dark night"\n```\n\n'
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n' + styled
     )
 
 

@@ -327,7 +327,10 @@ def vocabulary(args: TrainArgs, config: Config) -> ModelConfig:
 
     folder = args.data or default_out(args.preset)
     if (folder / "manifest.json").is_file():
-        used = Manifest.load(folder).tokenizer.vocab_size
+        tokenizer = Manifest.load(folder).tokenizer
+        used = tokenizer.vocab_size
+        if tokenizer.styles and 0 < config.model.vocab_size < used:  # as runs.fitted does
+            return build(ModelConfig, config.model.model_dump() | {"vocab_size": used, "vocab_used": used})
     else:
         used = {"gpt2": GPT2_TOKENS, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
     return build(

@@ -11,6 +11,7 @@ tokenizer and `manifest.json`. It appears whole or not at all; an interrupted pr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -47,7 +48,8 @@ from encoding import (
 )
 from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join, write_whole
 from sources import Input
-from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from styles import Control, describe, largest, styles_in
+from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
 from workers import Pool, Progress
 
 __all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
@@ -127,9 +129,14 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         options = _options(flags)
         corpus, counts = _inspected(pool, files, options, _name(flags))
         work = _planned(pool, corpus, options, flags)
+        names = _styles(pool, corpus, flags)
         stack.enter_context(_unfinished(part, out))
         state = _state(part, identity)
-        tokenizer = load_tokenizer(part) if state else _tokenizer_for(flags, work, pool, part)
+        tokenizer = load_tokenizer(part) if state else _tokenizer_for(flags, work, pool, part, names)
+        if names:
+            ids = np.array([tokenizer.styles.get(name, -1) for name in names], dtype=np.int64)
+            work = dataclasses.replace(work, styles=ids)
+            print(describe(names, list(tokenizer.styles)), file=sys.stderr)
         if not state:
             state = _start(identity)
             write_whole(part / STATE, json.dumps(state))
@@ -138,7 +145,10 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         manifest = Manifest.model_validate(
             {
                 "tokenizer": TokenizerIdentity(
-                    kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+                    kind=tokenizer.kind,
+                    vocab_size=tokenizer.vocab_size,
+                    fingerprint=tokenizer.fingerprint,
+                    styles=tokenizer.styles,
                 ),
                 "dtype": np.dtype(tokenizer.dtype).name,
                 "splits": {name: writer.result() for name, writer in writers.items()},
@@ -214,6 +224,8 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
         settings["tokenizer"] = load_tokenizer(flags.tokenizer_from).fingerprint
     elif flags.tokenizer == "bpe":
         settings["vocab_size"] = flags.vocab_size
+    if flags.control:
+        settings["control"] = vars(Control.read(flags.control))
     return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
@@ -344,6 +356,23 @@ def _planned(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) 
     return Work(corpus, options, roles, [cut - int(start) for start in before])
 
 
+def _styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[str]:
+    """The style of each document that --control tells, empty where it tells none; without --control no list at all."""
+    if not flags.control:
+        return []
+    if corpus.documents < 2:
+        raise ConfigError([f"--control {flags.control}: there is only one document: leave it out, or add texts"])
+    control = Control.read(flags.control)
+    names: list[str] = []
+    for file, found in zip(corpus.files, pool.map(styles_in, ((file, control) for file in corpus.files)), strict=True):
+        names += (found + [""] * file.documents)[: file.documents]
+    if not any(names):
+        raise ConfigError(
+            [f"--control {flags.control}: tells no style of any document (the first is {corpus.files[0].name})"]
+        )
+    return names
+
+
 def _state(part: Path, identity: str) -> dict[str, Any]:
     """Where an interrupted preparation of the same texts with the same settings stood; otherwise `part` is emptied."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -361,7 +390,7 @@ def _start(identity: str) -> dict[str, Any]:
     return {"identity": identity, "batches": 0, "counts": {}, "dropped": [], "train": empty, "val": empty}
 
 
-def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> Tokenizer:
+def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path, names: Sequence[str]) -> Tokenizer:
     """The tokenizer that `flags` ask for, saved in `part`. A new vocabulary is learned from the training text alone."""
     if flags.tokenizer_from:
         tokenizer = load_tokenizer(flags.tokenizer_from)
@@ -375,8 +404,21 @@ def _tokenizer_for(flags: PrepareFlags, work: Work, pool: Pool, part: Path) -> T
         if tokenizer.vocab_size < flags.vocab_size:
             print(f"the text supports only {tokenizer.vocab_size:,} ids", file=sys.stderr)
     else:
-        alphabets = pool.map(alphabet, ((tasks, work.options) for tasks, _, _ in work.batches()))
+        alphabets = pool.map(alphabet, ((tasks, work.options) for tasks, *_ in work.batches()))
         tokenizer = char_tokenizer(set().union(*alphabets), work.corpus.documents)
+    if names:
+        if tokenizer.eot is None:
+            raise ConfigError([f"--control {flags.control}: this tokenizer has no end-of-text: give another"])
+        known = list(tokenizer.styles)
+        found = largest(names, work.corpus, work.roles == TRAIN, known, len(names))
+        room = style_room(tokenizer)
+        if len(found) > room:
+            print(
+                f"--control {flags.control}: {len(found):,} styles, and room for {room}: the largest get one, the documents "
+                "of the others none",
+                file=sys.stderr,
+            )
+        tokenizer = with_styles(tokenizer, found[:room])
     tokenizer.save(part)
     return tokenizer
 
@@ -397,8 +439,8 @@ def _write_shards(
     counts, dropped = Counter(state["counts"]), list(state.get("dropped", []))
     where = "gpt2" if tokenizer.kind == "gpt2" and not tokenizer.controls else str(part), tokenizer.fingerprint
     remaining = work.batches(_part(flags))
-    skipped = sum(task.size for tasks, _, _ in islice(remaining, state["batches"]) for task in tasks)
-    arguments = ((tasks, work.options, where, roles, cut) for tasks, roles, cut in remaining)
+    skipped = sum(task.size for tasks, *_ in islice(remaining, state["batches"]) for task in tasks)
+    arguments = ((tasks, work.options, where, roles, cut, styles) for tasks, roles, cut, styles in remaining)
     saved = time.monotonic()
 
     def save() -> None:

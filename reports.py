@@ -78,6 +78,9 @@ def markdown(report: dict[str, Any]) -> str:
     if len(texts) > ROWS:
         lines += [f"… and {len(texts) - ROWS:,} more in the JSON report.", ""]
     lines += ["## How sure, and how often right", "", *_calibration(report)]
+    for name, part in zip(names(report), models, strict=True):
+        if part.get("dial"):
+            lines += _dial(name, part["dial"])
     if "written" in models[0]:
         lines += _written(report)
     return "\n".join(lines).rstrip() + "\n"
@@ -110,6 +113,40 @@ def _calibration(report: dict[str, Any]) -> list[str]:
             row += [f"{one['tokens']:,}", shown(one["confidence"], "{:.1%}"), shown(one["accuracy"], "{:.1%}")]
         rows.append(row)
     return table(head, rows)
+
+
+def _dial(name: str, dial: dict[str, Any]) -> list[str]:
+    """Held-out loss by the text's style (rows) under each style asked for (columns)."""
+    summary, columns = dial["summary"], [style for style in dial["matrix"]]
+
+    def gain(against: str) -> str:
+        found = summary.get(f"gain_over_{against}")
+        if found is None:
+            return "–"
+        error = found["standard_error"]
+        return f"{found['mean']:+.4f}{'' if error is None else f' ± {error:.4f}'}"
+
+    rows = [
+        ["under the right style", f"{summary['right']:.4f}", ""],
+        ["under none", f"{summary['none']:.4f}", gain("none")],
+        ["under the wrong ones, on average", shown(summary["wrong"], "{:.4f}"), gain("wrong")],
+    ]
+    lines = [f"## Does the style dial work? ({cell(name)})", ""]
+    lines += table(["held-out text", "loss (nats a token)", "the right style is better by"], rows)
+    lines += [
+        f"The right style is the best of {summary['styles']} for {summary['first']} of {summary['texts']} texts "
+        f"(by chance {summary['chance']:.1f}).",
+        "",
+    ]
+    matrix = []
+    for style, losses in dial["matrix"].items():
+        best = min(losses[other] for other in dial["styles"])
+        shown_losses = [f"{losses[other]:.3f}" for other in columns]
+        marked = [
+            f"**{text}**" if losses[other] == best else text for other, text in zip(columns, shown_losses, strict=True)
+        ]
+        matrix.append([style, *marked, f"{losses['none']:.3f}"])
+    return [*lines, *table(["text by, written as", *columns, "none"], matrix)]
 
 
 def _written(report: dict[str, Any]) -> list[str]:

@@ -190,7 +190,10 @@ def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> lis
 
 
 def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
-    """A new model of the right vocabulary, or the weights of `config.init_from` with this run's dropout and context."""
+    """A new model of the right vocabulary, or the weights of `config.init_from` with this run's dropout and context.
+
+    Where the texts have styles that the weights do not know yet, these get rows of their own.
+    """
     import torch
 
     from model import GPT
@@ -203,6 +206,8 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
 
     folder = fetch_model(init_from)
     model, theirs = load_model(folder, block_size=config.model.block_size, dropout=config.model.dropout)
+    if tokenizer.extends(theirs):
+        return with_rows(model, tokenizer.vocab_size)
     if theirs.fingerprint != tokenizer.fingerprint:
         flag = "--tokenizer gpt2" if theirs.kind == "gpt2" else f"--tokenizer-from {folder}"
         raise ConfigError(
@@ -217,8 +222,30 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
 def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The model's settings with the tokenizer's size filled in. Raises ConfigError where it does not fit."""
     size = model.vocab_size or tokenizer.vocab_size
+    if tokenizer.styles:  # a preset for GPT-2's 50,257 ids grows by those of the styles
+        size = max(size, tokenizer.vocab_size)
     values = model.model_dump() | {"vocab_size": size, "vocab_used": tokenizer.vocab_size}
     return build(ModelConfig, values)
+
+
+def with_rows(model: GPT, tokens: int) -> GPT:
+    """The model with rows for `tokens` ids, the new ones near the mean of the others, so that they start out unlikely."""
+    import torch
+
+    from model import GPT
+
+    old = model.config.tokens
+    values = {"vocab_size": max(model.config.vocab_size, tokens), "vocab_used": tokens}
+    grown = GPT(model.config.model_copy(update=values))
+    state = model.state_dict()
+    for name in {"wte.weight", "lm_head.weight"} & set(state):
+        table = torch.zeros(grown.config.vocab_size, state[name].size(1))
+        table[:old] = state[name][:old]
+        noise = 0.1 * torch.randn(tokens - old, table.size(1)) * table[:old].std()
+        table[old:tokens] = table[:old].mean(dim=0) + noise
+        state[name] = table
+    grown.load_state_dict(state)
+    return grown
 
 
 def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> torch.nn.Module:

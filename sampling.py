@@ -14,6 +14,8 @@ same, because nothing about it depends on its neighbours:
   agree bit for bit; attention goes text by text.
 - Each text draws from its own generator, on the CPU in float32, one number a token.
 - When a text has filled its context, its window is read anew: a rule of its own tokens only (`Text.roll`).
+- A text in a style has the style's control id in front of every window. In a blend of styles it is read in several slots,
+  one a style, and drawn from the mixture of their logits (`Text.mixture`).
 """
 
 from __future__ import annotations
@@ -273,6 +275,23 @@ class Seen:
         return self.store[: len(self.ids)]
 
 
+@dataclass(eq=False)
+class Reading:
+    """A text in one cache slot, behind the control id of a style (or none)."""
+
+    front: list[int]
+    weight: float
+    unread: list[int]  # a window still to be read, or one token to go on from
+    slot: int = -1
+    reading: bool = True
+    begun: bool = False
+    logits: Tensor | None = None  # of the next token, once computed
+
+    def restart(self, ids: list[int]) -> None:
+        """Read a window anew."""
+        self.unread, self.reading, self.begun = self.front + ids, True, False
+
+
 class Text:
     """One sample in the making. All of it follows from its prompt, settings, seed and index."""
 
@@ -287,17 +306,31 @@ class Text:
         context: int,
         logprobs: int | None = None,
     ):
-        """prompt: ids as `generate.prompt_window` leaves them, not empty. context: the model's. logprobs: alternatives wanted."""
+        """prompt: ids as `generate.prompt_window` leaves them, empty only with a style. context: the model's. logprobs:
+        alternatives wanted. Raises StyleError for a style that the tokenizer does not know.
+        """
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(seed_of(seed, index))
         self.seen = Seen(prompt) if params.repetition_penalty != 1 else None
         self.stream, self.stopper = tokenizer.stream(), Stopper(params.stop)
-        self.unread = list(prompt)  # a window still to be read, or one token to go on from
-        self.reading, self.begun, self.paused, self.slot = True, False, False, -1
+        blend = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
+        self.readings = [Reading(front, share, front + self.ids) for front, share in blend]
+        self.banned = torch.tensor(list(tokenizer.controls.values()), dtype=torch.int64) if tokenizer.controls else None
+        self.paused = False
         self.reason: str | None = None
         self.error: Exception | None = None
+
+    @property
+    def reading(self) -> bool:
+        """Whether its prompt, or after a roll its window, is still being read."""
+        return any(reading.reading for reading in self.readings)
+
+    @property
+    def slot(self) -> int:
+        """The cache slot, of a blend the first."""
+        return self.readings[0].slot
 
     @property
     def written(self) -> list[int]:
@@ -313,11 +346,25 @@ class Text:
         }
 
     def roll(self) -> None:
-        """The context is full: go on from the `keep` first tokens and the newest, three quarters of it together."""
-        window = self.context * 3 // 4
+        """The context is full: go on from the style, the `keep` first tokens and the newest, three quarters of it together."""
+        window = self.context * 3 // 4 - len(self.readings[0].front)
         keep = min(self.params.keep, window // 2)
-        self.reading, self.begun = True, False
-        self.unread = self.ids[:keep] + self.ids[keep - window :]
+        for reading in self.readings:
+            reading.restart(self.ids[:keep] + self.ids[keep - window :])
+
+    def mixture(self) -> Tensor:
+        """The next token's logits [N], as soon as all readings have theirs; taken out of them.
+
+        A blend is the weighted sum of its styles' logits. That is the weighted sum of their log-probabilities up to a
+        constant, on which nothing depends: what all styles find likely stays likely. Control ids are never drawn.
+        """
+        parts = [(reading.weight, cast(Tensor, reading.logits)) for reading in self.readings]
+        for reading in self.readings:
+            reading.logits = None
+        logits = parts[0][1]
+        if len(parts) > 1:
+            logits = torch.stack([weight * part for weight, part in parts]).sum(0)
+        return logits if self.banned is None else logits.index_fill(0, self.banned, float("-inf"))
 
     def choose(self, logits: Tensor) -> list[Event]:
         """Draw the next token from logits [N]; the events that follow from it, the last of them `done` at the end."""
@@ -325,7 +372,8 @@ class Text:
         if token == self.tokenizer.eot:
             return [self.finish("stop")]
         self.ids.append(token)
-        self.unread = [token]
+        for reading in self.readings:
+            reading.unread = [token]
         if self.seen:
             self.seen.add(token)
         text, stopped = self.stopper.feed(self.stream.feed(token))
@@ -385,15 +433,17 @@ class Writer:
         self.texts: list[Text] = []
 
     def add(self, text: Text) -> None:
-        """Give a text a slot, of which one must be free: the one that holds most of its prompt."""
-        text.slot = max(self.free, key=lambda slot: (self.held[slot].shared(text.unread), -len(self.held[slot].ids)))
-        self.free.remove(text.slot)
+        """Give each reading of a text a slot, of which enough must be free: the one that holds most of its prompt."""
+        for reading in text.readings:
+            held = {slot: self.held[slot] for slot in self.free}
+            reading.slot = max(held, key=lambda slot: (held[slot].shared(reading.unread), -len(held[slot].ids)))
+            self.free.remove(reading.slot)
         self.texts.append(text)
 
     def remove(self, text: Text) -> None:
-        """Take a text out; its slot is free at once."""
+        """Take a text out; its slots are free at once."""
         self.texts.remove(text)
-        self.free.append(text.slot)
+        self.free += [reading.slot for reading in text.readings]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Text, Event]]:
@@ -402,94 +452,94 @@ class Writer:
         Texts that end are removed. A failure ends the text it belongs to, with an error event, and no other.
         """
         found: list[tuple[Text, Event]] = []
-        ready: list[tuple[Text, Tensor]] = []
         active = [text for text in self.texts if not text.paused]
         for text in active:
             if not text.reading and self.cache.length[text.slot] >= text.context:
                 text.roll()
-        writing = [text for text in active if not text.reading]
+        writing = [(text, reading) for text in active if not text.reading for reading in text.readings]
         chunks = 1
         for text in [text for text in active if text.reading]:
-            if not text.begun and len(text.ids) == text.prompt_tokens:
+            if not text.readings[0].begun and len(text.ids) == text.prompt_tokens:
                 found.append((text, Event(text.index, "started")))
             if text.params.max_tokens == 0:
                 found.append((text, text.finish("length")))
-            elif chunks or self._known(text):
-                chunks -= not self._known(text)
-                self._attempt([text], self._read, ready, found)
+                continue
+            for reading in text.readings:
+                known = self._known(reading)
+                if reading.reading and text.reason is None and (chunks or known):
+                    chunks -= not known
+                    self._attempt([(text, reading)], self._read, found)
         most = self.counts[-1]
         for first in range(0, len(writing), most):
-            self._attempt(writing[first : first + most], self._decode, ready, found)
-        for text, logits in ready:
-            try:
-                found += [(text, event) for event in text.choose(logits)]
-            except Exception as error:
-                found.append((text, text.fail(error)))
+            self._attempt(writing[first : first + most], self._decode, found)
         for text in active:
+            if text.reason is None and all(reading.logits is not None for reading in text.readings):
+                try:
+                    found += [(text, event) for event in text.choose(text.mixture())]
+                except Exception as error:
+                    found.append((text, text.fail(error)))
             if text.reason is not None:
                 self.remove(text)
         return found
 
     def _attempt(
         self,
-        texts: list[Text],
-        act: Callable[[list[Text]], list[tuple[Text, Tensor]]],
-        ready: list[tuple[Text, Tensor]],
+        readings: list[tuple[Text, Reading]],
+        act: Callable[[list[Reading]], None],
         found: list[tuple[Text, Event]],
     ) -> None:
-        """`act` on all the texts; where that fails, on each alone, so that only the guilty ones end."""
+        """`act` on all the readings; where that fails, on each alone, so that only the guilty texts end."""
         try:
-            ready += act(texts)
+            act([reading for _, reading in readings])
         except Exception as error:
-            if len(texts) == 1:
-                found.append((texts[0], texts[0].fail(error)))
-                return
-            for text in texts:
-                self._attempt([text], act, ready, found)
+            if len(readings) > 1:
+                for one in readings:
+                    self._attempt([one], act, found)
+            elif readings[0][0].reason is None:
+                found.append((readings[0][0], readings[0][0].fail(error)))
 
-    def _known(self, text: Text) -> bool:
-        """Whether some slot holds all of a text's prompt, so that nothing needs to be computed."""
-        return not text.begun and any(held.shared(text.unread) == len(text.unread) for held in self.held)
+    def _known(self, reading: Reading) -> bool:
+        """Whether some slot holds all of a window, so that nothing needs to be computed."""
+        return not reading.begun and any(held.shared(reading.unread) == len(reading.unread) for held in self.held)
 
-    def _begin(self, text: Text) -> None:
-        """Start a text's window with what some slot, best its own, has read of it."""
-        shared = [held.shared(text.unread) for held in self.held]
-        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot == text.slot))
+    def _begin(self, reading: Reading) -> None:
+        """Start a window with what some slot, best its own, has read of it."""
+        shared = [held.shared(reading.unread) for held in self.held]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot == reading.slot))
         count, held = shared[source], self.held[source]
-        if source != text.slot and count:
-            self.cache.copy(source, text.slot, count)
-        self.cache.length[text.slot] = count
-        self.held[text.slot] = Held(held.ids[:count], held.logits if count == len(held.ids) else None)
-        text.begun, text.unread = True, text.unread[count:]
+        if source != reading.slot and count:
+            self.cache.copy(source, reading.slot, count)
+        self.cache.length[reading.slot] = count
+        self.held[reading.slot] = Held(held.ids[:count], held.logits if count == len(held.ids) else None)
+        reading.begun, reading.unread = True, reading.unread[count:]
 
-    def _read(self, texts: list[Text]) -> list[tuple[Text, Tensor]]:
-        """The next chunk of one text's window; its logits when that was the last."""
-        (text,) = texts
-        if not text.begun:
-            self._begin(text)
-        held = self.held[text.slot]
-        if text.unread:
-            chunk = text.unread[:CHUNK]
+    def _read(self, readings: list[Reading]) -> None:
+        """The next chunk of one window; its logits when that was the last."""
+        (reading,) = readings
+        if not reading.begun:
+            self._begin(reading)
+        held = self.held[reading.slot]
+        if reading.unread:
+            chunk = reading.unread[:CHUNK]
             held.logits = None
-            logits = self.model.prefill(chunk, self.cache, text.slot)
+            logits = self.model.prefill(chunk, self.cache, reading.slot)
             held.ids = held.ids + chunk
-            text.unread = text.unread[CHUNK:]
-            if text.unread:
-                return []
+            reading.unread = reading.unread[CHUNK:]
+            if reading.unread:
+                return
             held.logits = logits.float().cpu()
-        text.reading = False
-        assert held.logits is not None
-        return [(text, held.logits)]
+        reading.reading, reading.logits = False, held.logits
 
-    def _decode(self, texts: list[Text]) -> list[tuple[Text, Tensor]]:
+    def _decode(self, readings: list[Reading]) -> None:
         """The next logits of texts that are being written, all at once."""
-        rows = next(count for count in self.counts if count >= len(texts))
-        ids, slots = [text.unread[0] for text in texts], [text.slot for text in texts]
+        rows = next(count for count in self.counts if count >= len(readings))
+        ids, slots = [reading.unread[0] for reading in readings], [reading.slot for reading in readings]
         if self.graphs is not None:
             logits = self.graphs(ids, slots, rows)
         else:
             logits = self.model.decode(ids, self.cache, slots, rows)
-        return list(zip(texts, logits.cpu().unbind(), strict=True))
+        for reading, row in zip(readings, logits.cpu().unbind(), strict=True):
+            reading.logits = row
 
 
 @contextlib.contextmanager

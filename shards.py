@@ -56,6 +56,8 @@ class TokenizerIdentity(Strict):
     kind: Literal["gpt2", "bpe", "char"]
     vocab_size: int = Field(ge=1)
     fingerprint: str
+    styles: dict[str, int] = Field(default_factory=dict)
+    """Control id of each style, which stands before the documents that have it."""
 
 
 class Source(Strict):

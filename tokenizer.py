@@ -22,9 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from config import GPT2_ROWS, style_blend, style_name
+
 END_OF_TEXT = "<|endoftext|>"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 MAX_BPE = 65536  # ids of a trained vocabulary fit uint16
+MAX_STYLES = 1000  # where the vocabulary is one's own; GPT-2's has 47 spare ids
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -38,6 +41,10 @@ LONG_RUN = 250_000  # characters of white space; the regex engine under tiktoken
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be built or loaded, or a text or id that it does not know."""
+
+
+class StyleError(TokenizerError):
+    """A style that the model was not trained with; the message lists those that it has."""
 
 
 class TextStream:
@@ -59,13 +66,23 @@ class TextStream:
 class Tokenizer:
     """What all kinds share: the bytes of each id.
 
-    kind: "gpt2", "bpe" or "char". eot: the end-of-text id or None. controls: reserved ids by name, besides eot.
+    kind: "gpt2", "bpe" or "char". eot: the end-of-text id or None. controls: reserved ids by name, besides eot; they
+    are read and never written. styles: the names of those that begin a document in a certain style, `dickens` for
+    `<|dickens|>`.
     """
 
-    def __init__(self, kind: str, pieces: list[bytes], eot: int | None, controls: dict[str, int] | None = None):
+    def __init__(
+        self,
+        kind: str,
+        pieces: list[bytes],
+        eot: int | None,
+        controls: dict[str, int] | None = None,
+        styles: Iterable[str] = (),
+    ):
         self.kind = kind
         self.eot = eot
         self.controls = dict(controls or {})
+        self.styles = {name: self.controls[f"<|{name}|>"] for name in styles}
         self._pieces = pieces  # b"" for end-of-text and controls
 
     @property
@@ -112,6 +129,29 @@ class Tokenizer:
         """The text of `ids`; U+FFFD only where they do not form whole characters."""
         return b"".join(self.piece(int(token)) for token in ids).decode("utf-8", "replace")
 
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether this is `other` with further styles behind its last id."""
+        size = other.vocab_size
+        same = (self.kind, self.eot) == (other.kind, other.eot) and self._pieces[:size] == other._pieces
+        new = {name: number for name, number in self.controls.items() if name not in other.controls}
+        return same and bool(new) and self.controls == other.controls | new and min(new.values()) >= size
+
+    def blend(self, style: str) -> list[tuple[int, float]]:
+        """(control id, share) of each style that `style` names, as in `config.style_blend`; the shares sum to 1.
+
+        A part of a name will do where only one style has it: `dickens` for `charles-dickens`. Raises StyleError.
+        """
+        shares: dict[int, float] = {}
+        for name, share in style_blend(style).items():
+            words = set(name.split("-"))
+            found = [name] if name in self.styles else [own for own in self.styles if words <= set(own.split("-"))]
+            if len(found) != 1:
+                known = f"it has {', '.join(self.styles)}" if self.styles else "it was trained without --control"
+                fault = f"is several of this model's ({', '.join(found)})" if found else "is none of this model's"
+                raise StyleError(f"style {name!r} {fault}: {known}")
+            shares[self.styles[found[0]]] = shares.get(self.styles[found[0]], 0.0) + share
+        return list(shares.items())
+
     def stream(self) -> TextStream:
         """A new incremental decoder; its pieces joined equal `decode` of all ids."""
         return TextStream(self)
@@ -132,6 +172,9 @@ class Tokenizer:
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot is not None:
             settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+        if self.styles:
+            settings["additional_special_tokens"] = [f"<|{name}|>" for name in self.styles]
+            settings["styles"] = list(self.styles)
         for name, content in zip(FILES, (data, settings), strict=True):
             text = json.dumps(content, ensure_ascii=False, indent=1 if content is settings else None)
             (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -153,6 +196,7 @@ class BytePairTokenizer(Tokenizer):
         merges: list[tuple[str, str]],
         eot: int | None,
         controls: dict[str, int] | None = None,
+        styles: Iterable[str] = (),
     ):
         import tiktoken
 
@@ -170,7 +214,7 @@ class BytePairTokenizer(Tokenizer):
         for piece, number in ranks.items():
             pieces[number] = piece
         kind = "gpt2" if eot == 50256 and _digest(pieces[:eot]) == GPT2_VOCABULARY else "bpe"
-        super().__init__(kind, pieces, eot, controls)
+        super().__init__(kind, pieces, eot, controls, styles)
         self.vocab, self.merges = ordinary, merges
         self._encoding = tiktoken.Encoding(kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=reserved)
 
@@ -199,12 +243,18 @@ class BytePairTokenizer(Tokenizer):
 class CharTokenizer(Tokenizer):
     """One id for each character of a fixed alphabet, in code point order."""
 
-    def __init__(self, alphabet: str, eot: int | None, controls: dict[str, int] | None = None):
+    def __init__(
+        self,
+        alphabet: str,
+        eot: int | None,
+        controls: dict[str, int] | None = None,
+        styles: Iterable[str] = (),
+    ):
         pieces = [character.encode("utf-8") for character in alphabet]
         pieces += [b""] * (
             1 + max([len(pieces) - 1, *([eot] if eot is not None else []), *(controls or {}).values()]) - len(pieces)
         )
-        super().__init__("char", pieces, eot, controls)
+        super().__init__("char", pieces, eot, controls, styles)
         self.alphabet = alphabet
         points = np.array([ord(character) for character in alphabet], dtype=np.int64)
         self._table = np.full(int(points.max()) + 2, -1, dtype=np.int32)  # the last entry stands for all above
@@ -310,6 +360,30 @@ def char_tokenizer(characters: Iterable[str], documents: int) -> Tokenizer:
     return CharTokenizer(alphabet, len(alphabet) if documents > 1 else None)
 
 
+def style_room(tokenizer: Tokenizer) -> int:
+    """How many styles can still be given an id: GPT-2's padded vocabulary ends at 50,304, another one may grow."""
+    if tokenizer.kind == "gpt2":
+        return max(0, GPT2_ROWS - tokenizer.vocab_size)
+    return max(0, min(MAX_STYLES - len(tokenizer.styles), MAX_BPE - tokenizer.vocab_size))
+
+
+def with_styles(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """The same vocabulary with a control id for each of `names` that it does not have yet, behind its last id."""
+    new = [name for name in dict.fromkeys(map(style_name, names)) if name not in tokenizer.styles]
+    if len(new) > style_room(tokenizer):
+        raise TokenizerError(f"{len(new)} new styles, but there is room for {style_room(tokenizer)}: name fewer")
+    if taken := [name for name in new if f"<|{name}|>" in (END_OF_TEXT, *tokenizer.controls)]:
+        raise TokenizerError(
+            f"style {taken[0]}: the tokenizer uses <|{taken[0]}|> for something else: rename the style"
+        )
+    ids = {f"<|{name}|>": tokenizer.vocab_size + number for number, name in enumerate(new)}
+    controls, styles = tokenizer.controls | ids, [*tokenizer.styles, *new]
+    if isinstance(tokenizer, BytePairTokenizer):
+        return BytePairTokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.eot, controls, styles)
+    assert isinstance(tokenizer, CharTokenizer)
+    return CharTokenizer(tokenizer.alphabet, tokenizer.eot, controls, styles)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in `folder`, by this module or by `transformers` with GPT-2's vocabulary or another byte-level BPE.
 
@@ -341,6 +415,7 @@ def _build(data: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     eot = reserved.pop(end, None) if end else None
+    styles = [str(name) for name in settings.get("styles", ())]
     if data.get("normalizer"):
         raise TokenizerError(
             "it normalises texts; only byte-level BPE as GPT-2's and this project's own kinds are supported"
@@ -352,14 +427,15 @@ def _build(data: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
             range(len(alphabet))
         ):
             raise TokenizerError("its vocabulary is not one id for each character")
-        return CharTokenizer("".join(alphabet), eot, reserved)
+        return CharTokenizer("".join(alphabet), eot, reserved, styles)
     if (
         model["type"] == "BPE"
         and pre.get("type") == "ByteLevel"
         and not pre.get("add_prefix_space")
         and pre.get("use_regex", True)
     ):
-        return BytePairTokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]], eot, reserved)
+        merges = [_pair(merge) for merge in model["merges"]]
+        return BytePairTokenizer(model["vocab"], merges, eot, reserved, styles)
     raise TokenizerError(
         f"model {model['type']} with pre-tokenizer {pre.get('type')}: only byte-level BPE as GPT-2's and this project's "
         f"own kinds are supported"

@@ -65,6 +65,7 @@ LIMITS = {
     "keep": Limit(int, ge=0),
 }
 STOP_STRINGS, STOP_CHARACTERS = 16, 1000
+STYLE_CHARACTERS = 200
 DEFAULT_TOKENS = 200
 
 
@@ -112,6 +113,8 @@ def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_byt
             checked[name] = _number(name, value, LIMITS[name])
         elif name == "stop":
             checked[name] = _stop_strings(value)
+        elif name == "style":
+            checked[name] = _style(value)
         elif name not in ("action", "request_id", "prompt", "stream", "max_length"):
             raise Refused(f"{name[:40]}: unknown field", param=name[:40])
     checked.setdefault("max_tokens", min(DEFAULT_TOKENS, max_tokens))
@@ -130,6 +133,13 @@ def _number(field: str, value: Any, limit: Limit) -> float | int | None:
         raise Refused(f"{field} must be a {'whole ' if limit.kind is int else ''}number, {limit}", param=field)
     if not limit.admits(value):
         raise Refused(f"{field} {value}: must be {limit}", param=field)
+    return value
+
+
+def _style(value: Any) -> str:
+    """Which styles there are, only the model knows: it answers with an error that lists them."""
+    if not isinstance(value, str) or len(value) > STYLE_CHARACTERS or not value.isprintable():
+        raise Refused(f"style must be a string of at most {STYLE_CHARACTERS} characters", param="style")
     return value
 
 

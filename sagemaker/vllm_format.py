@@ -20,9 +20,27 @@ KEPT = 1000  # requests whose stream may be under way
 _streams: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
 
+def _read(name: str) -> dict[str, Any]:
+    """A JSON file of the model folder, in which this file lies."""
+    content: dict[str, Any] = json.loads((Path(__file__).resolve().parent / name).read_text(encoding="utf-8"))
+    return content
+
+
 def _context() -> int:
-    folder = Path(__file__).resolve().parent
-    return json.loads((folder / "config.json").read_text())["n_positions"]
+    return int(_read("config.json")["n_positions"])
+
+
+def _styled(payload: dict[str, Any]) -> str:
+    """The prompt behind the control token of its style. ValueError for a style that cannot be had here."""
+    prompt, style = str(payload["prompt"]), str(payload.get("style") or "").strip()
+    if not style:
+        return prompt
+    styles = _read("tokenizer_config.json").get("styles", [])
+    if style not in styles:
+        raise ValueError(
+            f"style {style!r}: vLLM writes in one style at a time, and this model has: {', '.join(styles)}"
+        )
+    return f"<|{style}|>{prompt}"
 
 
 @input_formatter
@@ -31,7 +49,9 @@ def request(decoded_payload: dict[str, Any], tokenizer: Any = None, **_: Any) ->
     if "max_length" in decoded_payload:
         decoded_payload.setdefault("max_tokens", decoded_payload["max_length"])
     given = {key: decoded_payload[key] for key in PASSED if decoded_payload.get(key) is not None}
-    made = {**DEFAULTS, **given, "prompt": decoded_payload["prompt"]}
+    made = {**DEFAULTS, **given, "prompt": _styled(decoded_payload)}
+    if controls := _read("generation_config.json").get("suppress_tokens"):
+        made["logit_bias"] = {str(number): -100 for number in controls}  # vLLM does not look at suppress_tokens
     context = _context()
     made["max_tokens"] = min(made["max_tokens"], context - context // 4)
     made["truncate_prompt_tokens"] = context - made["max_tokens"]

@@ -18,6 +18,7 @@ class Scripted:
 
     def __init__(self, words: str = " one two three four", *, pause: float = 0.0, fail_after: int = -1, deaf: int = 0):
         self.place, self.name = Place("local", "scripted"), "scripted"
+        self.styles: list[str] = []
         self.words = [f" {word}" for word in words.split(" ") if word]
         self.pause, self.fail_after, self.deaf = pause, fail_after, deaf
         self.requests: list[tuple[str, GenerationParams]] = []

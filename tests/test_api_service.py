@@ -267,7 +267,7 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
         assert client.get(f"/{name}").status_code == 200
     script = client.get("/client.js").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
-    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop"}
+    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
     assert fields == set(GenerationParams.model_fields)
     assert client.get("/../api.py").status_code == 404
 

@@ -178,6 +178,31 @@ def test_a_permalink_lays_out_the_same_request_again(page: Page, backend: Script
             unpacked(broken)
 
 
+def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_permalink(
+    page: Page, backend: Scripted
+) -> None:
+    from ui.links import packed, unpacked
+
+    page.run()
+    assert not [box for box in page.at.selectbox if box.key == "set_style"]
+    backend.styles = ["ash", "birch"]
+    page.run()
+    assert page.at.selectbox(key="set_style").options == ["none in particular", "ash", "birch"]
+    page.at.selectbox(key="set_style").select("birch")
+    page.run().click("opening_0").click("continue").settled()
+    assert backend.requests[-1][1].style == "birch" and page.desk().story.passage.params["style"] == "birch"
+    page.desk().story.passage.params["style"] = "ash:0.7,birch:0.3"  # a blend, which the box also takes
+    other = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
+    other.query_params["write"] = packed(page.desk())
+    again = Page(other).run().click("continue").settled()
+    assert again.at.selectbox(key="set_style").value == backend.requests[-1][1].style == "ash:0.7,birch:0.3"
+    assert backend.requests[-1][0] == backend.requests[-2][0]
+    assert unpacked(packed(again.desk()))["params"].style == "ash:0.7,birch:0.3"
+    backend.styles = []
+    page.run().click("continue").settled()
+    assert backend.requests[-1][1].style == ""
+
+
 def test_a_reload_brings_the_story_back(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled()
     again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)

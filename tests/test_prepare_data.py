@@ -57,7 +57,7 @@ def test_the_shards_are_the_texts(kind: str, texts: Path, tmp_path: Path) -> Non
     assert (len(train), len(val)) == (9, 3)
     manifest, tokenizer = Manifest.load(out), load_tokenizer(out)
     assert manifest.tokenizer.model_dump() == {
-        "kind": kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+        "kind": kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint, "styles": {},
     }  # fmt: skip
     for name, stories in (("train", train), ("val", val)):
         split = getattr(manifest.splits, name)

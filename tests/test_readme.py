@@ -92,10 +92,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copytree(ROOT, folder, ignore=skip)
     (folder / "my_books").mkdir()
-    for number in range(3):
-        (folder / "my_books" / f"{number}.txt").write_text(nonsense(4000, number), encoding="utf-8")
-        shutil.copy(folder / "my_books" / f"{number}.txt", folder / "data" / f"book{number}.txt")
-    shutil.copy(folder / "my_books" / "0.txt", folder / "story.txt")
+    for number in range(4):
+        book = folder / "my_books" / f"{('Dickens', 'Austen')[number % 2]}_Book{number}_1850.txt"
+        book.write_text(nonsense(4000, number), encoding="utf-8")
+        shutil.copy(book, folder / "data" / f"book{number}.txt")
+    shutil.copy(folder / "my_books" / "Dickens_Book0_1850.txt", folder / "story.txt")
     done = execute(folder, ["train.py", *SMALL])
     assert done.returncode == 0, done.stderr[-2000:]
     return folder

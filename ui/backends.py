@@ -104,6 +104,8 @@ class Backend(Protocol):
 
     place: Place
     name: str
+    styles: list[str]
+    """What `GenerationParams.style` can name; empty where the model has none, or where nobody tells."""
 
     def write(self, prompt: str, params: GenerationParams) -> Writing: ...
     def score(self, text: str, top: int = 10) -> list[Scored]: ...
@@ -141,6 +143,7 @@ class LocalBackend:
 
     def __init__(self, place: Place, engine: Engine):
         self.place, self.engine, self.name = place, engine, engine.name
+        self.styles = engine.styles
         self.index: Index | None = None
 
     def write(self, prompt: str, params: GenerationParams) -> Writing:
@@ -319,10 +322,11 @@ class RemoteBackend:
         self.headers = {"Authorization": f"Bearer {place.key}"} if place.key else {}
         self.name = url.split("//")[-1].split("?")[0]
         self.context: int | None = None
+        self.styles: list[str] = []
         self.characters_a_token = 4.0
         if not self.gateway:
             health = self._http("GET", "/health")
-            self.name, self.context = health["model"], health["context"]
+            self.name, self.context, self.styles = health["model"], health["context"], health.get("styles", [])
 
     def _http(self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
         import httpx

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ LABELS = {
     "seed": "Seed",
     "stop": "End before",
     "keep": "Keep in view",
+    "style": "Style",
 }
 # Where a slider over all that is allowed would be too coarse to use: (lowest, highest), within the model's bounds.
 HANDY: dict[str, tuple[float, float]] = {
@@ -98,7 +99,7 @@ def own_of(place: Place) -> dict[str, Any]:
 def apply(values: Mapping[str, Any]) -> None:
     """Set the controls; only before they are drawn, or in a callback."""
     for name, value in values.items():
-        if name == "seed":
+        if name in ("seed", "style"):
             st.session_state[PREFIX + name] = value
         elif name == "stop":
             st.session_state[PREFIX + name] = "\n".join(text.replace("\n", "\\n") for text in value)
@@ -112,7 +113,7 @@ def current() -> GenerationParams:
     values = {name: state[PREFIX + name] for name in LABELS if name != "stop" and PREFIX + name in state}
     lines = (line.replace("\\n", "\n") for line in state.get(PREFIX + "stop", "").split("\n"))
     stops = tuple(line for line in lines if line)
-    return build(GenerationParams, {**values, "stop": stops})
+    return build(GenerationParams, {**values, "stop": stops, "style": values.get("style") or ""})
 
 
 def matching(params: GenerationParams, known: Mapping[str, Mapping[str, Any]]) -> str:
@@ -178,14 +179,33 @@ def number(name: str) -> None:
     )
 
 
-def sidebar(place: Place | None, history: History) -> None:
-    """Draw the controls in the sidebar; `start` must have run."""
+def choose_style(styles: Sequence[str]) -> None:
+    """The model's styles to choose from, or a blend of them to type in; nothing for a model without."""
+    key = PREFIX + "style"
+    if not styles:
+        st.session_state[key] = ""
+        return
+    chosen = st.session_state.get(key) or ""
+    st.selectbox(
+        LABELS["style"],
+        ["", *styles, *([chosen] if chosen and chosen not in styles else [])],
+        key=key,
+        format_func=lambda name: name or "none in particular",
+        accept_new_options=True,
+        help=f"{GenerationParams.model_fields['style'].description} Type a blend in.",
+        persist_state="session",
+    )
+
+
+def sidebar(place: Place | None, history: History, styles: Sequence[str] = ()) -> None:
+    """Draw the controls in the sidebar; `start` must have run. styles: those of the model."""
     known = known_presets(place, history)
     st.session_state.presets_known = known
     found = matching(current(), known)
     options = [*known, ADJUSTED] if found == ADJUSTED else list(known)
     st.session_state.preset = found
     st.selectbox("Manner", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
+    choose_style(styles)
     number("max_tokens")
     number("temperature")
     with st.expander("Finer choices", key="finer", on_change="rerun"):

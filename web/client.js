@@ -287,6 +287,8 @@ function values() {
     body[field] = Number.isInteger(step) ? Math.round(value) : value;
   }
   const seed = $("seed").value.trim();
+  const style = $("style").value.trim();
+  if (style) body.style = style;
   const stops = $("stops").value.split("\n").filter(Boolean);
   if (stops.length) body.stop = stops;
   return { body, seed };
@@ -406,7 +408,7 @@ $("clear").addEventListener("click", clear);
 $("connect").addEventListener("click", connect);
 $("reset").addEventListener("click", () => {
   for (const [field, , , , , usual] of PARAMETERS) set(field, usual);
-  $("seed").value = $("stops").value = "";
+  $("seed").value = $("style").value = $("stops").value = "";
 });
 for (const id of ["server", "key"]) {
   $(id).addEventListener("keydown", (event) => {

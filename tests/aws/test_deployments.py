@@ -255,6 +255,8 @@ def formatter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setitem(sys.modules, f"djl_python.{name}", module)
     monkeypatch.setitem(sys.modules, "djl_python", types.ModuleType("djl_python"))
     (tmp_path / "config.json").write_text('{"n_positions": 64}')
+    (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [300, 301]}')
+    (tmp_path / "tokenizer_config.json").write_text('{"styles": ["ash", "birch"]}')
     (tmp_path / "model.py").write_text((ROOT / "sagemaker" / "vllm_format.py").read_text())
     found = importlib.util.spec_from_file_location("vllm_model", tmp_path / "model.py")
     module = importlib.util.module_from_spec(found)
@@ -292,6 +294,16 @@ def test_vllm_requests_and_answers_are_this_projects(formatter: Any) -> None:
     assert whole["generated_text"] == "x" and whole["finish_reason"] == "stop"
     refused = formatter.answer({"error": {"message": "too long", "code": 400, "param": "prompt"}})
     assert refused["error"]["type"] == "invalid_request_error"
+
+
+def test_vllm_writes_in_one_style_and_never_its_control_ids(formatter: Any) -> None:
+    made = formatter.request({"prompt": "It", "style": " birch "})
+    assert made["prompt"] == "<|birch|>It" and made["logit_bias"] == {"300": -100, "301": -100}
+    for style in ("austen", "ash:0.5,birch:0.5"):
+        with pytest.raises(ValueError, match="this model has: ash, birch"):
+            formatter.request({"prompt": "It", "style": style})
+    (Path(formatter.__file__).parent / "generation_config.json").write_text("{}")
+    assert "logit_bias" not in formatter.request({"prompt": "It"})
 
 
 def test_formatters_defaults_are_the_products(formatter: Any) -> None:

@@ -513,10 +513,11 @@ def test_prompts_and_texts_stay_out_of_the_logs(
 
 
 def test_limits_are_those_of_the_api() -> None:
-    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS
+    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS, STYLE_CHARACTERS
 
     fields = dict(GenerationParams.model_fields)
-    stop = fields.pop("stop")
+    stop, style = fields.pop("stop"), fields.pop("style")
+    assert STYLE_CHARACTERS in [getattr(part, "max_length", None) for part in style.metadata]
     assert set(LIMITS) == set(fields)
     kinds = {"ge": annotated_types.Ge, "gt": annotated_types.Gt, "le": annotated_types.Le, "lt": annotated_types.Lt}
     for name, field in fields.items():
@@ -529,6 +530,17 @@ def test_limits_are_those_of_the_api() -> None:
     assert f"max_length={STOP_CHARACTERS}" in str(GenerationParams.model_json_schema()["properties"]["stop"]) or (
         GenerationParams.model_json_schema()["properties"]["stop"]["items"]["maxLength"] == STOP_CHARACTERS
     )
+
+
+def test_a_style_goes_through_the_gateway_to_the_model() -> None:
+    from limits import Refused, validate
+
+    checked = validate({"prompt": "It", "style": "ash:0.7,birch:0.3"}, 1000, 4, 24_000)
+    assert checked["style"] == "ash:0.7,birch:0.3"
+    for wrong in (3, None, "x" * 201, "a\nb", ["ash"]):
+        with pytest.raises(Refused, match="style must be a string of at most 200") as refused:
+            validate({"prompt": "It", "style": wrong}, 1000, 4, 24_000)
+        assert refused.value.error["param"] == "style"
 
 
 def test_the_package_needs_only_what_the_runtime_has() -> None:

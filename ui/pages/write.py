@@ -370,7 +370,7 @@ def draw() -> None:
         return
     with st.sidebar:
         st.html(f'<div class="quiet">Writing with</div><div class="prose small">{state.escaped(backend.name)}</div>')
-        settings.sidebar(state.place(), state.history())
+        settings.sidebar(state.place(), state.history(), backend.styles)
         for line in settings.problems():
             st.error(state.plain(line))
     desk = state.desk()
