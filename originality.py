@@ -31,7 +31,8 @@ from pydantic import Field
 
 from catalogue import Catalogue
 from config import ROOT, ConfigError, Strict, parse_flags, read_toml, run_main
-from shards import Manifest, write_whole
+from shards import Manifest
+from storage import replace_text
 
 if TYPE_CHECKING:
     from dataset import TokenStream
@@ -150,7 +151,7 @@ def build_index(folder: Path) -> Path:
             }
     facts = {"format": 1, "corpus": identity, "gram": gram, "stride": stride, "bits": bits}
     facts |= {"entries": entries, "documents": documents, "files": files}
-    write_whole(draft / FACTS, json.dumps(facts | {"sha256": _digest(facts)}, indent=1) + "\n")
+    replace_text(draft / FACTS, json.dumps(facts | {"sha256": _digest(facts)}, indent=1) + "\n")
     if place.exists():
         shutil.rmtree(place)
     draft.rename(place)

@@ -46,8 +46,9 @@ from encoding import (
     find_duplicates,
     measure,
 )
-from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join, write_whole
+from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join
 from sources import Input
+from storage import replace_text
 from styles import Control, describe, largest, styles_in
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
 from workers import Pool, Progress
@@ -139,7 +140,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
             print(describe(names, list(tokenizer.styles)), file=sys.stderr)
         if not state:
             state = _start(identity)
-            write_whole(part / STATE, json.dumps(state))
+            replace_text(part / STATE, json.dumps(state))
         writers, cleaning = _write_shards(pool, work, flags, tokenizer, part, state)
         source = Source(name=corpus.name, documents=corpus.documents, settings=settings, identity=identity)
         manifest = Manifest.model_validate(
@@ -446,7 +447,7 @@ def _write_shards(
     def save() -> None:
         for writer in writers.values():
             writer.sync()
-        write_whole(part / STATE, json.dumps(state))
+        replace_text(part / STATE, json.dumps(state))
 
     with Progress("encoding", work.corpus.size // _part(flags)[1], skipped) as progress:
         try:

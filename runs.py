@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,6 +114,28 @@ def free_run_folder(preset: str, restart: bool) -> Path:
     if restart and taken:
         return max(taken, key=lambda path: (path / "config.toml").stat().st_mtime)
     return next(name for name in names if not (name / "config.toml").exists())
+
+
+@dataclass
+class Stop:
+    """Set by SIGTERM or Ctrl-C: finish the step, save, end. A second Ctrl-C stops at once."""
+
+    reason: str = ""
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        def handle(number: int, frame: Any) -> None:
+            if self.reason and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.reason = signal.Signals(number).name
+
+        with contextlib.suppress(ValueError):  # not the main thread: then nobody sends us signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, handle)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from config import Strict, describe_faults
+from storage import replace_text
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
@@ -116,7 +117,7 @@ class Manifest(Strict):
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
-        write_whole(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        replace_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
 class ShardWriter:
@@ -261,13 +262,3 @@ def join(folders: Sequence[Path], out: Path) -> Manifest:
     joined = Manifest.model_validate(first.model_dump() | values)
     joined.save(out)
     return joined
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds the old text or all of the new, whatever happens."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

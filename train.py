@@ -15,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
     from model import GPT
     from optim import Optimizer
     from runlog import RunLog
-    from runs import Progress
+    from runs import Progress, Stop
     from tokenizer import Tokenizer
 
 
@@ -85,28 +83,6 @@ class TrainArgs(Strict):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says at which step, why, and where the last good checkpoint is."""
-
-
-@dataclass
-class Stop:
-    """Set by SIGTERM or Ctrl-C: finish the step, save, end. A second Ctrl-C stops at once."""
-
-    reason: str = ""
-    previous: dict[int, Any] = field(default_factory=dict)
-
-    def install(self) -> None:
-        def handle(number: int, frame: Any) -> None:
-            if self.reason and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.reason = signal.Signals(number).name
-
-        with contextlib.suppress(ValueError):  # not the main thread: then nobody sends us signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, handle)
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block_size: int) -> int:
@@ -312,7 +288,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision, seed_dropout
     from optim import Optimizer, clock_end, lr_scale
     from runlog import RunLog, announce, duration
-    from runs import Progress, Saver, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
+    from runs import Progress, Saver, Stop, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
     from storage import replace_text
     from tokenizer import load_tokenizer
 
