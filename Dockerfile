@@ -19,7 +19,7 @@ WORKDIR /app
 COPY --chown=writer . .
 USER writer
 EXPOSE 8000
-# runs/ and models/ are mounted: the newest model in them is served unless VLG_MODEL names one
+# runs/ and models/ can be mounted: the newest run's model is served, else one of models/, unless VLG_MODEL names one
 VOLUME ["/app/runs", "/app/models"]
 HEALTHCHECK --interval=15s --timeout=3s --start-period=120s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]

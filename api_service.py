@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_models import ApiError, Settings, bad_value
 from api_stream import LOG, Run, shutting_down, unexpected
+from config import ROOT
 
 if TYPE_CHECKING:
     from config import GenerationParams
@@ -277,7 +278,7 @@ class Service:
         settings = self.settings
         begun = time.monotonic()
         try:
-            folder = self.folder = find_model(settings.model)
+            folder = self.folder = find_model(settings.model, ROOT)
             engine = Engine.load(
                 folder,
                 device=settings.device,
