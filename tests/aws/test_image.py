@@ -70,8 +70,8 @@ def image_files(folder: Path) -> Path:
 
 def image_variables() -> dict[str, str]:
     """The image's ENV lines, without PATH."""
-    lines = re.findall(r"^ENV (.*(?:\\\n.*)*)", DOCKERFILE.split("FROM ")[-1], re.MULTILINE)
-    pairs = (word.split("=", 1) for line in lines for word in line.replace("\\\n", " ").split())
+    stage = DOCKERFILE.split("FROM ")[-1].replace("\\\n", " ")
+    pairs = (word.split("=", 1) for line in re.findall(r"^ENV (.*)", stage, re.MULTILINE) for word in line.split())
     return {name: value for name, value in pairs if name != "PATH"}
 
 
