@@ -272,12 +272,12 @@ class Service:
 
     def load(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the model, in a thread of its own; a failure is kept for whoever asks."""
-        from checkpoint import find_model
-        from engine import Engine
-
         settings = self.settings
         begun = time.monotonic()
         try:
+            from checkpoint import find_model
+            from engine import Engine
+
             folder = self.folder = find_model(settings.model, ROOT)
             engine = Engine.load(
                 folder,
