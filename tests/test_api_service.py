@@ -91,39 +91,6 @@ def test_health_tells_loading_from_ready_from_failed(
         assert "model.safetensors" in client.get("/health").json()["error"]["message"]
 
 
-def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
-    model: GPT, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without settings the server writes what the terminal writes without settings; OpenAI's defaults stay OpenAI's."""
-    import generate
-    from checkpoint import save_model
-
-    recommended = GenerationParams(max_tokens=9, temperature=0.4, top_k=7, top_p=0.9, repetition_penalty=1.0)
-    save_model(tmp_path / "m", model, tokenizer, card={}, generation=recommended)
-    assert generate.main(["--model", str(tmp_path / "m"), "--prompt", PROMPT, "--seed", "5", "--no-echo"]) == 0
-    text = capsys.readouterr().out.removesuffix("\n")
-    with TestClient(api.create_app(settings(model=tmp_path / "m"))) as client:
-        assert until(lambda: client.get("/health").status_code == 200, 120)
-        body = {"prompt": PROMPT, "seed": 5}
-        assert client.post("/generate", json=body).json()["generated_text"] == text
-        batch = client.post("/generate/batch", json={"prompts": [PROMPT], "seed": 5}).json()
-        assert batch["results"][0]["generated_text"] == text
-        with client.websocket_connect("/ws") as socket:
-            found = socket_messages(socket, body)
-        assert "".join(message["text"] for message in found if message["type"] == "token") == text
-        own = {**body, "max_tokens": 9, "temperature": 2.0}
-        expected = recommended.model_copy(update={"temperature": 2.0, "seed": 5})
-        (result,) = generate.generate(model, tokenizer, PROMPT, expected)
-        assert client.post("/generate", json=own).json()["generated_text"] == result.text != text
-        assert client.post("/generate", json={**body, "max_length": 4}).json()["usage"]["completion_tokens"] == 4
-        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
-        documented = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
-        assert documented["temperature"]["default"] == 0.4 and documented["max_tokens"]["default"] == 9
-    with TestClient(api.create_app(settings(model=tmp_path / "m", max_tokens=3))) as client:
-        assert until(lambda: client.get("/health").status_code == 200, 120)
-        assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
-
-
 def test_keys_open_the_server_and_nothing_else_does(engine: Engine) -> None:
     with TestClient(api.create_app(settings(api_keys="first-key, second-key"), engine)) as client:
         for path in ("/health", "/livez", "/readyz", "/ping", "/", "/docs", "/openapi.json", "/client.js"):
@@ -267,7 +234,7 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
         assert client.get(f"/{name}").status_code == 200
     script = client.get("/client.js").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
-    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
+    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop"}
     assert fields == set(GenerationParams.model_fields)
     assert client.get("/../api.py").status_code == 404
 
