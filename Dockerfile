@@ -7,6 +7,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
+WORKDIR /build
 COPY requirements.txt .
 RUN pip install --index-url "$TORCH_INDEX" "$(grep -m1 -i '^torch[=><~]' requirements.txt)" \
  && pip install -r requirements.txt
@@ -17,9 +18,9 @@ COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VLG_HOST=0.0.0.0
 WORKDIR /app
 COPY --chown=writer . .
-USER writer
+USER 10001
 EXPOSE 8000
-# runs/ and models/ are mounted: the newest model in them is served unless VLG_MODEL names one
+# runs/ and models/ can be mounted: the newest run's model is served, else one of models/, unless VLG_MODEL names one
 VOLUME ["/app/runs", "/app/models"]
 HEALTHCHECK --interval=15s --timeout=3s --start-period=120s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]

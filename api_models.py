@@ -34,7 +34,7 @@ class ServerFlags(Strict):
     """The server's settings: each is a flag of `api.py` and an environment variable (VLG_HOST, VLG_PORT, ...)."""
 
     model: Path | None = None
-    """Model folder; none: the newest one under runs/ or models/."""
+    """Model folder; none: the newest run's, else the newest under models/."""
     name: str = Field("", max_length=200)
     """Name of the model in answers; empty: its folder's name."""
     host: str = "127.0.0.1"

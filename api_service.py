@@ -33,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_models import ApiError, Settings, bad_value
 from api_stream import LOG, Run, shutting_down, unexpected
+from config import ROOT
 
 if TYPE_CHECKING:
     from config import GenerationParams
@@ -275,14 +276,14 @@ class Service:
 
     def load(self, loop: asyncio.AbstractEventLoop) -> None:
         """Read the model, in a thread of its own; a failure is kept for whoever asks."""
-        from checkpoint import find_model
-        from engine import Engine
-        from generate import folder_defaults
-
         settings = self.settings
         begun = time.monotonic()
         try:
-            folder = self.folder = find_model(settings.model)
+            from checkpoint import find_model
+            from engine import Engine
+            from generate import folder_defaults
+
+            folder = self.folder = find_model(settings.model, ROOT)
             self.defaults = folder_defaults(folder)
             engine = Engine.load(
                 folder,

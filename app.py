@@ -1,6 +1,6 @@
 """A place to write: the model's words on a page of your own, in the browser.
 
-streamlit run app.py                                            # with the newest model under runs/ or models/
+streamlit run app.py                                            # with the newest run's model, else one of models/
 streamlit run app.py -- --model runs/sample/best
 streamlit run app.py -- --server http://127.0.0.1:8000          # or wss://… for a gateway; a key comes from VLG_KEY
 """

@@ -66,6 +66,7 @@ __all__ = [
     "load_model",
     "load_training",
     "newest_checkpoint",
+    "newest_model",
     "prune_checkpoints",
     "read_model_config",
     "save_model",
@@ -287,12 +288,19 @@ def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
         if found is None:
             raise CheckpointError(f"--model {path}: no model there (no config.json, best/ or last/): {make}")
         return found
-    for parent in (Path(root) / "runs", Path(root) / "models"):
+    if newest := newest_model(Path(root) / "runs", Path(root) / "models"):
+        return newest
+    raise CheckpointError(f"no model in {Path(root) / 'runs'} or {Path(root) / 'models'}: {make}")
+
+
+def newest_model(*folders: Path) -> Path | None:
+    """The newest model of the first of `folders` that holds any; given runs/ and models/, one's own run comes first."""
+    for parent in folders:
         places = [place for place in parent.iterdir() if not unfinished(place)] if parent.is_dir() else []
         models = [_model_in(place) for place in places]
         if newest := [model for model in models if model is not None]:
             return max(newest, key=lambda model: (model / "config.json").stat().st_mtime)
-    raise CheckpointError(f"no model in {Path(root) / 'runs'} or {Path(root) / 'models'}: {make}")
+    return None
 
 
 def fetch_model(name: Path | str) -> Path:

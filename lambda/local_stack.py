@@ -57,7 +57,7 @@ class Flags(Strict):
     """The AWS path on one machine; prints the address that clients connect to."""
 
     model: Path | None = None
-    """Model folder for api.py; none: the newest one."""
+    """Model folder for api.py; none: the newest run's, else the newest under models/."""
     container: str = ""
     """Address of a running container (`http://127.0.0.1:8080`), instead of starting api.py."""
     port: int = Field(8765, ge=0, le=65535)
@@ -446,7 +446,7 @@ def container(model: Path | None) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, str(HERE.parent / "api.py"), "--port", str(port)]
     if model is not None:
-        command += ["--model", str(model)]
+        command += ["--model", str(model.resolve())]
     process = subprocess.Popen(command, cwd=HERE.parent)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -64,7 +64,7 @@ def test_health_tells_loading_from_ready_from_failed(
 
     monkeypatch.setattr(Engine, "load", load)
     monkeypatch.setattr(Engine, "close", lambda *_, **__: None)
-    monkeypatch.setattr("checkpoint.find_model", lambda path: path)
+    monkeypatch.setattr("checkpoint.find_model", lambda path, root: path)
     with TestClient(api.create_app(settings(model=tmp_path / "story", slots=3))) as client:
         assert client.get("/livez").status_code == 200
         for path in ("/health", "/readyz", "/ping", "/v1/models"):

@@ -110,8 +110,16 @@ def bars(frame: pd.DataFrame, x: str, y: str, *, title: str, kind: str = "N", y_
             y=alt.Y(f"{y}:Q", title=y_title or None),
             tooltip=list(frame.columns),
         )
-        .properties(height=220, title=title)
+        .properties(height=240, title=title)
     )
+
+
+def by_model(frame: pd.DataFrame) -> Any:
+    """A colour a model; one model alone needs no legend, which would take the height of the plot."""
+    import altair as alt
+
+    several = frame["model"].nunique() > 1
+    return alt.Color("model:N", title=None, legend=alt.Legend(orient="top", offset=4) if several else None)
 
 
 def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: int = 24) -> alt.Chart:
@@ -123,11 +131,11 @@ def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: 
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             x=alt.X(f"{column}:Q", bin=alt.Bin(maxbins=bins), title=axis),
-            y=alt.Y("count():Q", title="passages"),
-            color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom")),
+            y=alt.Y("count():Q", title="passages", axis=alt.Axis(tickMinStep=1)),
+            color=by_model(frame),
             tooltip=["model", "count()"],
         )
-        .properties(height=220, title=title)
+        .properties(height=240, title=title)
     )
 
 
@@ -141,7 +149,7 @@ def scatter(frame: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_
         .encode(
             x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False)),
             y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False)),
-            color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom")),
+            color=by_model(frame),
             tooltip=["model", alt.Tooltip(f"{x}:Q", format=".2f"), alt.Tooltip(f"{y}:Q", format=".3f")],
         )
         .properties(height=240, title=title)

@@ -187,6 +187,7 @@ class Desks:
 
     def __init__(self, history: History):
         self.history = history
+        self.life = uuid.uuid4().hex[:8]  # tells edits of this process's stories from those of one before it
         self._lock = threading.Lock()
         self._desks: dict[str, Desk] = {}
 

@@ -2,7 +2,31 @@
 // Text only ever passes through .value and text nodes, so nothing in a story is ever read as HTML.
 const sheets = new WeakMap();
 const PAUSE_MS = 400; // typing is handed on after a pause this long, and at once when the field is left
+const ANSWER_MS = 5000; // what the app has not taken by then is handed on again: it may have been away
 const REVEAL_MS = 280; // words that arrive together are written out over this long
+const lifeOf = (rev) => rev.split(":").at(-2); // a revision is story:life of the app:number
+const storyOf = (rev) => rev.split(":").slice(0, -2).join(":");
+
+/** Words that the app has not taken yet, kept by the browser over a reload: {bases: texts they were typed upon, text}. */
+const drafts = {
+  name: (story) => `story-sheet:${story}`,
+  keep(story, draft) {
+    try {
+      localStorage.setItem(this.name(story), JSON.stringify(draft));
+    } catch {
+      // no storage here, or it is full: the words are still on the sheet
+    }
+  },
+  take(story) {
+    try {
+      const kept = localStorage.getItem(this.name(story));
+      localStorage.removeItem(this.name(story));
+      return JSON.parse(kept);
+    } catch {
+      return null;
+    }
+  },
+};
 
 export default function (component) {
   const { data, parentElement, setStateValue, setTriggerValue } = component;
@@ -12,7 +36,22 @@ export default function (component) {
   if (!box || !title) return;
   let sheet = sheets.get(parentElement);
   if (!sheet) {
-    sheet = { rev: null, live: false, shown: 0, text: "", timer: 0, frame: 0, follow: true, unsent: false, titled: null };
+    sheet = {
+      rev: null,
+      live: false,
+      shown: 0,
+      text: "",
+      known: "", // the text as the app last told it
+      sent: [], // and as it was handed on since
+      tries: 0,
+      timer: 0,
+      frame: 0,
+      follow: true,
+      unsent: false,
+      away: false, // whether the app did not answer the last time
+      asked: -Infinity, // when the model was last asked to write
+      titled: null,
+    };
     sheets.set(parentElement, sheet);
   }
   sheet.data = data;
@@ -62,23 +101,55 @@ export default function (component) {
     sheet.frame = requestAnimationFrame(step);
   };
   const send = () => {
-    clearTimeout(sheet.timer);
     if (!sheet.unsent) return;
+    clearTimeout(sheet.timer);
     sheet.unsent = false;
-    setStateValue("edit", { rev: sheet.rev, text: sheet.text });
+    sheet.sent = [...sheet.sent.slice(-20), sheet.text];
+    sheet.tries += 1;
+    sheet.timer = setTimeout(again, ANSWER_MS);
+    setStateValue("edit", { rev: sheet.rev, text: sheet.text, tries: sheet.tries });
+  };
+  const lock = () => {
+    box.readOnly = sheet.live || performance.now() - sheet.asked < ANSWER_MS;
+  };
+  const again = () => {
+    if (!sheet.edited || sheet.live || !parentElement.isConnected) return;
+    drafts.keep(storyOf(sheet.rev), { bases: [sheet.known, ...sheet.sent], text: sheet.text });
+    sheet.unsent = true;
+    send();
+    // an app that was started again does not know this page until it is loaded anew
+    fetch(new URL("_stcore/health", document.baseURI)).then(
+      () => sheet.away && setTimeout(() => sheet.edited && location.reload(), ANSWER_MS / 2),
+      () => (sheet.away = true),
+    );
   };
   const command = (name) => {
     send();
     setTriggerValue("command", name);
+    if (name !== "continue" && name !== "retry") return;
+    sheet.asked = performance.now(); // what is typed before the answer comes would be lost
+    box.readOnly = true;
+    setTimeout(lock, ANSWER_MS);
   };
 
-  if (data.rev !== sheet.rev || data.live || sheet.live) {
+  const changed = data.rev !== sheet.rev;
+  const anew = lifeOf(data.rev) !== lifeOf(sheet.rev ?? data.rev) && storyOf(data.rev) === storyOf(sheet.rev);
+  if (anew && sheet.edited && [sheet.known, ...sheet.sent].includes(data.text)) {
+    // the app was started again while the writer went on typing: the words since then still belong to this text
+    sheet.rev = data.rev;
+    sheet.live = false;
+    sheet.unsent = true;
+    clearTimeout(sheet.timer);
+    sheet.timer = setTimeout(send, PAUSE_MS);
+  } else if (changed || data.live || sheet.live) {
+    const draft = sheet.rev === null ? drafts.take(storyOf(data.rev)) : null;
     const before = sheet.live && data.text.startsWith(sheet.text.slice(0, sheet.shown)) ? sheet.shown : data.text.length;
     const starting = data.live && !sheet.live;
     if (starting) sheet.follow = true;
     clearTimeout(sheet.timer);
     sheet.unsent = false;
     sheet.edited = false;
+    sheet.sent = [];
     sheet.rev = data.rev;
     sheet.live = data.live;
     sheet.text = data.text;
@@ -88,10 +159,19 @@ export default function (component) {
       if (!data.live) box.setSelectionRange(data.text.length, data.text.length);
     }
     find("said").textContent = data.live ? data.saying : "";
+    if (draft && !data.live && draft.text !== data.text && draft.bases.includes(data.text)) {
+      box.value = sheet.text = draft.text;
+      sheet.edited = sheet.unsent = true;
+      sheet.timer = setTimeout(send, PAUSE_MS);
+    }
   } else if (data.text === sheet.text) {
-    sheet.edited = false;
+    if (sheet.away) drafts.take(storyOf(sheet.rev));
+    sheet.edited = sheet.away = false;
+    sheet.sent = [];
   }
-  box.readOnly = data.live;
+  sheet.known = data.text;
+  if (data.live || changed) sheet.asked = -Infinity;
+  lock();
   box.setAttribute("aria-busy", String(data.live));
   if (sheet.titled !== data.title && document.activeElement !== title && parentElement.activeElement !== title) {
     title.value = data.title;

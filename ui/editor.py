@@ -49,7 +49,7 @@ def sheet(
 ) -> None:
     """Show a story. `rev`: a name for the text as Python last changed it; `seen`: the first character the model still reads; `focus`: a new value moves the caret there.
 
-    The callbacks read `st.session_state[key]`: `.edit` ({"rev", "text"}), `.title`, `.command`.
+    The callbacks read `st.session_state[key]`: `.edit` ({"rev", "text", "tries"}), `.title`, `.command`.
     """
     component = _component()
     component(

@@ -12,6 +12,7 @@ from typing import Any
 
 import streamlit as st
 
+from checkpoint import newest_model
 from config import ROOT, ConfigError, Strict, parse_flags
 from ui.backends import Backend, BackendError, Place, connect
 from ui.desk import Desk, Desks
@@ -25,7 +26,7 @@ class AppFlags(Strict):
     """The app's flags, given after `--`: `streamlit run app.py -- --model runs/sample/best`."""
 
     model: Path | None = None
-    """Model folder to begin with; none: the newest one under runs/ or models/."""
+    """Model folder to begin with; none: the newest run's, else the newest under models/."""
     server: str = ""
     """Write with a server (http://…) or a gateway (wss://…) instead. A key is read from VLG_KEY."""
     dtype: str = "auto"
@@ -97,16 +98,15 @@ def found_models() -> list[FoundModel]:
 
 
 def default_place() -> Place | None:
-    """What the flags ask for, else the newest model; None where there is nothing to write with yet."""
+    """What the flags ask for, else the newest run's model, else of models/; None where there is nothing to write with."""
     given = flags()
     if given.server:
         kind: Any = "gateway" if given.server.startswith(("ws://", "wss://")) else "server"
         return Place(kind, given.server, os.environ.get("VLG_KEY", ""))
     if given.model:
         return Place("local", str(given.model), dtype=given.dtype)
-    models = found_models()
-    best = [model for model in models if model.path.name == "best"] or models
-    return Place("local", str(best[0].path), dtype=given.dtype) if best else None
+    newest = newest_model(given.runs, given.models)
+    return Place("local", str(newest), dtype=given.dtype) if newest else None
 
 
 def place() -> Place | None:

@@ -65,7 +65,7 @@ def draw_form(backend: Backend, busy: bool) -> None:
             tokens = st.number_input("Length", 1, 4000, 80, step=20, key="compare_tokens", width=140)
             n = st.number_input("Texts each", 1, 8, 1, key="compare_n", width=140)
             seed = st.number_input(
-                "Seed", 0, 2**53 - 1, None, key="compare_seed", width=160, placeholder="new each time"
+                "Seed", 0, 2**53 - 1, None, key="compare_seed", width=200, placeholder="new each time"
             )
         if st.button(
             "Write them all", type="primary", key="compare_start", disabled=busy, icon=":material/play_arrow:"

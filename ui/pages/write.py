@@ -23,10 +23,13 @@ KEY = "sheet"
 
 
 def take_edit() -> None:
-    """Bring what the writer has typed into its story, also one that is not open any more."""
+    """Bring what the writer has typed into its story, once, also one that is not open any more."""
     edit = (st.session_state.get(KEY) or {}).get("edit")
-    if edit:
-        story_id, _, rev = str(edit["rev"]).rpartition(":")
+    if not edit or edit == st.session_state.get("edit_taken"):
+        return
+    st.session_state["edit_taken"] = dict(edit)
+    story_id, life, rev = str(edit["rev"]).rsplit(":", 2)
+    if life == state.desks().life:  # revisions count from the start of the app
         state.desks().open(story_id).type(edit["text"], int(rev))
 
 
@@ -143,7 +146,7 @@ def draw_desk(backend: Backend, desk: Desk, drawn: tuple[bool, ...]) -> None:
     seen = seen_of(backend, live.text, params)
     sheet(
         live,
-        rev=f"{desk.id}:{live.rev}",
+        rev=f"{desk.id}:{state.desks().life}:{live.rev}",
         key=KEY,
         title=desk.title,
         seen=seen.start if seen else 0,
@@ -293,7 +296,10 @@ def draw_facts(desk: Desk, text: str, seen: Seen | None) -> None:
         about = "" if seen.exact else "about "
         if seen.start:
             parts.append(f"the model sees the last {len(text[seen.start :].split()):,}")
-        parts.append(f"{about}{seen.tokens:,} of {seen.context:,} tokens")
+        if seen.tokens > seen.context:
+            parts.append(f"{about}{seen.tokens:,} tokens, {seen.context:,} fit")
+        else:
+            parts.append(f"{about}{seen.tokens:,} of {seen.context:,} tokens")
         bar = (
             f'<span class="bar{" full" if seen.start else ""}" role="img" '
             f'aria-label="{share:.0%} of the model\'s memory in use"><i style="width:{share:.0%}"></i></span>'
@@ -338,7 +344,7 @@ def draw_openings() -> None:
     """First words to begin with."""
     st.subheader("Or begin with", anchor=False)
     kinds = list(GALLERY)
-    kind = st.segmented_control(
+    kind = st.pills(
         "Kind of opening",
         kinds,
         default=kinds[0],
