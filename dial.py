@@ -152,7 +152,7 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
         while True:
             yield ids[:, :-1], ids[:, 1:]
 
-    source, times = batches(), []
+    source, times = batches(), list[float]()
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         begin = time.perf_counter()

@@ -149,7 +149,7 @@ def _candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None) -
     values = penalised(logits.numpy(), params.repetition_penalty, seen)
     N, temperature = len(values), np.float32(params.temperature)
     if params.temperature < COLD:
-        best = values.argmax(keepdims=True)
+        best = np.argmax(values, keepdims=True)
         _check(values[best[0]])
         return values[best], best
     if 0 < params.top_k < N:

@@ -201,9 +201,10 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     if args.minutes or args.input:
         from dial import turn
 
-        alone = {"--preset": flag_value(argv, "preset"), "--init-from": origin, "--plan": args.plan}
-        alone |= {"--resume": args.resume, "torchrun": "RANK" in os.environ}
-        tables, folder = turn(args.minutes, args.input, args.data, began, [name for name, on in alone.items() if on])
+        alone = {"--preset": flag_value(argv, "preset") or "", "--init-from": origin or "", "--plan": args.plan}
+        others = [name for name, on in alone.items() if on] + ["--resume"] * args.resume
+        others += ["torchrun"] * ("RANK" in os.environ)
+        tables, folder = turn(args.minutes, args.input, args.data, began, others)
         tables = merge(tables, read_toml(Path(file))) if file else tables
         given = {"preset": folder.name, "model": tables["model"], "train": tables["train"]}
         args = parse_flags(TrainArgs, words, defaults=given).model_copy(update={"data": folder})

@@ -27,8 +27,7 @@ from helpers import TINY_FLAGS, nonsense
 from model import GPT
 from prepare_data import Manifest
 from samples import run, tokens, told
-from sampling import Writer
-from style_report import summary
+from sampling import Text, Writer
 from styles import Control
 from tiny_models import GENERATION, random_model, save, shape, tiny_tokenizer
 from tokenizer import StyleError, Tokenizer, TokenizerError, char_tokenizer, gpt2_tokenizer, load_tokenizer, with_styles
@@ -489,6 +488,18 @@ def test_one_seed_one_text_in_style_alone_beside_others_and_on_every_surface(
     folder = save(tmp_path / "model", model, tokenizer)
     with Engine.load(folder, slots=1, dtype="float32") as engine, pytest.raises(StyleError, match="takes 2 slots"):
         engine.submit("It was", each[2])
+
+
+def test_a_blend_is_the_weighted_mean_of_log_probabilities(styled: tuple[GPT, Tokenizer]) -> None:
+    tokenizer = styled[1]
+    text = Text(tokenizer, [], GenerationParams(style="ash:3,birch:1"), seed=0, index=0, context=24)
+    given = [torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-3.0, 1.0, 4.0])]
+    rest = torch.full((tokenizer.vocab_size - 3,), -30.0)
+    for reading, logits in zip(text.readings, given, strict=True):
+        reading.logits = torch.cat((logits, rest))
+    expected = (0.75 * given[0].log_softmax(-1) + 0.25 * given[1].log_softmax(-1)).softmax(-1)
+    assert torch.allclose(text.mixture()[:3].softmax(-1), expected, atol=1e-6)
+    assert all(reading.logits is None for reading in text.readings)
 
 
 def test_a_blend_that_waits_for_slots_is_not_overtaken_for_ever(styled: tuple[GPT, Tokenizer]) -> None:
