@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,6 +90,10 @@ def test_health_tells_loading_from_ready_from_failed(
     with TestClient(api.create_app(settings(model=tmp_path))) as client:
         assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
         assert "model.safetensors" in client.get("/health").json()["error"]["message"]
+
+    monkeypatch.setitem(sys.modules, "engine", None)  # it cannot even be imported
+    with TestClient(api.create_app(settings(model=tmp_path))) as client:
+        assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
 
 
 def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(

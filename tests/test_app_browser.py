@@ -395,6 +395,33 @@ def test_history_after_a_restart(tab: Tab, app: Process) -> None:
     assert tab.text() == text
 
 
+def test_words_typed_while_the_app_is_down_are_kept(tab: Tab, app: Process) -> None:
+    tab.write("Before the storm").settled()
+    tab.until(lambda: "story=" in tab.page.url)
+    tab.page.wait_for_timeout(700)
+    app.stop()
+    tab.story.press("Control+End")
+    tab.story.press_sequentially(" and in the midst of it", delay=5)
+    whole = tab.text()
+    app.start()
+    tab.page.wait_for_timeout(1500)
+    tab.idle().settled()
+    tab.until(lambda: tab.button("Undo").is_enabled())  # the words have reached the story
+    assert tab.text() == whole == "Before the storm and in the midst of it"
+    tab.page.reload()
+    tab.idle()
+    assert tab.text() == whole
+
+
+def test_no_key_is_swallowed_between_the_command_and_the_first_word(tab: Tab) -> None:
+    tab.slider("Length", "Home").write("The fog")
+    tab.story.press("Control+Enter")
+    tab.story.press_sequentially("XYZ")
+    accepted = tab.text().removeprefix("The fog")
+    tab.until(lambda: tab.button("Stop").count() == 0 and len(tab.text()) > 12)
+    assert tab.text().startswith("The fog" + accepted[:3])
+
+
 def test_a_training_is_started_watched_and_stopped_from_the_page(tab: Tab, app: Process, tmp_path: Path) -> None:
     text = tmp_path / "fog.txt"
     text.write_text("The fog lay upon the town, and nobody knew why. It was late.\n\n" * 300)

@@ -1,4 +1,4 @@
-"""Clients of the gateway: Node's `ws`, and the whole path with the real server, model and `generate.py` behind it."""
+"""Clients of the gateway: Python, Node's `ws` and the web page, also with the real server, model and `generate.py` behind."""
 
 from __future__ import annotations
 
@@ -131,41 +131,70 @@ def written(model: Path, prompt: str, seed: int, tokens: int) -> str:
     return found["text"] if "text" in found else found["samples"][0]["text"]
 
 
-@pytest.mark.slow
-def test_the_whole_path_writes_what_generate_writes(model: Path, tmp_path: Path) -> None:
-    """`local_stack.py` as a program: its own api.py, the printed address, and texts equal to the terminal's."""
+@pytest.fixture(scope="module")
+def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`local_stack.py` as a program with its own api.py: the address that it prints."""
     command = [sys.executable, ROOT / "lambda" / "local_stack.py", "--model", model, "--port", "0", "--aws-port", "0"]
-    log = (tmp_path / "log").open("w")
+    log = tmp_path_factory.mktemp("local-aws") / "log"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "VLG_DTYPE": "float32"}
-    program = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=ROOT
-    )
+    with log.open("w") as errors:
+        program = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, cwd=ROOT
+        )
     try:
         assert program.stdout is not None
         url = program.stdout.readline().strip()
-        assert url.startswith("ws://127.0.0.1:"), (tmp_path / "log").read_text()
-
-        async def conversation() -> list[list[dict[str, Any]]]:
-            async with websockets.connect(url) as socket:
-                await ask(socket, "first", prompt="It was the", seed=11, max_tokens=90)
-                first = await hear(socket, "first", 60)
-                await ask(socket, "pair", prompt="The", seed=12, max_tokens=20, n=2)
-                pair = await hear(socket, "pair", 60)
-                await ask(socket, "long", prompt="The", max_tokens=4000)
-                while json.loads(await socket.recv())["type"] != "token":
-                    pass
-                await socket.send('{"action": "stop", "request_id": "long"}')
-                return [first, pair, await hear(socket, "long", 60)]
-
-        first, pair, stopped = asyncio.run(conversation())
+        assert url.startswith("ws://127.0.0.1:"), log.read_text()
+        yield url
     finally:
         program.terminate()
         program.wait(60)
-        log.close()
-    assert program.returncode == 0, (tmp_path / "log").read_text()
+    assert program.returncode == 0, log.read_text()
+
+
+@pytest.mark.slow
+def test_python_hears_through_the_whole_path_what_generate_writes(address: str, model: Path) -> None:
+    async def conversation() -> list[list[dict[str, Any]]]:
+        async with websockets.connect(address) as socket:
+            await ask(socket, "first", prompt="It was the", seed=11, max_tokens=90)
+            first = await hear(socket, "first", 60)
+            await ask(socket, "pair", prompt="The", seed=12, max_tokens=20, n=2)
+            pair = await hear(socket, "pair", 60)
+            await ask(socket, "long", prompt="The", max_tokens=4000)
+            while json.loads(await socket.recv())["type"] != "token":
+                pass
+            await socket.send('{"action": "stop", "request_id": "long"}')
+            return [first, pair, await hear(socket, "long", 60)]
+
+    first, pair, stopped = asyncio.run(conversation())
     assert first[-1]["type"] == "complete" and first[-1]["usage"]["completion_tokens"] == 90
     assert sum(m["type"] == "token" for m in first) == 90
     assert text(first) == written(model, "It was the", 11, 90)
     assert text(pair, 0) and text(pair, 1) and text(pair, 0) != text(pair, 1)
     assert text(pair) == written(model, "The", 12, 20)
     assert stopped[-1]["finish_reason"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_node_hears_the_same(address: str, model: Path, node_modules: Path) -> None:
+    seen = run_node(node_modules, address)
+    assert [m["type"] for m in seen["whole"]] == ["started", *["token"] * 12, "complete"]
+    assert text(seen["whole"]) == written(model, "It was", 5, 12)
+    heard = seen["stopped"]
+    assert heard[-1]["finish_reason"] == "cancelled" and 3 <= sum(m["type"] == "token" for m in heard) < 2000
+
+
+@pytest.mark.slow
+def test_the_web_page_shows_the_same(address: str, model: Path) -> None:
+    with opened(address) as page:
+        page.fill("#max_tokens", "60")
+        page.fill("#seed", "21")
+        page.click("#write")
+        page.wait_for_selector("text=/Done: 60 tokens/")
+        assert page.text_content(".text") == "It was" + written(model, "It was", 21, 60)
+        page.fill("#max_tokens", "4000")
+        page.click("#write")
+        page.wait_for_function("document.querySelector('.page .text')?.textContent.length > 12")
+        page.click("#stop")
+        page.wait_for_selector("text=/stopped ·/")
+        assert len(page.text_content(".text")) < 4000
