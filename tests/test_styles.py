@@ -28,6 +28,7 @@ from model import GPT
 from prepare_data import Manifest
 from samples import run, tokens, told
 from sampling import Text, Writer
+from style_report import summary
 from styles import Control
 from tiny_models import GENERATION, random_model, save, shape, tiny_tokenizer
 from tokenizer import StyleError, Tokenizer, TokenizerError, char_tokenizer, gpt2_tokenizer, load_tokenizer, with_styles
