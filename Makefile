@@ -40,16 +40,15 @@ api: $(VENV)/base           ## the server on 127.0.0.1:8000
 soak: $(VENV)/dev           ## five minutes of killing and resuming a training run
 	$(BIN)/python -m pytest tests/test_resume.py -k kill --soak 300
 
-# NANOGPT=FOLDER: also beside a local checkout of nanoGPT
+# NANOGPT=FOLDER: also beside a checkout of nanoGPT; SHAKESPEARE=FILE: the race to a loss; DATA=FOLDER: recipes on prepared texts
 bench: $(VENV)/dev          ## the published figures, on this machine's processor (about 15 minutes)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/train_step.py --seconds 60 $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/decode.py --seconds 120
 	$(BIN)/python benchmarks/engine_ceiling.py
-
-bench-gpu: $(VENV)/dev      ## the same on an NVIDIA GPU: one text, and 64 at once
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(BIN)/python benchmarks/decode.py --device cuda --streams 1 64 --tokens 64 --seconds 60
+	$(BIN)/python benchmarks/startup.py
+	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare.py --text $(SHAKESPEARE))
+	$(if $(DATA),$(BIN)/python benchmarks/recipes.py --data $(DATA) --also-tuned)
 
 # GPU_PYTHON=python3: an interpreter that has the packages already, where the index cannot be reached
 GPU_PYTHON ?= $(BIN)/python
@@ -57,7 +56,7 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## the GPU's
 	@if ! $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		echo "no NVIDIA GPU here: nothing was tested or measured"; exit 0; fi; \
 	code=0; \
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py || code=1; \
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_graphs.py || code=1; \
 	$(GPU_PYTHON) benchmarks/train_gpu.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) || code=1; \
 	$(GPU_PYTHON) benchmarks/decode.py --device cuda --streams 1 64 --seconds 45 || code=1; \
 	exit $$code

@@ -4,6 +4,7 @@
     >>> model, tokenizer = load_model("runs/sample/best")          # ours, or a GPT-2 saved by transformers
     >>> model, tokenizer = load_model(fetch_model("openai-community/gpt2"), block_size=2048)
     >>> state = load_training(newest_checkpoint("runs/sample"))
+    python checkpoint.py --model runs/novels/best --out models/novels     # a copy to share, at half the size
 
 A model folder is a Hugging Face model (`gpt2_format.py`), a checkpoint is a model folder with the training state beside
 the weights. `storage.py` keeps each whole, whatever happens while it is written. No pickle is read or written.
@@ -12,12 +13,13 @@ the weights. `storage.py` keeps each whole, whatever happens while it is written
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from config import GenerationParams, ModelConfig, build
+from config import GenerationParams, ModelConfig, Strict, build, parse_flags, run_main
 from gpt2_format import (
     as_trained,
     export_state,
@@ -325,3 +327,52 @@ def fetch_model(name: Path | str) -> Path:
     if not list(found.glob("*.safetensors")):
         raise CheckpointError(f"{name} on the hub {IN_PICKLE.format(name)}")
     return found
+
+
+class CopyArgs(Strict):
+    """Copy a model folder, its weights in another number format: half the size, to share or to ship."""
+
+    model: Path
+    """The model folder to copy; it stays as it is."""
+    out: Path
+    """The folder to write."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Format of the numbers on the disk. Whoever loads them computes in a format of his own choice."""
+
+
+def copy_model(source: Path, folder: Path, dtype: str) -> None:
+    """Copy a model folder whole or not at all, the weights as `dtype`, named so in config.json; no training state.
+
+    Raises CheckpointError for a folder that is no model, or where a weight is too large for float16.
+    """
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    config = read_json(source / "config.json") | {"torch_dtype": dtype}
+    tensors = {name: tensor.to(kind) for name, tensor in _read_weights(source).items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{source}: {name} holds numbers beyond {dtype}'s largest: take --dtype bfloat16")
+    with replacing(folder) as draft:
+        write_tensors(draft / WEIGHTS, tensors, hashed=False)
+        write_text(draft / "config.json", config)
+        for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, draft / name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 1 when something failed, 2 for bad flags."""
+
+    def body() -> int:
+        args = parse_flags(CopyArgs, argv)
+        copy_model(args.model, args.out, args.dtype)
+        size = sum(path.stat().st_size for path in args.out.iterdir())
+        print(f"{args.out}: {size / 1e6:.1f} MB, {args.dtype}", file=sys.stderr)
+        return 0
+
+    return run_main(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

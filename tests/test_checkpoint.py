@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from checkpoint import (
     CheckpointError,
     fetch_model,
@@ -265,3 +267,31 @@ def test_fetch_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="check the name and the network"):
         fetch_model("nobody-at-all/no-such-model")
+
+
+def test_a_copy_to_share_is_the_same_model_at_half_the_size(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = random_model(shape(tokenizer))
+    source, copy = save(tmp_path / "model", model, tokenizer), tmp_path / "copy"
+    assert checkpoint.main(["--model", str(source), "--out", str(copy)]) == 0
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (source, copy)]
+    assert sizes[1] < 0.6 * sizes[0]
+    again, theirs = load_model(copy)
+    assert theirs.fingerprint == tokenizer.fingerprint and again.wte.weight.dtype == torch.float32
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(again(ids), model.eval()(ids), atol=5e-3, rtol=0)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    assert config["torch_dtype"] == "float16"
+    from transformers import AutoModelForCausalLM
+
+    half = AutoModelForCausalLM.from_pretrained(copy).float()
+    torch.testing.assert_close(half(ids).logits, again(ids), atol=1e-2, rtol=0)
+
+
+def test_a_number_too_large_for_the_copy_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = random_model(shape(tokenizer))
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight[0, 0] = 1e6
+    source = save(tmp_path / "model", model, tokenizer)
+    with pytest.raises(CheckpointError, match="mlp.c_fc.weight .*bfloat16"):
+        checkpoint.copy_model(source, tmp_path / "copy", "float16")
+    assert not (tmp_path / "copy").exists()
