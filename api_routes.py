@@ -193,6 +193,8 @@ def schema(app: FastAPI, service: Service) -> dict[str, Any]:
                 properties[field]["default"] = min(properties[field]["default"], limit)
         for field in ("prompt", "text", "prompts"):
             narrow(properties.get(field, {}), service)
+        if service.engine is not None and "style" in properties:
+            name_styles(properties["style"], list(service.engine.tokenizer.styles))
     if limits.api_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
@@ -204,6 +206,16 @@ def schema(app: FastAPI, service: Service) -> dict[str, Any]:
 def bounded(part: dict[str, Any]) -> list[dict[str, Any]]:
     """The number among a field's alternatives."""
     return [option for option in (part, *part.get("anyOf", ())) if "maximum" in option]
+
+
+def name_styles(part: dict[str, Any], styles: list[str]) -> None:
+    """Write the model's styles into the field's schema: as examples, since they can be blended; or that there is none."""
+    if styles:
+        part["examples"] = styles
+        return
+    for option in (part, *part.get("anyOf", ())):
+        if option.get("type") == "string":
+            option["enum"] = [""]
 
 
 def narrow(part: dict[str, Any], service: Service) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from config import GenerationParams, ModelConfig, Strict, build, parse_flags, run_main
+from config import ConfigError, GenerationParams, ModelConfig, Strict, build, parse_flags, run_main
 from gpt2_format import (
     as_trained,
     export_state,
@@ -332,9 +332,9 @@ def fetch_model(name: Path | str) -> Path:
 class CopyArgs(Strict):
     """Copy a model folder, its weights in another number format: half the size, to share or to ship."""
 
-    model: Path
-    """The model folder to copy; it stays as it is."""
-    out: Path
+    model: Path | None = None
+    """The model folder to copy, which stays as it is; none: the newest."""
+    out: Path | None = None
     """The folder to write."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Format of the numbers on the disk. Whoever loads them computes in a format of his own choice."""
@@ -366,7 +366,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         args = parse_flags(CopyArgs, argv)
-        copy_model(args.model, args.out, args.dtype)
+        if args.out is None:
+            raise ConfigError(["--out is missing: name the folder to write, like --out models/mine"])
+        copy_model(find_model(args.model), args.out, args.dtype)
         size = sum(path.stat().st_size for path in args.out.iterdir())
         print(f"{args.out}: {size / 1e6:.1f} MB, {args.dtype}", file=sys.stderr)
         return 0

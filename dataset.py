@@ -134,7 +134,7 @@ class TokenStream:
         any control id, bool [len(starts)]; none if not given.
         """
         rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
+        for row, start in zip(rows, np.asarray(starts).tolist(), strict=True):
             self._fill(row, start)
         if self.documents is not None:
             styles = self.documents.style_at(starts)

@@ -87,10 +87,11 @@ def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
     counts as so many times its length.
     """
     rungs = []
-    good = 3.0 * (budget.flops / REFERENCE) ** 0.18
+    most = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN
     for layers, width in LADDER:
         model = shape(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
-        tokens = min(budget.flops / cost(model), MOST_EPOCHS * budget.text / BYTES_PER_TOKEN)
+        tokens = min(budget.flops / cost(model), most)
+        good = 3.0 * (tokens * cost(model) / REFERENCE) ** 0.18
         ratio = tokens / (12 * layers * width**2)
         rungs.append((abs(math.log(ratio / good)), model))
     return min(rungs, key=lambda rung: rung[0])[1]

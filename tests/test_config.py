@@ -37,9 +37,9 @@ class Flags(Strict):
     train: TrainConfig = TrainConfig(max_steps=5)
 
 
-def test_ten_presets_load() -> None:
+def test_eleven_presets_load() -> None:
     assert preset_names() == sorted(
-        ["sample", "victorian", "starter", "shakespeare-char", "shakespeare-124m", "finetune"]
+        ["sample", "victorian", "victorian-fast", "starter", "shakespeare-char", "shakespeare-124m", "finetune"]
         + [f"story-{size}" for size in ("nano", "small", "medium", "large")]
     )
     for name in preset_names():

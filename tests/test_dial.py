@@ -124,7 +124,7 @@ def test_one_dial_from_texts_to_a_model(
     ]
     assert train.main(words) == 0
     said = capfd.readouterr().err
-    assert "Chosen, as a preset" in said and "n_layer = 3" in said and "the learning rate falls from here" in said
+    assert "Chosen, as a preset" in said and "n_layer = 2" in said and "the learning rate falls from here" in said
     kept = read_toml(run / "config.toml")["train"]
     assert kept["lr"] == 0.004 and kept["max_steps"] > 0
     assert (run / "best" / "model.safetensors").is_file() and list((tmp_path / "data").glob("books-*/manifest.json"))

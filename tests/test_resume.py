@@ -304,7 +304,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
     """The first one waits for the step, here one of minutes; the second does not, and nothing is saved."""
     out = tmp_path / "run"
     script = (
-        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from pathlib import Path\n"
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import runs, train; from pathlib import Path\n"
         f"out, count, step = Path({str(out)!r}), [0], train.take_step\n"
         "def slow(*args):\n"
         "    count[0] += 1\n"
@@ -314,11 +314,11 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
         "            time.sleep(0.02)\n"
         "            if train.stopping.reason: (out / 'told').touch()\n"
         "    return step(*args)\n"
-        "install = train.Stop.install\n"
+        "install = runs.Stop.install\n"
         "def remember(self):\n"
         "    train.stopping = self\n"
         "    install(self)\n"
-        "train.take_step, train.Stop.install = slow, remember\n"
+        "train.take_step, runs.Stop.install = slow, remember\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     words = [sys.executable, "-c", script, *command(tiny_data, out, *LONG)[2:]]

@@ -18,7 +18,7 @@ def values() -> dict:
     split = {"tokens": 10, "bytes": 30, "documents": 2, "shards": [shard]}
     return {
         "format": 1,
-        "tokenizer": {"kind": "bpe", "vocab_size": 300, "fingerprint": "f"},
+        "tokenizer": {"kind": "bpe", "vocab_size": 300, "fingerprint": "f", "styles": {}},
         "dtype": "uint16",
         "splits": {"train": split, "val": {**split, "shards": [{**shard, "file": "val_000000.bin"}]}},
         "source": {"name": "a folder", "documents": 4, "settings": {"unwrap": True}, "identity": "i"},
