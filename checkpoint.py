@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 __all__ = [
+    "TRAINING_FILES",
     "CheckpointError",
     "export_state",
     "extend_positions",
@@ -78,6 +79,7 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
+TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # of a checkpoint: what a model folder has no use for
 CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
 IN_PICKLE = (
     "has its weights in a pickle, which can run any code and is not opened here; convert it with transformers, if you "

@@ -97,6 +97,8 @@ def tensorboard_to(run: Path, target: Path) -> None:
 
 def keep_model(run: Path, artifact: Path) -> None:
     """The best model, or the last where there is none, as the job's artifact."""
+    from checkpoint import TRAINING_FILES
+
     folders = [run / "best", *sorted(run.glob("last*"), reverse=True)]
     best = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if best is None:
@@ -104,7 +106,7 @@ def keep_model(run: Path, artifact: Path) -> None:
         return
     artifact.mkdir(parents=True, exist_ok=True)
     for path in best.iterdir():
-        if path.is_file() and path.name not in ("training_state.pt", "checksums.json"):
+        if path.is_file() and path.name not in TRAINING_FILES:
             shutil.copy2(path, artifact / path.name)
     print(f"artifact: {best.name} of {run.name}", flush=True)
 

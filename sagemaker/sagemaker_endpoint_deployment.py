@@ -28,12 +28,12 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 import s3  # noqa: E402
+from checkpoint import TRAINING_FILES  # noqa: E402
 from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
 
 VARIANT = "primary"
 TAG = {"Key": "project", "Value": "victorian-literature-generator"}
 LMI_ACCOUNT, LMI_IMAGE = "763104351884", "djl-inference:0.38.0-lmi29.0.0-cu130"
-SKIPPED = {"training_state.pt", "checksums.json"}  # of a checkpoint: what an endpoint has no use for
 VLLM_PROPERTIES = """engine=Python
 option.entryPoint=djl_python.lmi_vllm.vllm_async_service
 option.async_mode=true
@@ -98,7 +98,9 @@ def pack(folder: Path, engine: str) -> bytes:
 
     if not (folder / "config.json").is_file():
         raise ConfigError([f"--model {folder}: no config.json there: give a model folder like runs/NAME/best"])
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in SKIPPED}
+    files = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in TRAINING_FILES
+    }
     if engine == "vllm":
         files["serving.properties"] = VLLM_PROPERTIES.encode()
         files["model.py"] = (Path(__file__).parent / "vllm_format.py").read_bytes()

@@ -88,7 +88,8 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text('{"n_positions": 64}')
     (folder / "model.safetensors").write_bytes(b"weights" * 100)
-    (folder / "training_state.pt").write_bytes(b"moments" * 1000)
+    (folder / "training_state.safetensors").write_bytes(b"moments" * 1000)
+    (folder / "training_state.json").write_text("{}")
     return folder
 
 

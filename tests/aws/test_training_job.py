@@ -122,6 +122,21 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_an_artifact_out_of_a_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
+    last = tmp_path / "run" / "last"
+    last.mkdir(parents=True)
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "training_state.safetensors",
+        "training_state.json",
+        "checksums.json",
+    ):
+        (last / name).write_text("{}")
+    entry.keep_model(tmp_path / "run", tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_job_trains_resumes_and_leaves_a_model(job: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "ml" / "checkpoints" / "tiny"
 
@@ -130,7 +145,7 @@ def test_a_job_trains_resumes_and_leaves_a_model(job: dict[str, str], tmp_path: 
 
     train("--train.max-steps 10")
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    assert not (tmp_path / "model" / "training_state.pt").exists()
+    assert not (tmp_path / "model" / "training_state.safetensors").exists()
     assert (run / "tensorboard").resolve() == tmp_path / "ml" / "output" / "tensorboard"
     job["TRAINING_JOB_NAME"] = "second"
     train("--train.max-steps 20")
