@@ -44,7 +44,7 @@ BEGINNINGS = ("The old house stood", "It was a raw November evening, and", "My d
 class Args(Strict):
     """Milliseconds from Continue to the first word on the screen."""
 
-    model: Path
+    model: Path = ROOT / "models" / "victorian-mini"
     """Model folder to write with."""
     rounds: int = Field(8, ge=1, le=1000)
     """Passages to write; the first one meets a cold model."""
