@@ -107,6 +107,7 @@ export default function (component) {
     sheet.sent = [...sheet.sent.slice(-20), sheet.text];
     sheet.tries += 1;
     sheet.timer = setTimeout(again, ANSWER_MS);
+    drafts.keep(storyOf(sheet.rev), { bases: [sheet.known, ...sheet.sent], text: sheet.text });
     setStateValue("edit", { rev: sheet.rev, text: sheet.text, tries: sheet.tries });
   };
   const lock = () => {
@@ -114,7 +115,6 @@ export default function (component) {
   };
   const again = () => {
     if (!sheet.edited || sheet.live || !parentElement.isConnected) return;
-    drafts.keep(storyOf(sheet.rev), { bases: [sheet.known, ...sheet.sent], text: sheet.text });
     sheet.unsent = true;
     send();
     // an app that was started again does not know this page until it is loaded anew
@@ -143,6 +143,7 @@ export default function (component) {
     sheet.timer = setTimeout(send, PAUSE_MS);
   } else if (changed || data.live || sheet.live) {
     const draft = sheet.rev === null ? drafts.take(storyOf(data.rev)) : null;
+    if (sheet.rev !== null && (!sheet.edited || sheet.sent.includes(data.text))) drafts.take(storyOf(sheet.rev));
     const before = sheet.live && data.text.startsWith(sheet.text.slice(0, sheet.shown)) ? sheet.shown : data.text.length;
     const starting = data.live && !sheet.live;
     if (starting) sheet.follow = true;
@@ -165,7 +166,7 @@ export default function (component) {
       sheet.timer = setTimeout(send, PAUSE_MS);
     }
   } else if (data.text === sheet.text) {
-    if (sheet.away) drafts.take(storyOf(sheet.rev));
+    drafts.take(storyOf(sheet.rev));
     sheet.edited = sheet.away = false;
     sheet.sent = [];
   }
