@@ -119,7 +119,7 @@ class DataConfig(Strict):
     tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
     """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
-    """Size of a trained bpe vocabulary (ignored by gpt2 and char)."""
+    """Ids of a vocabulary trained on the texts; as a flag it implies --tokenizer bpe."""
     val_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Share of documents (of a single document: its end) held out for validation."""
     shard_tokens: int = Field(100_000_000, ge=1024)
@@ -467,12 +467,11 @@ def parse_flags(
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed."""
+    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed; `_` is as good as `-`."""
     for at, word in enumerate(argv):
-        if word == f"--{name}" and at + 1 < len(argv):
-            return argv[at + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == f"--{name}" and (equals or at + 1 < len(argv)):
+            return value if equals else argv[at + 1]
     return None
 
 

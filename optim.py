@@ -6,6 +6,7 @@ optimizer.set_lr(lr_scale(step, total, train_config))
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -84,11 +85,20 @@ def orthogonalized(stack: Tensor, steps: int, coefficients: tuple[float, float, 
     return x.mT if tall else x
 
 
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, ready two seconds sooner: torch imports its compiler to keep it away from these two methods."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 class StackedMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # type: ignore[misc]
     """`torch.optim.Muon` with matrices of one shape orthogonalized together, and in float32 where bf16 is slow.
 
     torch takes them one by one in bf16, which on a CPU without bf16 costs small models more than the model itself.
     """
+
+    add_param_group = AdamW.add_param_group
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -132,7 +142,7 @@ class Optimizer:
         ]
         device = next(model.parameters()).device.type
         sharded = type(next(model.parameters()).data).__name__ == "DTensor"
-        adam = torch.optim.AdamW(
+        adam = AdamW(
             groups,
             lr=train.lr,
             betas=(train.beta1, train.beta2),
@@ -158,7 +168,9 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for part in self.parts:
-            part.zero_grad(set_to_none=True)
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The moments by parameter name: {name: {"exp_avg": …, "exp_avg_sq": …, "step": …}}."""

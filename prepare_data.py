@@ -529,6 +529,14 @@ def _report(out: Path, manifest: Manifest, seconds: float) -> None:
         )
 
 
+def _refuse_another_vocabulary(given: Sequence[str], size: str) -> None:
+    """Raise ConfigError where the flags ask for a new vocabulary of `size` ids and for one that exists."""
+    kind, folder = flag_value(given, "tokenizer"), flag_value(given, "tokenizer-from")
+    if folder or kind not in (None, "bpe"):
+        other = f"--tokenizer-from {folder}" if folder else f"--tokenizer {kind}"
+        raise ConfigError([f"--vocab-size {size} asks for a new vocabulary, but {other} has its own: give one of them"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; see the module's first lines. Returns the exit code."""
 
@@ -539,6 +547,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = load_config(preset).data.model_dump() if preset else {}
         if named := hub or flag_value(given, "source"):
             values |= sources.defaults(named) | {"source": named}
+        if size := flag_value(given, "vocab-size"):
+            _refuse_another_vocabulary(given, size)
+            values["tokenizer"] = "bpe"
         flags = parse_flags(PrepareFlags, given, defaults=values, description=__doc__)
         if hub and flags.source != hub:
             raise ConfigError([f"--hub {hub} and --source {flags.source}: give one of them"])

@@ -38,5 +38,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 4
     text = "".join(output.get("text", "") for output in outputs)
+    assert "of pure guessing 6.93" in text  # log of 1,024: the vocabulary it says it learns
     assert "and back: The old house stood alone" in text and "on stories it has never seen" in text
     assert text.count("--- temperature") == 3

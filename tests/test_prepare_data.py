@@ -31,6 +31,15 @@ def texts(tmp_path: Path) -> Path:
     return make_texts(tmp_path / "texts")
 
 
+def vocabulary(kind: str, size: int) -> tuple[object, ...]:
+    return ("--tokenizer", kind, *(("--vocab-size", size) if kind == "bpe" else ()))
+
+
+def test_asking_for_a_vocabulary_s_size_is_asking_for_a_new_one(texts: Path, tmp_path: Path) -> None:
+    assert run("--input", texts, "--preset", "starter", "--vocab_size=300", "--out", tmp_path / "out") == 0
+    assert (load_tokenizer(tmp_path / "out").kind, load_tokenizer(tmp_path / "out").vocab_size) == ("bpe", 300)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
 def test_the_shards_are_the_texts(kind: str, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -38,10 +47,7 @@ def test_the_shards_are_the_texts(kind: str, texts: Path, tmp_path: Path) -> Non
         run(
             "--input",
             texts,
-            "--tokenizer",
-            kind,
-            "--vocab-size",
-            500,
+            *vocabulary(kind, 500),
             "--val-fraction",
             0.25,
             "--no-unwrap",
@@ -94,7 +100,7 @@ def test_shards_are_cut_at_the_size_asked_and_hashed(texts: Path, tmp_path: Path
 def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
     kind: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400]
+    common = ["--input", texts, *vocabulary(kind, 400)]
     run(*common, "--out", tmp_path / "whole", "--workers", 1)
     monkeypatch.setattr(documents, "PIECE", 1000)
     monkeypatch.setattr(encoding, "GROUP", 1)
@@ -118,10 +124,7 @@ def test_one_document_is_split_by_position(
         run(
             "--input",
             texts / "more" / "s01.txt",
-            "--tokenizer",
-            kind,
-            "--vocab-size",
-            300,
+            *vocabulary(kind, 300),
             "--val-fraction",
             0.25,
             "--out",
@@ -279,6 +282,8 @@ def test_faults_of_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--source", "elsewhere"], "give pg19, tinystories, tinyshakespeare or OWNER/NAME, or --input PATH"),
         (["--source", "pg19", "--years", "1837"], "--years '1837'"),
         (["--source", "nowhere/*.txt"], "put your texts there"),
+        (["--input", tmp_path, "--vocab-size", "300", "--tokenizer", "gpt2"], "but --tokenizer gpt2 has its own"),
+        (["--input", tmp_path, "--vocab-size=300", "--tokenizer-from", tmp_path], "but --tokenizer-from"),
         (["--input", tmp_path, "--val-fraction", "1.5", "--vocab-size", "9"], "val-fraction"),
     ]
     for arguments, message in cases:
@@ -382,10 +387,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(
         flags = [
             "--input",
             texts,
-            "--tokenizer",
-            kind,
-            "--vocab-size",
-            400,
+            *vocabulary(kind, 400),
             "--shard-tokens",
             1024,
             "--workers",
@@ -469,7 +471,7 @@ def test_a_second_preparation_of_the_same_folder_is_refused(
 def test_parts_joined_are_the_whole(kind: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 900)
     monkeypatch.setattr(encoding, "GROUP", 500)
-    common = ["--input", texts, "--tokenizer", kind, "--vocab-size", 400, "--val-fraction", 0.5, "--shard-tokens", 1024]
+    common = ["--input", texts, *vocabulary(kind, 400), "--val-fraction", 0.5, "--shard-tokens", 1024]
     run(*common, "--out", tmp_path / "whole")
     parts = [tmp_path / f"part{number}" for number in (1, 2)]
     for number, part in enumerate(parts, 1):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import optim
 import train
 from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
 from dataset import TokenData
 from devices import Team
-from helpers import TINY_FLAGS, nonsense, prepare_text
+from helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
 from model import GPT
 from optim import Optimizer
 from runs import Saver
@@ -277,13 +279,20 @@ def test_training_mode_comes_back_after_an_exception() -> None:
 
 def test_the_number_of_updates_is_exact(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = [0]
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (count.__setitem__(0, count[0] + 1), step(self, *a))[1]
-    )
+    step = optim.AdamW.step
+    monkeypatch.setattr(optim.AdamW, "step", lambda self, *a: (count.__setitem__(0, count[0] + 1), step(self, *a))[1])
     run(tiny_data, tmp_path / "a", "--train.max-steps", "7")
     assert count == [7]
     assert rows(tmp_path / "a")[-1]["lr"] == pytest.approx(train.read_args([])[1].train.min_lr)
+
+
+def test_training_without_compiling_never_loads_the_compiler(tiny_data: Path, tmp_path: Path) -> None:
+    """It takes two seconds, which torch's own optimizers spend at every start."""
+    flags = [*TINY_FLAGS, "--train.optimizer", "muon", "--train.max-steps", "2"]
+    words = ["--data", str(tiny_data), "--out", str(tmp_path / "run"), *flags]
+    script = f"import sys, train; code = train.main({words!r}); sys.exit(code or 'torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_ends_in_steps_epochs_and_tokens() -> None:
