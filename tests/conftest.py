@@ -15,12 +15,25 @@ import torch
 from helpers import SHARED, nonsense, prepare_text
 
 
+# Files that take minutes come first, so that none is left to one process at the end (pytest -n N --no-loadscope-reorder).
+LONGEST = (
+    "test_app_browser",
+    "test_readme",
+    "test_ddp",
+    "test_clients",
+    "test_prepare_data",
+    "test_resume",
+    "test_dial",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optin", action="store_true", help="also run the tests that compile or download for minutes")
     parser.addoption("--soak", default="0", help="seconds of killing and resuming in tests/test_resume.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))

@@ -22,11 +22,19 @@ from helpers import ROOT, TINY_FLAGS
 FLAGS = ["--model.dropout", "0", "--train.lr", "1e-3"]
 
 
-def team(count: int, words: list[str], **env: str) -> subprocess.Popen:
-    """`torchrun` with `count` gloo processes on this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+def started(start: list[str], words: list[str], **env: str) -> subprocess.Popen:
     whole = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    return subprocess.Popen([*start, *words], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *start, *words], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True)
+
+
+def team(count: int, words: list[str], **env: str) -> subprocess.Popen:
+    """`count` gloo processes on this machine, as torchrun would start them."""
+    return started([str(ROOT / "tests" / "team.py"), str(count)], words, **env)
+
+
+def torchrun(count: int, words: list[str], **env: str) -> subprocess.Popen:
+    """torchrun itself."""
+    return started(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"], words, **env)
 
 
 def said(process: subprocess.Popen) -> str:
@@ -251,7 +259,7 @@ def test_an_elastic_restart_goes_on_from_the_last_checkpoint(tiny_data: Path, tm
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     flags = ["--train.max-steps", "12", "--train.checkpoint-interval", "3"]
-    process = team(
+    process = torchrun(
         2,
         [
             "--max-restarts=1",
