@@ -14,7 +14,6 @@ import torch
 
 from helpers import SHARED, nonsense, prepare_text
 
-
 # Files that take minutes come first, so that none is left to one process at the end (pytest -n N --no-loadscope-reorder).
 LONGEST = (
     "test_app_browser",
