@@ -33,7 +33,7 @@ class Args(Strict):
 
 def body() -> int:
     args = parse_flags(Args, None)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
         prepare = ["prepare_data.py", "--preset", "sample", "--tokenizer", "gpt2", "--out", str(data)]
         subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True)

@@ -98,7 +98,7 @@ def compared(preset: str, data: Path, minutes: float, out: Path) -> list[dict[st
 def body() -> int:
     args = parse_flags(Args, None)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
+    with tempfile.TemporaryDirectory(dir=ROOT / "data") as scratch:
         for preset in args.presets:
             data = args.data or prepared(preset, Path(scratch))
             rows += compared(preset, data, args.minutes, Path(scratch) / f"run-{preset}")

@@ -9,7 +9,7 @@ import torch
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from optim import Optimizer, StackedMuon, lr_scale, parameter_groups
+from optim import AdamW, Optimizer, StackedMuon, lr_scale, parameter_groups
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=24, vocab_used=20)
 
@@ -100,6 +100,34 @@ def test_state_by_name_goes_on_bitwise(kind: str) -> None:
     three = Optimizer(second, settings(optimizer=kind))
     three.load_state_dict(Optimizer(first, settings(optimizer=kind)).state_dict())
     assert not three.state_dict()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_torchs_adamw(fused: bool) -> None:
+    """Fifty steps of a model with two groups: the same losses, weights and moments, bit for bit."""
+    models, losses = [], []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20))
+        groups = [
+            {"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix}
+            for matrix in (True, False)
+        ]
+        optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), fused=fused)
+        for step in range(50):
+            torch.manual_seed(step)
+            loss = model(torch.randint(20, (4, 8)), torch.randint(20, (4, 8)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
+            optimizer.step()
+            losses.append(loss.item())
+        models.append((model, optimizer))
+    assert losses[:50] == losses[50:]
+    (ours, one), (theirs, two) = models
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b) and a.requires_grad
+        assert all(torch.equal(one.state[a][key], two.state[b][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
 def test_stacked_muon_is_torchs_muon() -> None:

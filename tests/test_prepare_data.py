@@ -36,8 +36,10 @@ def vocabulary(kind: str, size: int) -> tuple[object, ...]:
 
 
 def test_asking_for_a_vocabulary_s_size_is_asking_for_a_new_one(texts: Path, tmp_path: Path) -> None:
-    assert run("--input", texts, "--preset", "starter", "--vocab_size=300", "--out", tmp_path / "out") == 0
-    assert (load_tokenizer(tmp_path / "out").kind, load_tokenizer(tmp_path / "out").vocab_size) == ("bpe", 300)
+    for preset in ((), ("--preset", "story-small")):
+        out = tmp_path / f"out{len(preset)}"
+        assert run("--input", texts, *preset, "--vocab_size=300", "--out", out) == 0
+        assert (load_tokenizer(out).kind, load_tokenizer(out).vocab_size) == ("bpe", 300)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
