@@ -81,8 +81,20 @@ def test_interrupted_equals_uninterrupted(
     assert run(tiny_data, out, *flags) == 0
     assert load_training(out / "last")["progress"]["step"] == at[place]
     monkeypatch.setattr(train, "training_ends", ends)
+    torch.rand(7)  # another process would not go on in this one's random numbers either
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert_equal_runs(undisturbed, out)
+
+
+def test_a_resumed_run_remembers_its_best(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "validate", lambda *_: next(found))
+    flags = ["--train.eval-interval", "5", "--train.max-steps"]
+    assert run(tiny_data, tmp_path / "run", *flags, "10") == 0
+    best = weights(tmp_path / "run", "best")
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--train.max-steps", "15"]) == 0
+    assert [row["best_val_loss"] for row in rows(tmp_path / "run", "val_loss")] == [3.0, 1.0, 1.0]
+    assert same(weights(tmp_path / "run", "best"), best)
 
 
 def test_a_crash_between_log_lines_leaves_no_trace(
@@ -358,11 +370,16 @@ def killed_session(words: list[str], out: Path, delay: float | None) -> bool:
         finally:
             os._exit(code)
     if delay is not None:
-        before = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
-        end = time.monotonic() + 300
+        log = out / "metrics.jsonl"
+
+        def lines() -> int:
+            """Whole ones: a line may be read while it is being written."""
+            return log.read_bytes().count(b"\n") if log.exists() else 0
+
+        before, end = lines(), time.monotonic() + 300
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             late = time.monotonic() > end
-            if late or ((out / "metrics.jsonl").exists() and len(rows(out)) != before):
+            if late or lines() != before:
                 time.sleep(delay)
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
