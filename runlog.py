@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -53,6 +54,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def time_left(steps: float, steps_per_s: float, minutes: float, used_s: float) -> float | None:
+    """Seconds until `steps` more are done or `minutes` in all (0: no limit) are over; None if neither ends the run."""
+    left = steps / steps_per_s
+    if minutes:
+        left = min(left, max(0.0, minutes * 60 - used_s))
+    return left if math.isfinite(left) else None
 
 
 def line(values: Mapping[str, Any]) -> str:
@@ -123,13 +132,14 @@ class RunLog:
             self._clear()
             print(text, file=sys.stderr, flush=True)
 
-    def live(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
+    def live(self, step: int, loss: float, tokens_per_s: float, eta_s: float | None) -> None:
         """The line that changes in place; only in a terminal."""
         if not (self.enabled and self.tty):
             return
         share = f"{step / self.total:4.0%} " if self.total else ""
         self._clear()
-        self._live = f"{share}step {step:,}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {duration(eta_s)} left"
+        self._live = f"{share}step {step:,}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+        self._live += f"  {duration(eta_s)} left" if eta_s is not None else ""
         print(self._live, end="\r", file=sys.stderr, flush=True)
 
     def _clear(self) -> None:

@@ -288,7 +288,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from dataset import Windows, training_batches
     from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision, seed_dropout
     from optim import Optimizer, clock_end, lr_scale
-    from runlog import RunLog, announce, duration
+    from runlog import RunLog, announce, duration, time_left
     from runs import Progress, Saver, Stop, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
     from storage import replace_text
     from tokenizer import load_tokenizer
@@ -469,7 +469,9 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
             epoch_end = train.each_epoch and progress.windows // windows.per_epoch > epoch_before
             due = epoch_end or last or bool(train.eval_interval and progress.step % train.eval_interval == 0)
             speed = busy_steps * tokens_per_step / busy if busy else None
-            eta = (total - progress.step) * tokens_per_step / (speed or tokens_per_step / spent) if total else 0.0
+            pace = speed or tokens_per_step / spent
+            used_s = elapsed_before + time.monotonic() - began
+            eta = time_left((total or math.inf) - progress.step, pace / tokens_per_step, train.max_minutes, used_s)
             if due or progress.step % train.log_interval == 0 or progress.step == 1:
                 row: dict[str, Any] = {
                     "step": progress.step,
@@ -483,7 +485,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                     "seconds_per_batch": tokens_per_step / speed if speed else None,
                     "mfu": speed * model.flops_per_token() / (peak * team.size) if peak and speed else None,
                     "gpu_memory_gb": gpu_memory(device),
-                    "elapsed_s": round(elapsed_before + time.monotonic() - began, 3),
+                    "elapsed_s": round(used_s, 3),
                 }
                 progress.losses = []
                 if due:
@@ -492,7 +494,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
                 busy, busy_steps = 0.0, 0
             elif time.monotonic() - logged_at > 0.3:
                 logged_at = time.monotonic()
-                log.live(progress.step, progress.running_loss, speed or tokens_per_step / spent, eta)
+                log.live(progress.step, progress.running_loss, pace, eta)
             if epoch_end or (train.sample_interval and progress.step % train.sample_interval == 0):
                 look_at_text()
             if train.checkpoint_interval and progress.step % train.checkpoint_interval == 0:

@@ -85,14 +85,16 @@ def compared(preset: str, data: Path, minutes: float, out: Path) -> list[dict[st
     words = ["--preset", preset, "--data", str(data)]
     guess = 10_000
     _, long = plan(words, guess)
-    steps = max(10, round(guess * minutes * 60 / long))
+    steps = max(2, round(guess * minutes * 60 / long))
     planned_bytes, planned_s = plan(words, steps)
     used_bytes, used_s = train(words, steps, out)
     pairs = {"memory, MB": (planned_bytes / 1e6, used_bytes / 1e6), "time, s": (planned_s, used_s)}
-    return [
-        {"preset": preset, "steps": steps, "what": what, "plan": planned, "run": used, "plan / run": planned / used}
-        for what, (planned, used) in pairs.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for what, (planned, used) in pairs.items():
+        row = {"preset": preset, "steps": steps, "what": what, "plan": planned, "run": used}
+        rows.append(row | {"plan / run": planned / used})
+        print(f"{preset}, {what}: planned {planned:,.0f}, used {used:,.0f}", file=sys.stderr)
+    return rows
 
 
 def body() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -35,7 +36,10 @@ from api_support import (  # noqa: F401
 )
 from config import GenerationParams
 from engine import Engine
+from generate import generate
 from model import GPT
+from quantize import load_for_writing
+from tiny_models import save
 from tokenizer import Tokenizer
 
 
@@ -98,33 +102,51 @@ def test_a_line_ends_only_where_it_should() -> None:
     assert json.loads(line)["text"] == "a\x85b\u2028c\u2029d\ne“"
 
 
-def test_one_seed_one_text_on_every_surface(client: TestClient, live: str, model: GPT, tokenizer: Tokenizer) -> None:
-    from generate import generate
+def surfaces(client: TestClient) -> dict[str, str]:
+    """The same request's text, on each surface of a server."""
+    body = {"prompt": PROMPT, **PARAMS}
+    found = {
+        "rest": client.post("/generate", json=body).json()["generated_text"],
+        "events": texts(events(client.post("/generate", json={**body, "stream": True})))[0],
+        "invocations": client.post("/invocations", json=body).json()["generated_text"],
+        "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **PARAMS}).json()["results"][1][
+            "generated_text"
+        ],
+    }
+    lines = client.post("/invocations", json={**body, "stream": True}).text.splitlines()
+    found["lines"] = texts([json.loads(line) for line in lines])[0]
+    plain = {"repetition_penalty": 1.2, "min_p": 0.0}  # /v1 has OpenAI's defaults
+    found["v1"] = client.post("/v1/completions", json={**body, **plain}).json()["choices"][0]["text"]
+    chunks = events(client.post("/v1/completions", json={**body, **plain, "stream": True}))
+    found["v1 stream"] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    with client.websocket_connect("/ws") as socket:
+        found["socket"] = texts(socket_messages(socket, body))[0]
+    return found
 
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_one_seed_one_text_with_narrow_weights(model: GPT, tokenizer: Tokenizer, tmp_path: Path, dtype: str) -> None:
+    save(tmp_path / "model", model, tokenizer)
+    narrow, _, remark = load_for_writing(tmp_path / "model", dtype=dtype)
+    if remark:
+        pytest.skip(remark)
+    terminal = generate(narrow, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
+    with (
+        Engine(narrow, tokenizer, name="narrow", slots=4, queue_size=32) as engine,
+        TestClient(api.create_app(settings(), engine)) as client,
+    ):
+        crowd = [engine.submit(TEXT[: 5 + 3 * number], GenerationParams(max_tokens=200)) for number in range(3)]
+        found = surfaces(client)
+        for job in crowd:
+            job.cancel()
+    assert len(terminal) > 10 and found == dict.fromkeys(found, terminal)
+
+
+def test_one_seed_one_text_on_every_surface(client: TestClient, live: str, model: GPT, tokenizer: Tokenizer) -> None:
     terminal = generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
     assert len(terminal) > 10
-
-    def surfaces() -> dict[str, str]:
-        body = {"prompt": PROMPT, **PARAMS}
-        found = {
-            "rest": client.post("/generate", json=body).json()["generated_text"],
-            "events": texts(events(client.post("/generate", json={**body, "stream": True})))[0],
-            "invocations": client.post("/invocations", json=body).json()["generated_text"],
-            "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **PARAMS}).json()["results"][1][
-                "generated_text"
-            ],
-        }
-        lines = client.post("/invocations", json={**body, "stream": True}).text.splitlines()
-        found["lines"] = texts([json.loads(line) for line in lines])[0]
-        plain = {"repetition_penalty": 1.2, "min_p": 0.0}  # /v1 has OpenAI's defaults
-        found["v1"] = client.post("/v1/completions", json={**body, **plain}).json()["choices"][0]["text"]
-        chunks = events(client.post("/v1/completions", json={**body, **plain, "stream": True}))
-        found["v1 stream"] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-        with client.websocket_connect("/ws") as socket:
-            found["socket"] = texts(socket_messages(socket, body))[0]
-        return found
-
-    assert surfaces() == dict.fromkeys(surfaces(), terminal)
+    alone = surfaces(client)
+    assert alone == dict.fromkeys(alone, terminal)
     stop = threading.Event()
 
     def load(number: int) -> None:
@@ -136,7 +158,8 @@ def test_one_seed_one_text_on_every_surface(client: TestClient, live: str, model
     for thread in threads:
         thread.start()
     try:
-        assert surfaces() == dict.fromkeys(surfaces(), terminal)
+        found = surfaces(client)
+        assert found == dict.fromkeys(found, terminal)
     finally:
         stop.set()
         for thread in threads:

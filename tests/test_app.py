@@ -507,6 +507,42 @@ def test_runs_are_read_while_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "share", "left"),
+    [
+        ("max_steps = 40", 0.5, 20.0),
+        ("max_steps = 0\nmax_minutes = 1.0", 20 / 60, 40.0),
+        ("max_steps = 800\nmax_minutes = 0.5", 20 / 30, 10.0),
+        ("max_steps = 0", 0.0, None),
+    ],
+)
+def test_how_far_a_run_is(tmp_path: Path, limits: str, share: float, left: float | None) -> None:
+    (tmp_path / "config.toml").write_text(f"[train]\n{limits}\n")
+    run = training.Run(tmp_path)
+    assert run.progress({"step": 20, "elapsed_s": 20.0}) == (pytest.approx(share), left)
+    assert run.progress({}) == (0.0, None)
+
+
+def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(training, "_spawn", lambda run, words: started.append([run.name, *words[1:]]))
+    folders = {"runs_folder": tmp_path / "runs", "data_folder": tmp_path / "data"}
+    texts, out = {"emma.txt": b"words"}, str(tmp_path / "runs" / "mine")
+    training.start("mine", preset="sample", flags={"train.max-steps": 5}, **folders)
+    training.start("mine", minutes=7.5, **folders)
+    training.start("mine", minutes=10.0, texts=texts, **folders)
+    kept = tmp_path / "data" / "mine"
+    assert started == [
+        ["mine", "--preset", "sample", "--out", out, "--train.max-steps", "5"],
+        ["mine", "--minutes", "7.5", "--out", out],
+        ["mine", "--minutes", "10", "--out", out, "--input", str(kept)],
+    ]
+    assert (kept / "emma.txt").read_bytes() == b"words"
+    for wrong in ({}, {"preset": "sample", "minutes": 3.0}):
+        with pytest.raises(training.TrainingError, match="a preset, or the minutes"):
+            training.start("mine", **wrong, **folders)
+
+
+@pytest.mark.parametrize(
     "name",
     ["../evil", "..", ".", "", "/evil", "a/b", "a\\b", "a/../../evil", ".hidden", "-flag", "a b", "a\n", "x" * 62],
 )

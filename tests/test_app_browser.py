@@ -445,6 +445,8 @@ def test_a_training_is_started_watched_and_stopped_from_the_page(tab: Tab, app: 
     tab.page.get_by_text("No model has been trained yet").wait_for()  # then the form is open
     tab.page.locator("input[type=file]").set_input_files(str(text))
     tab.page.get_by_text("fog.txt").wait_for()
+    tab.page.get_by_text("A preset", exact=True).click()
+    tab.page.get_by_role("combobox", name="Preset").wait_for()
     tab.page.get_by_label("Name").fill("foggy")
     tab.page.get_by_label("Name").press("Enter")
     tab.button("Start training").click()

@@ -256,6 +256,35 @@ def test_the_training_page_refuses_a_name_that_leaves_the_folder(bare: Page, mon
     assert "letters, digits" in bare.run().texts().replace("\\", "")
 
 
+def test_the_training_page_offers_the_clock_and_presets(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[dict[str, Any]] = []
+
+    def start(name: str, *, runs_folder: Path, data_folder: Path, **choice: Any) -> training.Run:
+        begun.append({"name": name, **choice})
+        raise training.TrainingError("not now")
+
+    monkeypatch.setattr(training, "start", start)
+    bare.run().at.switch_page("ui/pages/training.py")
+    bare.run()
+
+    def press(**numbers: float) -> None:
+        for field in bare.at.number_input:
+            if (value := numbers.get(field.label.split()[0])) is not None:
+                field.set_value(value)
+        next(button for button in bare.at.button if button.label == "Start training").click()
+        assert "not now" in bare.run().texts()
+
+    press(Minutes=25.0)
+    bare.at.segmented_control(key="by_new").set_value("A preset")
+    bare.run().at.selectbox(key="preset_new").set_value("story-nano")
+    bare.run()
+    press(Steps=30)
+    assert begun == [
+        {"name": "mine", "texts": None, "minutes": 25.0},
+        {"name": "story-nano", "texts": None, "preset": "story-nano", "flags": {"train.max-steps": 30}},
+    ]
+
+
 def test_a_model_that_cannot_be_opened_is_explained(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(place: Place) -> Any:
         raise ValueError("config.json: no n_layer: copy the whole folder")

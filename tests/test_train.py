@@ -23,6 +23,7 @@ from devices import Team
 from helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
 from model import GPT
 from optim import Optimizer
+from runlog import time_left
 from runs import Saver
 
 ALONE = Team(0, 1, "none", torch.device("cpu"))
@@ -235,6 +236,30 @@ def test_intervals_do_not_change_the_weights(tiny_data: Path, tmp_path: Path, on
     flags = "--train.max-steps 12 --train.eval-interval 3 --train.sample-interval 2 --train.log-interval 5 --train.checkpoint-interval 4"
     run(tiny_data, tmp_path / "b", *flags.split())
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_time_left_is_the_nearest_end(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert time_left(100, 2.0, 0, 5.0) == 50 and time_left(100, 2.0, 0.5, 5.0) == 25
+    assert time_left(math.inf, 2.0, 1, 50.0) == 10 and time_left(math.inf, 2.0, 1, 70.0) == 0
+    assert time_left(math.inf, 2.0, 0, 5.0) is None
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def taking(*_: object) -> tuple[float, float, bool]:
+        now[0] += 10
+        return 2.0, 1.0, True
+
+    monkeypatch.setattr(train, "take_step", taking)
+    clock = ["--train.max-steps", "0", "--train.max-minutes", "2", "--train.log-interval", "3"]
+    for schedule in ("constant", "wsd"):
+        assert run(tiny_data, tmp_path / schedule, *clock, "--train.schedule", schedule) == 0
+        said = re.findall(r"^step=(\d+) .* eta=(\S+)$", capsys.readouterr().err, re.M)
+        assert [(step, eta) for step, eta in said if step in "13"] == [("1", "1m50s"), ("3", "1m30s")], schedule
+    tokens = ["--train.max-steps", "0", "--train.max-tokens", str(64 * 6), "--train.log-interval", "3"]
+    assert run(tiny_data, tmp_path / "tokens", *tokens) == 0
+    assert re.search(r"^step=3 .* eta=30s$", capsys.readouterr().err, re.M)
 
 
 def test_best_is_the_minimum_ever_seen(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Training runs as the app sees them: what they have logged, and `train.py` processes started, stopped and resumed.
 
     >>> run = start("novels", preset="story-nano", texts={"emma.txt": b"..."})
+    >>> run = start("novels", minutes=10, texts={"emma.txt": b"..."})         # the one dial
     >>> runs(folder)[0].rows[-1]["train_loss"]
 
 The process belongs to nobody's browser: it goes on when the tab or the app is closed, and the run folder tells all.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ROOT, ConfigError, read_toml
-from runlog import METRICS, SAMPLES, read_jsonl
+from runlog import METRICS, SAMPLES, read_jsonl, time_left
 
 LOG = "app.log"
 PROCESS = "process.json"
@@ -57,6 +59,17 @@ class Run:
     def total_steps(self) -> int:
         """Steps of the whole run; 0 where only the clock ends it."""
         return int(self.settings().get("train", {}).get("max_steps", 0))
+
+    def progress(self, last: Mapping[str, Any]) -> tuple[float, float | None]:
+        """(share done, seconds left or None) at the logged row `last`, by steps or by the clock, whichever ends first."""
+        settings = self.settings().get("train", {})
+        total, minutes = int(settings.get("max_steps", 0)), float(settings.get("max_minutes", 0))
+        step, used_s = int(last.get("step", 0)), float(last.get("elapsed_s", 0.0))
+        share = max(step / total if total else 0.0, used_s / (minutes * 60) if minutes else 0.0)
+        left = None
+        if step and used_s:
+            left = time_left(max(0, total - step) if total else math.inf, step / used_s, minutes, used_s)
+        return min(1.0, share), left
 
     def running(self) -> bool:
         """Whether a process holds the run, or one that the app started has not come so far yet."""
@@ -139,22 +152,32 @@ def keep_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
 def start(
     name: str,
     *,
-    preset: str,
+    preset: str = "",
+    minutes: float = 0.0,
     runs_folder: Path = ROOT / "runs",
     data_folder: Path = ROOT / "data",
     texts: Mapping[str, bytes] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Start `train.py` on a preset's texts, or on uploaded ones. Raises TrainingError or ConfigError before it starts."""
+    """Start `train.py` on a preset's texts (of `minutes` alone: the sample stories), or on uploaded ones.
+
+    minutes: how long, where everything else is left to `train.py --minutes`. Raises TrainingError or ConfigError before
+    anything starts.
+    """
     if not NAME.fullmatch(name):
         raise TrainingError(f"{name!r}: a run's name is made of letters, digits, dots and dashes")
+    if bool(preset) == bool(minutes):
+        raise TrainingError("give a preset, or the minutes that choose everything themselves")
     run = Run(runs_folder / free_name(runs_folder, name))
-    words = ["--preset", preset, "--out", str(run.path)]
+    words = ["--preset", preset] if preset else ["--minutes", f"{minutes:g}"]
+    words += ["--out", str(run.path)]
     words += [word for key, value in (flags or {}).items() for word in (f"--{key}", str(value))]
     if texts is None:
         return _spawn(run, [str(ROOT / "train.py"), *words])
     folder = data_folder / free_name(data_folder, run.name)
     keep_texts(folder, texts)
+    if minutes:
+        return _spawn(run, [str(ROOT / "train.py"), *words, "--input", str(folder)])
     prepare = ["--preset", preset, "--input", str(folder), "--out", str(folder / "tokens")]
     words += ["--data", str(folder / "tokens")]
     return _spawn(run, ["-m", "ui.training", *prepare, "--then-train", *words])

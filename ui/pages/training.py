@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
 from config import ConfigError, preset_names, preset_values
@@ -11,6 +13,7 @@ from ui.charts import CURVES, curve_chart, loss_chart, run_frame
 from ui.training import Run, TrainingError
 
 POLL_S = 2.0
+CLOCK, PRESET = "The clock", "A preset"
 
 
 def found() -> list[Run]:
@@ -45,11 +48,10 @@ def draw_head(run: Run, running: bool) -> None:
         st.caption(state.plain(str(description)))
     if running and not rows:
         st.info("The texts are being prepared; the first numbers come in a moment.", icon=":material/hourglass_top:")
-    if total and rows:
-        left = ""
-        if running and step and last.get("elapsed_s"):
-            left = f", about {duration(last['elapsed_s'] / step * max(0, total - step))} left"
-        st.progress(min(1.0, step / total), text=f"step {step:,} of {total:,}{left}")
+    share, left_s = run.progress(last)
+    if share:
+        left = f", about {duration(left_s)} left" if running and left_s is not None else ""
+        st.progress(share, text=f"step {step:,}" + (f" of {total:,}" if total else "") + left)
     vals = [row for row in rows if "val_loss" in row]
     best = min(vals, key=lambda row: row["val_loss"]) if vals else None
     trained = [row for row in rows if "train_loss" in row]
@@ -137,17 +139,11 @@ def draw_run(run: Run, others: list[Run], polling: bool) -> None:
         st.rerun()
 
 
-def begin(name: str, preset: str, texts: dict[str, bytes] | None, steps: int, minutes: float) -> None:
+def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
+    """Start a run by a preset and flags, or by minutes; what cannot be done is said on the page."""
     given = state.flags()
-    flags: dict[str, float] = {}
-    if steps:
-        flags["train.max-steps"] = steps
-    if minutes:
-        flags["train.max-minutes"] = minutes
     try:
-        run = training.start(
-            name, preset=preset, runs_folder=given.runs, data_folder=given.data, texts=texts, flags=flags
-        )
+        run = training.start(name, runs_folder=given.runs, data_folder=given.data, texts=texts, **choice)
     except (TrainingError, ConfigError, OSError) as error:
         st.error(state.plain(str(error)))
         return
@@ -155,29 +151,51 @@ def begin(name: str, preset: str, texts: dict[str, bytes] | None, steps: int, mi
     st.rerun()
 
 
+def choose_preset(name: str) -> tuple[str, dict[str, Any]]:
+    """(the run's name, what `training.start` takes) of a preset, shortened if wanted."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.text_input("Name", value=name, max_chars=60)
+        steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
+        minutes = st.number_input("Minutes at most (0: no limit)", 0.0, 100_000.0, 0.0, step=5.0, format="%g")
+    limits = {"train.max-steps": int(steps), "train.max-minutes": float(minutes)}
+    return str(name), {"flags": {flag: value for flag, value in limits.items() if value}}
+
+
 def draw_start(expanded: bool) -> None:
     """The form for a new run."""
     with st.expander("Train a new model", icon=":material/add:", expanded=expanded):
-        presets = [name for name in preset_names() if "model" in preset_values(name)]  # not finetune: it has no shape
-        preset = st.selectbox(
-            "Preset",
-            presets,
-            index=presets.index("sample"),
-            key="preset_new",
-            format_func=lambda name: f"{name} — {preset_values(name).get('description', '')}",
+        by = st.segmented_control(
+            "Who chooses size, vocabulary and rates", [CLOCK, PRESET], default=CLOCK, key="by_new", required=True
         )
-        files = st.file_uploader(
-            "Texts to learn from (plain text, UTF-8); none: the preset's own",
+        preset = ""
+        if by == PRESET:
+            presets = [
+                name for name in preset_names() if "model" in preset_values(name)
+            ]  # not finetune: it has no shape
+            preset = st.selectbox(
+                "Preset",
+                presets,
+                index=presets.index("sample"),
+                key="preset_new",
+                format_func=lambda name: f"{name} — {preset_values(name).get('description', '')}",
+            )
+        else:
+            st.caption("This machine is measured, and the best is made of the minutes and the texts that there are.")
+        files = st.file_uploader(  # one label in both cases: another would be another widget, and empty
+            "Texts to learn from (plain text, UTF-8); none: the preset's own, or the stories that come with this",
             type=["txt", "md"],
             accept_multiple_files=True,
         )
-        with st.container(horizontal=True, vertical_alignment="bottom"):
-            name = st.text_input("Name", value=preset, max_chars=60)
-            steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
-            minutes = st.number_input("Minutes at most (0: no limit)", 0.0, 100_000.0, 0.0, step=5.0)
+        if preset:
+            name, choice = choose_preset(preset)
+            choice["preset"] = preset
+        else:
+            with st.container(horizontal=True, vertical_alignment="bottom"):
+                name = st.text_input("Name", value="mine", max_chars=60)
+                choice = {"minutes": float(st.number_input("Minutes", 1.0, 100_000.0, 10.0, step=5.0, format="%g"))}
         if st.button("Start training", type="primary", icon=":material/model_training:"):
             texts = {file.name: file.getvalue() for file in files} if files else None
-            begin(str(name).strip(), str(preset), texts, int(steps), float(minutes))
+            begin(name.strip(), texts, **choice)
 
 
 def draw() -> None:
