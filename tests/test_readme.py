@@ -81,7 +81,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ".git",
         ".venv",
         "runs",
-        "models",
         "__pycache__",
         ".*_cache",
         "tests",
