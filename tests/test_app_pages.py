@@ -527,7 +527,8 @@ def test_texts_settings_and_limits_reach_the_training(
 
     monkeypatch.setattr(training, "_spawn", spawn)
     visit(bare.run(), "training")
-    bare.at.selectbox(key="preset_new").set_value("story-nano")
+    bare.at.segmented_control(key="by_new").set_value("A preset")
+    bare.run().at.selectbox(key="preset_new").set_value("story-nano")
     bare.run()
     bare.at.file_uploader[0].set_value([("../fog.txt", b"The fog.", "text/plain")])
     next(field for field in bare.at.text_input if field.label == "Name").set_value("foggy")
