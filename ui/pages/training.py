@@ -151,14 +151,14 @@ def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
     st.rerun()
 
 
-def choose_preset(name: str) -> tuple[str, dict[str, Any]]:
-    """(the run's name, what `training.start` takes) of a preset, shortened if wanted."""
+def choose_limits(preset: str) -> tuple[str, dict[str, Any]]:
+    """(the run's name, what `training.start` takes) for a preset, shortened if wanted."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.text_input("Name", value=name, max_chars=60)
+        name = st.text_input("Name", value=preset, max_chars=60)
         steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
         minutes = st.number_input("Minutes at most (0: no limit)", 0.0, 100_000.0, 0.0, step=5.0, format="%g")
     limits = {"train.max-steps": int(steps), "train.max-minutes": float(minutes)}
-    return str(name), {"flags": {flag: value for flag, value in limits.items() if value}}
+    return name, {"preset": preset, "flags": {flag: value for flag, value in limits.items() if value}}
 
 
 def draw_start(expanded: bool) -> None:
@@ -169,9 +169,8 @@ def draw_start(expanded: bool) -> None:
         )
         preset = ""
         if by == PRESET:
-            presets = [
-                name for name in preset_names() if "model" in preset_values(name)
-            ]  # not finetune: it has no shape
+            # not finetune: it has no shape
+            presets = [name for name in preset_names() if "model" in preset_values(name)]
             preset = st.selectbox(
                 "Preset",
                 presets,
@@ -187,8 +186,7 @@ def draw_start(expanded: bool) -> None:
             accept_multiple_files=True,
         )
         if preset:
-            name, choice = choose_preset(preset)
-            choice["preset"] = preset
+            name, choice = choose_limits(preset)
         else:
             with st.container(horizontal=True, vertical_alignment="bottom"):
                 name = st.text_input("Name", value="mine", max_chars=60)
