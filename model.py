@@ -21,10 +21,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 
 IGNORE = -1  # targets with this value take no part in the loss
+LONG = 512  # tokens from which attention weights are not kept for the backward pass where no fused kernel avoids them
+HELD = 1 << 23  # attention weights held at once there
 
 
 def sinusoids(length: int, channels: int) -> Tensor:
@@ -102,6 +105,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
 
 
+def heads_at_once(batch: int, length: int, heads: int, dropout: float, device: str) -> int:
+    """Heads whose weights [B, heads, T, T] attention holds at once, forming them a second time for the backward pass.
+
+    0 where it holds none, or so few that it keeps them. On CPUs torch's fused attention has no dropout: the weights and
+    masks of every layer would take 9 GB at 124M parameters and T = 2048.
+    """
+    if device != "cpu" or not dropout or length < LONG:
+        return 0
+    return min(heads, max(1, HELD // (batch * length**2)))
+
+
 def chunk_rows(vocab: int, device: torch.device) -> int:
     """Rows of logits held at once: about 64 MB of float32 on a CPU, 1 GB on an accelerator."""
     return max(128, (1 << 24 if device.type == "cpu" else 1 << 28) // vocab)
@@ -147,6 +161,10 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.plain:
             y = plain_attention(q, k, v, dropout)
+        elif heads := heads_at_once(B, T, self.n_head, dropout, x.device.type):
+            parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
+            attend = F.scaled_dot_product_attention
+            y = torch.cat([checkpoint(attend, *part, None, dropout, True, use_reentrant=False) for part in parts], 1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)

@@ -82,7 +82,7 @@ def memory_needed(
     """Estimate for one device at micro-batch `batch`; `shards` divides weights, gradients and moments (FSDP)."""
     import torch
 
-    from model import GPT, chunk_rows
+    from model import GPT, chunk_rows, heads_at_once
 
     with torch.device("meta"):
         count = GPT(model).num_parameters()
@@ -92,8 +92,11 @@ def memory_needed(
     # kept for backward a token and block: two LayerNorm inputs (float32), their outputs, q k v, attention and its
     # output, both sides of the GELU
     kept = 2 * 4 * C + wide * (2 * C + 3 * C + C + 4 * C + 4 * C) + (4 * H if precision != "fp32" else 0)
+    once = 0
     if model.dropout:
-        kept += 2 * C + (2 * wide * H * T + H * T if device == "cpu" else 0)  # masks; CPUs hold the attention matrix
+        heads = heads_at_once(batch, T, H, model.dropout, device)
+        kept += 2 * C + ((2 * wide + 1) * H * T if device == "cpu" and not heads else 0)  # masks; CPUs hold the weights
+        once = 8 * wide * heads * T  # or those of few heads, their gradients, and what forms them
     rows = min(tokens, chunk_rows(V, torch.device(device)))
     moments = 1.35 if train.optimizer == "muon" else 2
     copies = 2 if precision != "fp32" else 0  # autocast keeps narrow copies of the matrices
@@ -101,7 +104,7 @@ def memory_needed(
         weights=(4 + copies) * count // shards,
         gradients=(4 * count + 4 * V * C) // shards,  # and the head's share while it is formed
         optimizer=int(4 * moments * count) // shards,
-        activations=tokens * (model.n_layer * kept + 6 * 4 * C),
+        activations=tokens * (model.n_layer * kept + 6 * 4 * C + once),
         logits=rows * V * (4 + 4 + wide),
         runtime=RUNTIME_BYTES.get(device, 1_000_000_000),
     )

@@ -250,6 +250,30 @@ def test_a_copied_slot_goes_on_alone() -> None:
     assert cache.length == [4, 0]
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_formed_twice_is_the_same(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on a CPU over long windows: few heads' weights at a time, with the same masks in the backward pass."""
+    held: list[tuple[int, ...]] = []
+
+    def gradients(drop: float, **limits: int) -> list[torch.Tensor]:
+        for name, value in limits.items():
+            monkeypatch.setattr(f"model.{name}", value)
+        model = tiny(n_layer=1).train()
+        model.h[0].attn.dropout = drop  # in the attention alone, so that what is kept can be told by its size
+        torch.manual_seed(5)
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(tuple(t.shape)) or t, lambda t: t):
+            model(ids(3, 12), ids(3, 12, seed=2)).backward()
+        return [p.grad for p in model.parameters()]
+
+    kept = gradients(0.5 if heads == 2 else 1e-12, LONG=10**9)
+    assert any(shape[-2:] == (12, 12) for shape in held)
+    again = gradients(0.5 if heads == 2 else 1e-12, LONG=8, HELD=3 * heads * 12 * 12)
+    assert held and not any(shape[-2:] == (12, 12) for shape in held)
+    for first, second in zip(kept, again, strict=True):
+        assert torch.equal(first, second) if heads == 2 else torch.allclose(first, second, atol=1e-6)
+
+
 def test_fifty_steps_lose_what_the_plain_computation_loses() -> None:
     """Chunked loss and fused attention against logits, cross_entropy and attention spelled out: the same training."""
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=90, vocab_used=83)
