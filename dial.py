@@ -163,14 +163,16 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
     return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
 
 
-def prepared_for(inputs: tuple[str, ...], vocab: int) -> Path:
-    """Prepare `inputs` with a new vocabulary of `vocab` ids in data/; what was prepared from the same texts so is kept.
+def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -> Path:
+    """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`; what was prepared from the same texts so is kept.
+
+    out: none is a folder in data/ named after the first input.
 
     Raises SystemExit where that fails; the reason is on standard error.
     """
     import prepare_data
 
-    out = ROOT / "data" / f"{Path(inputs[0]).stem or 'texts'}-{vocab}"
+    out = out or ROOT / "data" / f"{Path(inputs[0]).stem or 'texts'}-{vocab}"
     words = ["--input", *inputs, "--tokenizer", "bpe", "--vocab-size", str(vocab), "--out", str(out)]
     if code := prepare_data.main(words):
         raise SystemExit(code)
@@ -189,8 +191,8 @@ def turn(
 ) -> tuple[dict[str, Any], Path]:
     """The tables of a preset, and the prepared data, for `minutes` counted from `began` (time.monotonic).
 
-    Measures the machine, and with `inputs` prepares the texts, which takes its share of the time; without texts the
-    sample stories are taken. others: flags given beside that leave no choice. Raises ConfigError.
+    Measures the machine, and with `inputs` prepares the texts, in `data` if given, which takes its share of the time;
+    without either the sample stories are taken. others: flags given beside that leave no choice. Raises ConfigError.
     """
     import torch
 
@@ -200,15 +202,16 @@ def turn(
 
     faults = [f"--minutes chooses everything itself: leave out {name}" for name in others]
     faults += [] if minutes else ["--input goes with --minutes; for a preset prepare the texts with prepare_data.py"]
-    faults += ["--input and --data: give one of them"] if inputs and data else []
-    if data and not (data / "manifest.json").is_file():
-        faults.append(f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared")
+    if data and not inputs and not (data / "manifest.json").is_file():
+        faults.append(
+            f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared there"
+        )
     if faults:
         raise ConfigError(faults)
-    inputs = inputs or (str(ROOT / "data" / "sample"),)
     device = pick_device("auto")
     precision, _ = pick_precision("auto", device)
-    manifest = Manifest.load(data) if data else None
+    manifest = Manifest.load(data) if data and not inputs else None
+    inputs = inputs or (str(ROOT / "data" / "sample"),)
     text = manifest.splits.train.bytes if manifest else text_size(inputs)
     vocab = manifest.tokenizer.vocab_size if manifest else 0
     seconds = minutes * 60
@@ -221,7 +224,7 @@ def turn(
     if data is None or manifest is None:
         spare = text / PREPARING / max(1, torch.get_num_threads())
         vocab = choose_model(Budget(rate * max(0.5 * seconds, left() - spare), text)).vocab_size
-        data = prepared_for(inputs, vocab)
+        data = prepared_for(inputs, vocab, data)
         manifest = Manifest.load(data)
     if left() < 10:
         raise ConfigError(

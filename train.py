@@ -62,7 +62,9 @@ class TrainArgs(Strict):
     config: Path | None = None
     """A TOML file laid over the preset."""
     data: Path | None = None
-    """Folder written by prepare_data.py, or s3://…; none: the preset's own texts, prepared at first use."""
+    """Folder written by prepare_data.py, or s3://…; none: the preset's own texts, prepared at first use.
+
+    With --input: the folder to prepare them in."""
     out: Path | None = None
     """Run folder; none: runs/PRESET, numbered where that is taken."""
     resume: bool = False

@@ -534,7 +534,7 @@ def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch:
     assert started == [
         ["mine", "--preset", "sample", "--out", out, "--train.max-steps", "5"],
         ["mine", "--minutes", "7.5", "--out", out],
-        ["mine", "--minutes", "10", "--out", out, "--input", str(kept)],
+        ["mine", "--minutes", "10", "--out", out, "--input", str(kept), "--data", str(kept / "tokens")],
     ]
     assert (kept / "emma.txt").read_bytes() == b"words"
     for wrong in ({}, {"preset": "sample", "minutes": 3.0}):

@@ -85,7 +85,6 @@ def test_the_training_table_is_whole() -> None:
     [
         ("--minutes 1 --preset starter", "--preset"),
         ("--minutes 1 --plan", "--plan"),
-        ("--minutes 1 --input a.txt --data b", "one of them"),
         ("--minutes 1 --data b", "no manifest.json"),
         ("--input a.txt", "--minutes"),
     ],
@@ -101,19 +100,21 @@ def test_too_little_time_is_said_before_training(tmp_path: Path) -> None:
         train.read_args(["--minutes", "0.05", "--data", str(data)])
 
 
+@pytest.mark.parametrize("where", ["", "elsewhere"])
 def test_one_dial_from_texts_to_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With a machine said to be slow, so that the smallest model is taken; a flag beside the dial is heard."""
     monkeypatch.setattr(dial, "ROOT", tmp_path)
     monkeypatch.setattr(dial, "measured_rate", lambda *_: 1e8)
-    texts, run = tmp_path / "books", tmp_path / "run"
+    texts, run, elsewhere = tmp_path / "books", tmp_path / "run", tmp_path / where if where else None
     texts.mkdir()
     for number in range(3):
         (texts / f"{number}.txt").write_text(nonsense(20_000, seed=number), encoding="utf-8")
     words = [
         "--input",
         str(texts),
+        *(["--data", str(elsewhere)] if elsewhere else []),
         "--minutes",
         "0.5",
         "--out",
@@ -127,4 +128,5 @@ def test_one_dial_from_texts_to_a_model(
     assert "Chosen, as a preset" in said and "n_layer = 2" in said and "the learning rate falls from here" in said
     kept = read_toml(run / "config.toml")["train"]
     assert kept["lr"] == 0.004 and kept["max_steps"] > 0
-    assert (run / "best" / "model.safetensors").is_file() and list((tmp_path / "data").glob("books-*/manifest.json"))
+    assert (run / "best" / "model.safetensors").is_file() and len(list(tmp_path.rglob("manifest.json"))) == 1
+    assert list((elsewhere or tmp_path / "data").glob("manifest.json" if where else "books-*/manifest.json"))

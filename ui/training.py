@@ -177,7 +177,7 @@ def start(
     folder = data_folder / free_name(data_folder, run.name)
     keep_texts(folder, texts)
     if minutes:
-        return _spawn(run, [str(ROOT / "train.py"), *words, "--input", str(folder)])
+        return _spawn(run, [str(ROOT / "train.py"), *words, "--input", str(folder), "--data", str(folder / "tokens")])
     prepare = ["--preset", preset, "--input", str(folder), "--out", str(folder / "tokens")]
     words += ["--data", str(folder / "tokens")]
     return _spawn(run, ["-m", "ui.training", *prepare, "--then-train", *words])
