@@ -24,6 +24,7 @@ LADDER = (
     (2, 64),
     (2, 96),
     (2, 128),
+    (3, 128),
     (3, 160),
     (4, 192),
     (4, 256),
@@ -53,7 +54,7 @@ class Budget:
 
 def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
     """A rung of the ladder as a model; wider ones see farther."""
-    block = 64 if width < 160 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
+    block = 64 if width < 192 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
     most = int(budget.text / BYTES_PER_TOKEN / 20)  # a tiny text: windows short enough for some variety
     while block > 32 and block > most:
         block //= 2
@@ -73,15 +74,15 @@ def cost(model: ModelConfig) -> float:
 
 
 def fitting_vocabulary(width: int, text: float) -> int:
-    """Ids of a new vocabulary: at most 32 a channel, and each to be seen some fifty times in the text."""
-    most = min(32 * width, text / BYTES_PER_TOKEN / 50)
+    """Ids of a new vocabulary: 4096, or 32 a channel where that is more, and each to be seen some fifty times in the text."""
+    most = min(max(4096, 32 * width), text / BYTES_PER_TOKEN / 50)
     return max([size for size in VOCABULARIES if size <= most], default=VOCABULARIES[0])
 
 
 def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
     """The rung whose tokens, all that the compute allows, come nearest to a good number for each parameter in its blocks.
 
-    That is 3 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
+    That is 10 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
 
     vocab: ids of texts that are prepared already; 0 chooses. A text that would be read more than MOST_EPOCHS times
     counts as so many times its length.
@@ -91,7 +92,7 @@ def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
     for layers, width in LADDER:
         model = shape(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
         tokens = min(budget.flops / cost(model), most)
-        good = 3.0 * (tokens * cost(model) / REFERENCE) ** 0.18
+        good = 10.0 * (tokens * cost(model) / REFERENCE) ** 0.06
         ratio = tokens / (12 * layers * width**2)
         rungs.append((abs(math.log(ratio / good)), model))
     return min(rungs, key=lambda rung: rung[0])[1]
@@ -104,7 +105,7 @@ def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: in
     """
     tokens = budget.flops / cost(model)
     epochs = tokens * BYTES_PER_TOKEN / budget.text
-    sequences = 2 ** max(0, round(math.log2(1024 * (budget.flops / REFERENCE) ** (1 / 3) / model.block_size)))
+    sequences = 2 ** max(0, round(math.log2(2048 * (budget.flops / REFERENCE) ** (1 / 3) / model.block_size)))
     batch = min(sequences, fits)
     steps = tokens / (sequences * model.block_size)
     values = {
