@@ -203,10 +203,13 @@ def turn(
 
     faults = [f"--minutes chooses everything itself: leave out {name}" for name in others]
     faults += [] if minutes else ["--input goes with --minutes; for a preset prepare the texts with prepare_data.py"]
-    if data and not inputs and not (data / "manifest.json").is_file():
+    prepared = data is not None and (data / "manifest.json").is_file()
+    if data and not inputs and not prepared:
         faults.append(
-            f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared there"
+            f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared in it"
         )
+    if inputs and prepared:
+        faults.append(f"--data {data} is prepared already: leave out --input to train on it, or name a new folder")
     if faults:
         raise ConfigError(faults)
     device = pick_device("auto")

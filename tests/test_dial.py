@@ -100,6 +100,15 @@ def test_too_little_time_is_said_before_training(tmp_path: Path) -> None:
         train.read_args(["--minutes", "0.05", "--data", str(data)])
 
 
+def test_prepared_texts_are_not_written_over(tmp_path: Path) -> None:
+    data = prepare_text(tmp_path, nonsense(4000), "--tokenizer", "char")
+    before = (data / "manifest.json").read_bytes()
+    (tmp_path / "other.txt").write_text(nonsense(4000, seed=2), encoding="utf-8")
+    with pytest.raises(ConfigError, match="prepared already"):
+        train.read_args(["--minutes", "0.05", "--input", str(tmp_path / "other.txt"), "--data", str(data)])
+    assert (data / "manifest.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("where", ["", "elsewhere"])
 def test_one_dial_from_texts_to_a_model(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
