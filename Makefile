@@ -25,7 +25,7 @@ test: $(VENV)/dev           ## all tests
 lint: $(VENV)/dev           ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(wildcard *.py) ui sagemaker lambda $(wildcard benchmarks/*.py)
+	$(BIN)/mypy $(wildcard *.py) training ui sagemaker lambda $(wildcard benchmarks/*.py)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -141,7 +141,7 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
     from devices import Team
     from model import GPT
     from optim import Optimizer
-    from train import take_step
+    from training.step import take_step
 
     train = TrainConfig(max_steps=1, optimizer="muon")
     model = GPT(guess).to(device)
@@ -199,7 +199,7 @@ def turn(
 
     from devices import pick_device, pick_precision
     from plan import available_memory, fitting_batch
-    from prepare_data import Manifest
+    from shards import Manifest
 
     faults = [f"--minutes chooses everything itself: leave out {name}" for name in others]
     faults += [] if minutes else ["--input goes with --minutes; for a preset prepare the texts with prepare_data.py"]

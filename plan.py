@@ -25,7 +25,6 @@ from config import ROOT, Config, ConfigError, ModelConfig, TrainConfig, build
 if TYPE_CHECKING:
     import torch
 
-    from train import TrainArgs
 
 MFU = 0.40  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
 GPU_MEMORY = {
@@ -231,7 +230,7 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
     from runlog import RunLog
     from runs import wrapped
     from storage import write_tensors
-    from train import inference, take_step
+    from training.step import eval_mode, take_step
 
     config = build(Config, job["config"])
     device = pick_device(config.train.device)
@@ -268,7 +267,7 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
     once, twice = (statistics.median(found) for found in timings.values())
 
     def look() -> None:
-        with inference(module), autocast(device, job["precision"]):
+        with eval_mode(module), autocast(device, job["precision"]):
             float(module(*next(source)))
 
     def write() -> None:
@@ -281,7 +280,7 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
         log.metrics({"step": 1, "train_loss": 1.0})
         look()
         look_s = timed(look) / (shape[0] * shape[1])
-        with inference(model):
+        with eval_mode(model):
             write()
             sample_s = timed(write) / min(16, config.model.block_size)
         save_s = timed(lambda: write_tensors(Path(folder) / "weights", model.state_dict()))
@@ -312,23 +311,25 @@ def besides(
     }
 
 
-def corpus_tokens(args: TrainArgs, config: Config) -> tuple[int, int]:
+def corpus_tokens(preset: str, config: Config, data: Path | None) -> tuple[int, int]:
     """Training and validation tokens of the data that would be used; a published figure where it is not prepared yet."""
-    from prepare_data import Manifest, default_out
+    from prepare_data import default_out
+    from shards import Manifest
 
-    folder = args.data or default_out(args.preset)
+    folder = data or default_out(preset)
     if (folder / "manifest.json").is_file():
         splits = Manifest.load(folder).splits
         return splits.train.tokens, splits.val.tokens
     return CORPUS_TOKENS.get(config.data.source, 0), config.train.eval_tokens
 
 
-def vocabulary(args: TrainArgs, config: Config) -> ModelConfig:
+def vocabulary(preset: str, config: Config, data: Path | None) -> ModelConfig:
     """The model's settings with the vocabulary the data has, or will have at most."""
     from config import GPT2_TOKENS
-    from prepare_data import Manifest, default_out
+    from prepare_data import default_out
+    from shards import Manifest
 
-    folder = args.data or default_out(args.preset)
+    folder = data or default_out(preset)
     if (folder / "manifest.json").is_file():
         tokenizer = Manifest.load(folder).tokenizer
         used = tokenizer.vocab_size
@@ -341,24 +342,28 @@ def vocabulary(args: TrainArgs, config: Config) -> ModelConfig:
     )
 
 
-def main_plan(args: TrainArgs, config: Config) -> int:
-    """Print the plan on standard output. Raises ConfigError where the run cannot fit."""
+def main_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> int:
+    """Print the plan on standard output. Raises ConfigError where the run cannot fit.
+
+    data: the prepared texts; none: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
+    the target, in any currency; 0 leaves the cost out.
+    """
     import torch
 
     from devices import device_name, peak_flops, pick_device, pick_precision
     from model import GPT
     from prepare_data import default_out
     from runlog import duration
-    from train import micro_steps, total_steps
+    from training.step import grad_accum_steps, total_steps
 
-    model, train = vocabulary(args, config), config.train
+    model, train = vocabulary(preset, config, data), config.train
     config = config.model_copy(update={"model": model})
     with torch.device("meta"):
         shape = GPT(model)
-    print(f"{args.preset}: {config.description}")
+    print(f"{preset}: {config.description}")
     for name, count, size in shape.report():
         print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-    here = args.plan == "here"
+    here = target == "here"
     if here:
         device = pick_device(train.device)
         precision, warning = pick_precision(train.precision, device)
@@ -366,21 +371,21 @@ def main_plan(args: TrainArgs, config: Config) -> int:
         if warning:
             print(f"note: {warning}")
     else:
-        world, gpu = INSTANCES.get(args.plan, (1, args.plan.upper()))
+        world, gpu = INSTANCES.get(target, (1, target.upper()))
         match = gpu if gpu in GPU_MEMORY else next((key for key in GPU_MEMORY if key in gpu), None)
         if match is None:
             known = ", ".join([*INSTANCES, *GPU_MEMORY])
-            raise ConfigError([f"--plan {args.plan}: unknown; choose `here` or one of {known}"])
+            raise ConfigError([f"--plan {target}: unknown; choose `here` or one of {known}"])
         precision = "bf16" if train.precision == "auto" else train.precision
-        room, kind, label = int(GPU_MEMORY[match] * 0.95e9), "cuda", f"{world} x {match} ({args.plan})"
+        room, kind, label = int(GPU_MEMORY[match] * 0.95e9), "cuda", f"{world} x {match} ({target})"
     shards = world if train.parallel == "fsdp" else 1
     batch = train.batch_size or fitting_batch(model, train, world, room, precision, kind, shards)
     need = memory_needed(model, train, max(1, batch), precision, kind, shards)
     if not batch or need.total > room:
         raise ConfigError([too_large(model, train, max(1, batch), room, precision, kind, world)])
-    micro = micro_steps(train, batch, model.block_size, world)
+    micro = grad_accum_steps(train, batch, model.block_size, world)
     tokens_per_step = micro * batch * world * model.block_size
-    corpus, val_tokens = corpus_tokens(args, config)
+    corpus, val_tokens = corpus_tokens(preset, config, data)
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
     print(f"on {label}, {precision}: micro-batch {batch} x {micro} accumulated = {tokens_per_step:,} tokens a step")
@@ -421,10 +426,10 @@ def main_plan(args: TrainArgs, config: Config) -> int:
         print(
             f"note: --train.max-minutes {train.max_minutes:g} ends it after {train.max_minutes * 60 / total_s:.0%} of that"
         )
-    if args.price_per_hour:
-        print(f"cost: {total_s / 3600 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour")
+    if price_per_hour:
+        print(f"cost: {total_s / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour")
     if not corpus:
-        print(f"note: no prepared texts in {args.data or default_out(args.preset)} yet, so epochs are not counted")
+        print(f"note: no prepared texts in {data or default_out(preset)} yet, so epochs are not counted")
     return 0
 
 

@@ -46,14 +46,14 @@ from encoding import (
     find_duplicates,
     measure,
 )
-from shards import SPLITS, Manifest, ManifestError, ShardWriter, Source, Split, TokenizerIdentity, join
+from shards import SPLITS, Manifest, ShardWriter, Source, TokenizerIdentity, join
 from sources import Input
 from storage import replace_text
 from styles import Control, describe, largest, styles_in
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
 from workers import Pool, Progress
 
-__all__ = ["Manifest", "ManifestError", "Split", "default_out", "main", "prepare"]
+__all__ = ["default_out", "main", "prepare"]
 
 STATE = "state.json"
 OURS = re.compile(

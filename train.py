@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +42,9 @@ from config import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from dataset import TokenData, TokenStream
+    from dataset import TokenData
     from devices import Team
     from model import GPT
-    from optim import Optimizer
-    from runlog import RunLog
-    from runs import Progress, Stop
     from tokenizer import Tokenizer
 
 
@@ -83,91 +77,15 @@ class TrainArgs(Strict):
     train: TrainConfig = TrainConfig(max_steps=1000)
 
 
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and where the last good checkpoint is."""
-
-
-def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block_size: int) -> int:
-    """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
-    ends = [
-        train.max_steps,
-        math.ceil(train.epochs * per_epoch / windows_per_step),
-        math.ceil(train.max_tokens / (windows_per_step * block_size)),
-    ]
-    return min((end for end in ends if end), default=0)
-
-
-def micro_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
-    """Micro-batches a rank accumulates in one step. Raises ConfigError where tokens_per_step does not divide."""
-    once = batch_size * block_size * world
-    if not train.tokens_per_step:
-        return 1
-    if train.tokens_per_step % once:
-        lower = max(once, train.tokens_per_step // once * once)
-        raise ConfigError(
-            [
-                f"--train.tokens-per-step {train.tokens_per_step} is not a multiple of batch_size {batch_size} x "
-                f"block_size {block_size} x {world} processes = {once}: try --train.tokens-per-step {lower}"
-            ]
-        )
-    return train.tokens_per_step // once
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the dropout of one step on one rank: a resumed run needs no saved generator state."""
-    return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
-
-
-@contextlib.contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back even after an exception."""
-    import torch
-
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def validate(
-    model: torch.nn.Module,
-    stream: TokenStream,
-    block_size: int,
-    batch_size: int,
-    precision: str,
-    team: Team,
-    limit: int = 0,
-) -> float:
-    """Mean loss over the fixed validation pass, in nats a token, weighted by tokens; the same on every rank."""
-    import torch
-
-    from dataset import validation_batches
-    from devices import autocast
-
-    # under FSDP every forward pass is a joint one, so all ranks take the same batches
-    rank, world = (0, 1) if team.mode == "fsdp" else (team.rank, team.size)
-    nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
-    count = 0
-    with inference(model), autocast(team.device, precision):
-        for x, y in validation_batches(stream, block_size, batch_size, limit, rank, world):
-            loss = model(x.to(team.device), y.to(team.device))
-            nats += loss.to(nats.device).double() * y.numel()
-            count += y.numel()
-    total = team.total([float(nats), float(count)])
-    return total[0] / total[1]
-
-
 def sample(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> dict[str, Any]:
     """A text from the model as it is now; its seed is fixed, so that samples of different steps compare."""
     from generate import generate
+    from training.step import eval_mode
 
     params = config.generation.model_copy(
         update={"max_tokens": config.train.sample_tokens, "seed": 1, "n": 1, "stop": ()}
     )
-    with inference(model):
+    with eval_mode(model):
         text = generate(model, tokenizer, config.train.sample_prompt, params)[0].text
     return {"step": step, "prompt": config.train.sample_prompt, "text": text, "seed": 1}
 
@@ -221,67 +139,6 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     return args, build(Config, values)
 
 
-def take_step(
-    module: torch.nn.Module,
-    optimizer: Optimizer,
-    scaler: Any,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    micro: int,
-    train: TrainConfig,
-    precision: str,
-    team: Team,
-) -> tuple[float, float, bool]:
-    """One optimizer step over `micro` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
-
-    Order: scale, backward, unscale, clip, check, step, update, zero. Where the loss or the gradient is not finite no
-    parameter changes; with fp16 that is the scaler's ordinary answer to an overflow, and all ranks answer alike.
-    """
-    import torch
-
-    from devices import autocast
-
-    total = torch.zeros((), device=team.device)
-    for number in range(micro):
-        x, y = next(batches)
-        if team.mode == "ddp":
-            module.require_backward_grad_sync = number == micro - 1  # type: ignore[assignment]
-        elif team.mode == "fsdp":
-            module.set_requires_gradient_sync(number == micro - 1)  # type: ignore[operator]
-        with autocast(team.device, precision):
-            loss = module(x, y)
-        scaler.scale(loss / micro).backward()
-        total += loss.detach() / micro
-    for part in optimizer.parts:
-        scaler.unscale_(part)
-    parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    mean = team.total([float(total)])[0] / team.size
-    finite = math.isfinite(mean) and math.isfinite(float(norm))
-    if finite:  # `norm` covers all parameters and ranks: no part of the optimizer steps where another cannot
-        for part in optimizer.parts:
-            scaler.step(part)
-    if finite or scaler.is_enabled():
-        scaler.update()
-    optimizer.zero_grad()
-    return mean, float(norm), finite
-
-
-def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: float, stop: Stop) -> str:
-    """Why training ends before its next step, or an empty string."""
-    if stop.reason:
-        return f"stopped by {stop.reason}"
-    if total and progress.step >= total:
-        return "all steps done"
-    if train.target_loss and progress.step and progress.running_loss < train.target_loss:
-        return f"running average of the loss {progress.running_loss:.4f} is below --train.target-loss {train.target_loss:g}"
-    if train.patience and progress.stale >= train.patience:
-        return f"no better validation loss in {progress.stale} passes (--train.patience)"
-    if train.max_minutes and minutes >= train.max_minutes:
-        return f"--train.max-minutes {train.max_minutes:g} are over"
-    return ""
-
-
 def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team) -> dict[str, Any]:
     """Train until an end is reached; returns the summary that is printed. `run` is locked by the caller."""
     import torch
@@ -294,6 +151,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from runs import Progress, Saver, Stop, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
     from storage import replace_text
     from tokenizer import load_tokenizer
+    from training.step import bad_step, grad_accum_steps, step_seed, take_step, total_steps, training_ends, validate
 
     device, train = team.device, config.train
     precision, warning = pick_precision(train.precision, device)
@@ -326,7 +184,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     if state and not train.tokens_per_step:  # whatever the number of processes is now
         train = train.model_copy(update={"tokens_per_step": state.get("tokens_per_step", 0)})
         batch = kept_batch(train.tokens_per_step, batch, block, team.size)
-    micro = micro_steps(train, batch, block, team.size)
+    micro = grad_accum_steps(train, batch, block, team.size)
     windows = Windows(len(data.train), block, train.seed)
     per_step = micro * batch * team.size
     tokens_per_step = per_step * block
@@ -526,22 +384,6 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     }
 
 
-def bad_step(
-    progress: Progress, scaler: Any, train: TrainConfig, loss: float, norm: float, run: Path, log: RunLog
-) -> None:
-    """A step whose loss or gradient was not finite: allowed for, or TrainingFailed. Nothing has changed by it."""
-    if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1.0:
-        return  # fp16 overflow: the scaler has halved its factor
-    progress.skipped += 1
-    what = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}"
-    if progress.skipped > train.skip_bad_steps:
-        raise TrainingFailed(
-            f"{what}: not finite. No weight was changed; the last good checkpoint is in {run}. "
-            f"Lower --train.lr {train.lr:g}, or allow some with --train.skip-bad-steps {progress.skipped}"
-        )
-    log.say(f"warning: {what}: skipped ({progress.skipped} of {train.skip_bad_steps} allowed)")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train; exit code 0 when done or stopped on request, 1 when training failed, 2 for bad settings."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -553,7 +395,7 @@ def _main(words: list[str]) -> int:
     if args.plan:
         from plan import main_plan
 
-        return main_plan(args, config)
+        return main_plan(args.preset, config, args.data, args.plan, args.price_per_hour)
     from devices import Team, keep_memory, pick_device
     from prepare_data import default_out
     from runs import free_run_folder, locked, prepared

@@ -54,7 +54,7 @@ def play(args: argparse.Namespace) -> None:
     from devices import Team, keep_memory
     from model import GPT
     from optim import Optimizer, lr_scale
-    from train import step_seed, take_step, validate
+    from training.step import step_seed, take_step, validate
 
     keep_memory()
     data = TokenData.open(args.data)

@@ -38,7 +38,7 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> 
     from model import GPT
     from optim import Optimizer
     from runs import wrapped
-    from train import take_step
+    from training.step import take_step
 
     n_layer, n_head, n_embd, block, vocab, batch = shape
     config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab, dropout=0.0)

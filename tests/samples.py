@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import Manifest, main
+from prepare_data import main
+from shards import Manifest
 from tokenizer import END_OF_TEXT, load_tokenizer
 
 WORDS = [

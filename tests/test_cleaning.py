@@ -10,8 +10,8 @@ import pytest
 import cleaning
 from cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
 from documents import Options, clean
-from prepare_data import Manifest
 from samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
+from shards import Manifest
 from tokenizer import gpt2_tokenizer
 
 

@@ -114,10 +114,11 @@ OVERFLOW = """
 import json, math, os, sys
 sys.path.insert(0, {root!r})
 import torch, devices, train
+from training import step as training_step
 devices.pick_precision = lambda *a: ("fp16", "")
 scaler = torch.amp.GradScaler
 torch.amp.GradScaler = lambda kind, enabled: scaler(kind, 1024.0, enabled=enabled)
-step, seen = train.take_step, []
+step, seen = training_step.take_step, []
 def poisoned(module, optimizer, scaler, *rest):
     rank, model = int(os.environ["RANK"]), module.module
     hook = None
@@ -130,7 +131,7 @@ def poisoned(module, optimizer, scaler, *rest):
     if hook:
         hook.remove()
     return found
-train.take_step = poisoned
+training_step.take_step = poisoned
 assert train.main(sys.argv[1:]) == 0
 json.dump(seen, open({out!r} + os.environ["RANK"], "w"))
 """
@@ -180,14 +181,14 @@ def test_a_stop_that_reaches_one_process_saves_for_all(tiny_data: Path, tmp_path
     out = tmp_path / "run"
     script = tmp_path / "stops.py"
     script.write_text(
-        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-        "step, seen = train.take_step, [0]\n"
+        f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom training import step as training_step\n"
+        "step, seen = training_step.take_step, [0]\n"
         "def signalled(*args):\n"
         "    seen[0] += 1\n"
         "    if seen[0] == 4 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return step(*args)\n"
-        "train.take_step = signalled\n"
+        "training_step.take_step = signalled\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     text = together(2, tiny_data, out, "--train.max-steps", "1000", script=str(script))
@@ -247,15 +248,15 @@ def test_another_number_of_processes_goes_on_and_says_so(
 def test_an_elastic_restart_goes_on_from_the_last_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     script = tmp_path / "fails_once.py"
     script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom training import step as training_step\n"
         "first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "step = train.take_step\nseen = [0]\n"
+        "step = training_step.take_step\nseen = [0]\n"
         "def failing(*args):\n"
         "    seen[0] += 1\n"
         "    if first and seen[0] == 8:\n"
         "        os._exit(9)\n"
         "    return step(*args)\n"
-        "train.take_step = failing\n"
+        "training_step.take_step = failing\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     flags = ["--train.max-steps", "12", "--train.checkpoint-interval", "3"]

@@ -12,8 +12,8 @@ import documents
 import encoding
 from config import ConfigError
 from documents import Options, find, inspect
-from prepare_data import Manifest
 from samples import NEW_FOOTER, NEW_HEADER, make_texts, paragraphs, run, tokens, told, wrapped
+from shards import Manifest
 from tokenizer import END_OF_TEXT
 
 

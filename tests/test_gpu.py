@@ -29,6 +29,7 @@ from helpers import ROOT, TINY_FLAGS
 from model import GPT, LinearCrossEntropy
 from optim import Optimizer
 from runs import wrapped
+from training import step as training_step
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -64,7 +65,7 @@ def steps(device: str, precision: str, compile: str) -> list[float]:
     for step in range(6):
         ids = torch.randint(0, 500, (2, 8, 33), generator=torch.Generator().manual_seed(step)).to(place)
         batches = ((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids)
-        loss, _, finite = train.take_step(module, optimizer, scaler, batches, 2, settings, precision, team)
+        loss, _, finite = training_step.take_step(module, optimizer, scaler, batches, 2, settings, precision, team)
         assert finite
         found.append(loss)
     return found
@@ -123,7 +124,7 @@ def test_a_run_on_the_gpu_is_a_model_for_any_machine(
     assert not any("_orig_mod" in name for name in weights(tmp_path / "run"))
     state = load_training(tmp_path / "run/last")
     assert {value.device.type for part in state["optimizer"].values() for value in part.values()} == {"cpu"}
-    data = train.validate(model, TokenData.open(tiny_data).val, 16, 4, "fp32", ALONE)
+    data = training_step.validate(model, TokenData.open(tiny_data).val, 16, 4, "fp32", ALONE)
     assert data == pytest.approx(rows(tmp_path / "run", "val_loss")[-1]["val_loss"], abs=0.02)
     there, _ = load_model(tmp_path / "run/best", device=DEVICE)
     params = GenerationParams(max_tokens=40, temperature=0.0, seed=1)
@@ -140,10 +141,10 @@ def test_interrupted_on_the_gpu_it_goes_on(
     flags = ["--train.max-steps", "20", "--train.precision", precision, "--model.dropout", "0.2"]
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run(tiny_data, whole, *flags) == 0
-    ends = train.training_ends
-    monkeypatch.setattr(train, "training_ends", lambda *a: "interrupted" if a[1].step == 9 else ends(*a))
+    ends = training_step.training_ends
+    monkeypatch.setattr(training_step, "training_ends", lambda *a: "interrupted" if a[1].step == 9 else ends(*a))
     assert run(tiny_data, out, *flags) == 0
-    monkeypatch.setattr(train, "training_ends", ends)
+    monkeypatch.setattr(training_step, "training_ends", ends)
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert losses(out) == pytest.approx(losses(whole), abs=2e-3 if precision == "fp16" else 1e-4)
     assert far(out, whole) < (2e-3 if precision == "fp16" else 1e-4)
@@ -161,7 +162,7 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale() -> None:
     ids = torch.randint(0, 500, (8, 33), device=DEVICE)
     team = Team(0, 1, "none", torch.device(DEVICE))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    loss, norm, stepped = train.take_step(core, optimizer, scaler, iter([batch]), 1, settings, "fp16", team)
+    loss, norm, stepped = training_step.take_step(core, optimizer, scaler, iter([batch]), 1, settings, "fp16", team)
     assert not stepped and np.isfinite(loss) and not np.isfinite(norm)
     assert all(torch.equal(value, before[name]) for name, value in core.state_dict().items())
     assert scaler.get_scale() == 2.0**59

@@ -12,6 +12,7 @@ import plan
 import train
 from config import ConfigError, ModelConfig, TrainConfig, load_config
 from helpers import TINY_FLAGS
+from training import step as training_step
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
 SETTINGS = TrainConfig(max_steps=10)
@@ -78,7 +79,7 @@ def test_a_refusal_names_flags_that_fit(room: float, world: int) -> None:
 def test_automatic_batch_keeps_the_global_one() -> None:
     settings = TrainConfig(max_steps=1, batch_size=0, tokens_per_step=3 * 1024 * 8)
     batch = plan.fitting_batch(GPT2, settings, 1, 10**12, "bf16", "cuda")
-    assert batch == 8 and train.micro_steps(settings, batch, 1024, 1) == 3
+    assert batch == 8 and training_step.grad_accum_steps(settings, batch, 1024, 1) == 3
     assert plan.fitting_batch(GPT2, settings, 1, 10**6, "bf16", "cuda") == 0
 
 
@@ -105,8 +106,8 @@ def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys
 
 def test_unprepared_data_uses_known_figures() -> None:
     args, config = train.read_args(["--preset", "victorian"])
-    assert plan.corpus_tokens(args, config) == (2_900_000_000, 5_242_880)
-    assert plan.vocabulary(args, config).vocab_size == 50304
+    assert plan.corpus_tokens(args.preset, config, args.data) == (2_900_000_000, 5_242_880)
+    assert plan.vocabulary(args.preset, config, args.data).vocab_size == 50304
     assert load_config("starter").model.vocab_size == 0
 
 

@@ -19,8 +19,8 @@ import encoding
 import prepare_data
 import shards
 from documents import Options, find, inspect
-from prepare_data import Manifest
 from samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
+from shards import Manifest
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_data.__file__).parent

@@ -22,6 +22,7 @@ import train
 from checkpoint import load_training, newest_checkpoint
 from dataset import TokenData, Windows
 from helpers import ROOT, TINY_FLAGS, prepare_text
+from training import step as training_step
 
 LONG = ["--train.max-steps", "20"]
 
@@ -73,14 +74,16 @@ def test_interrupted_equals_uninterrupted(
         "epoch 2": edge + 5,
         "last but one": 19,
     }
-    ends = train.training_ends
-    asked = train.training_ends.__code__.co_varnames.index("progress")
-    monkeypatch.setattr(train, "training_ends", lambda *a: "interrupted" if a[asked].step == at[place] else ends(*a))
+    ends = training_step.training_ends
+    asked = training_step.training_ends.__code__.co_varnames.index("progress")
+    monkeypatch.setattr(
+        training_step, "training_ends", lambda *a: "interrupted" if a[asked].step == at[place] else ends(*a)
+    )
     out = tmp_path / "run"
     flags = [*LONG, "--train.optimizer", undisturbed.name]
     assert run(tiny_data, out, *flags) == 0
     assert load_training(out / "last")["progress"]["step"] == at[place]
-    monkeypatch.setattr(train, "training_ends", ends)
+    monkeypatch.setattr(training_step, "training_ends", ends)
     torch.rand(7)  # another process would not go on in this one's random numbers either
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert_equal_runs(undisturbed, out)
@@ -88,7 +91,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_a_resumed_run_remembers_its_best(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(train, "validate", lambda *_: next(found))
+    monkeypatch.setattr(training_step, "validate", lambda *_: next(found))
     flags = ["--train.eval-interval", "5", "--train.max-steps"]
     assert run(tiny_data, tmp_path / "run", *flags, "10") == 0
     best = weights(tmp_path / "run", "best")
@@ -105,14 +108,14 @@ def test_a_crash_between_log_lines_leaves_no_trace(
     flags += ["--train.checkpoint-interval", "7", "--train.tensorboard"]
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run(tiny_data, whole, *flags) == 0
-    step, calls = train.take_step, itertools.count(1)
+    step, calls = training_step.take_step, itertools.count(1)
 
     def crashing(*args: object) -> tuple[float, float, bool]:
         if next(calls) == 13:
             raise RuntimeError("the machine is gone")
         return step(*args)
 
-    monkeypatch.setattr(train, "take_step", crashing)
+    monkeypatch.setattr(training_step, "take_step", crashing)
     assert run(tiny_data, out, *flags) == 1
     assert rows(out)[-1]["step"] == 12 and load_training(out / "last")["step"] == 7
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -136,10 +139,10 @@ def test_an_automatic_batch_is_kept(
     found = iter([4, 4, 8])
     monkeypatch.setattr(plan, "largest_batch", lambda *a: next(found))
     assert run(tiny_data, whole, *LONG, "--train.batch-size", "0") == 0
-    ends = train.training_ends
-    monkeypatch.setattr(train, "training_ends", lambda *a: "interrupted" if a[1].step == 8 else ends(*a))
+    ends = training_step.training_ends
+    monkeypatch.setattr(training_step, "training_ends", lambda *a: "interrupted" if a[1].step == 8 else ends(*a))
     assert run(tiny_data, out, *LONG, "--train.batch-size", "0") == 0
-    monkeypatch.setattr(train, "training_ends", ends)
+    monkeypatch.setattr(training_step, "training_ends", ends)
     assert train.main(["--resume", "--out", str(out)]) == 0
     assert_equal_runs(whole, out)
     assert next(found) == 8
@@ -157,12 +160,12 @@ def test_the_scaler_goes_on_exactly(
     flags = ["--train.max-steps", "40", "--train.eval-interval", "20"]
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run(tiny_data, whole, *flags) == 0
-    ends = train.training_ends
-    monkeypatch.setattr(train, "training_ends", lambda *a: "interrupted" if a[1].step == 5 else ends(*a))
+    ends = training_step.training_ends
+    monkeypatch.setattr(training_step, "training_ends", lambda *a: "interrupted" if a[1].step == 5 else ends(*a))
     assert run(tiny_data, out, *flags) == 0
     early = load_training(out / "last")["scaler"]
     assert early["scale"] < 2.0**40
-    monkeypatch.setattr(train, "training_ends", ends)
+    monkeypatch.setattr(training_step, "training_ends", ends)
     assert train.main(["--resume", "--out", str(out)]) == 0
     late = [load_training(folder / "last")["scaler"] for folder in (whole, out)]
     assert late[0] == late[1] and late[0]["scale"] < early["scale"]
@@ -190,14 +193,14 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
         "--train.tensorboard",
     ]
     assert run(tiny_data, whole, *flags, "--train.sample-tokens", "5") == 0
-    step, calls = train.take_step, itertools.count(1)
+    step, calls = training_step.take_step, itertools.count(1)
 
     def crashing(*args: object) -> tuple[float, float, bool]:
         if next(calls) == 4:
             raise RuntimeError("the machine is gone")
         return step(*args)
 
-    monkeypatch.setattr(train, "take_step", crashing)
+    monkeypatch.setattr(training_step, "take_step", crashing)
     assert run(tiny_data, out, *flags, "--train.sample-tokens", "5") == 1
     assert rows(out)[-1]["step"] == 3 and not (out / "last").exists()
     assert train.main(["--resume", "--out", str(out)]) == 0
@@ -316,8 +319,8 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
     """The first one waits for the step, here one of minutes; the second does not, and nothing is saved."""
     out = tmp_path / "run"
     script = (
-        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import runs, train; from pathlib import Path\n"
-        f"out, count, step = Path({str(out)!r}), [0], train.take_step\n"
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import runs, train; from training import step as training_step; from pathlib import Path\n"
+        f"out, count, step = Path({str(out)!r}), [0], training_step.take_step\n"
         "def slow(*args):\n"
         "    count[0] += 1\n"
         "    if count[0] == 4:\n"
@@ -330,7 +333,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
         "def remember(self):\n"
         "    train.stopping = self\n"
         "    install(self)\n"
-        "train.take_step, runs.Stop.install = slow, remember\n"
+        "training_step.take_step, runs.Stop.install = slow, remember\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     words = [sys.executable, "-c", script, *command(tiny_data, out, *LONG)[2:]]

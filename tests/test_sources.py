@@ -18,8 +18,8 @@ import pytest
 import sources
 from config import ConfigError
 from hub_server import Hub
-from prepare_data import Manifest
 from samples import hashes, paragraphs, run, told, wrapped
+from shards import Manifest
 from sources import Place, SourceError, WebFile, fetch, part_of
 
 ROOT = Path(sources.__file__).parent

@@ -25,9 +25,9 @@ from engine import Engine
 from generate import generate, main
 from helpers import TINY_FLAGS, nonsense
 from model import GPT
-from prepare_data import Manifest
 from samples import run, tokens, told
 from sampling import Text, Writer
+from shards import Manifest
 from style_report import summary
 from styles import Control
 from tiny_models import GENERATION, random_model, save, shape, tiny_tokenizer

@@ -25,6 +25,7 @@ from model import GPT
 from optim import Optimizer
 from runlog import time_left
 from runs import Saver
+from training import step as training_step
 
 ALONE = Team(0, 1, "none", torch.device("cpu"))
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
@@ -85,7 +86,7 @@ def gradients(model: GPT, source, micro: int, settings: TrainConfig) -> tuple[di
     caught: dict[str, torch.Tensor] = {}
     optimizer = Optimizer(model, settings)
     optimizer.parts[0].step = lambda: caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    loss, _, _ = train.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
+    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
     return caught, loss
 
 
@@ -117,7 +118,7 @@ def test_the_order_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: (calls.append("clip"), clip(*a))[1])
     monkeypatch.setattr(optimizer, "zero_grad", lambda: calls.append("zero"))
-    train.take_step(model, optimizer, Recorder(calls), batches(2, 2), 2, settings, "fp32", ALONE)
+    training_step.take_step(model, optimizer, Recorder(calls), batches(2, 2), 2, settings, "fp32", ALONE)
     assert calls == ["scale", "backward"] * 2 + ["unscale", "clip", "step", "update", "zero"]
 
 
@@ -127,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str) -> None:
     model, settings = GPT(TINY), TrainConfig(max_steps=1)
     optimizer = Optimizer(model, settings)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    training_step.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
     if fault == "loss":
         with torch.no_grad():
             model.ln_f.bias[0] = math.nan
@@ -135,7 +136,7 @@ def test_a_step_that_is_not_finite_changes_nothing(fault: str) -> None:
         model.wpe.weight.register_hook(lambda g: g * math.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     moments = {name: value["exp_avg"].clone() for name, value in optimizer.state_dict().items()}
-    _, _, finite = train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    _, _, finite = training_step.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
     assert not finite
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
@@ -150,12 +151,12 @@ def test_an_overflow_in_one_part_of_the_optimizer_stops_both() -> None:
     optimizer, scaler = Optimizer(model, settings), torch.amp.GradScaler("cpu", 1024.0)
     hook = model.h[1].mlp.c_fc.weight.register_hook(lambda g: g * math.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
+    found = training_step.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)
     assert not found[2] and math.isfinite(found[0]) and not math.isfinite(found[1])
     assert same(model.state_dict(), before)
     assert scaler.get_scale() == 512 and all(p.grad is None for p in model.parameters())
     hook.remove()
-    assert train.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)[2]
+    assert training_step.take_step(model, optimizer, scaler, batches(1, 2), 1, settings, "fp32", ALONE)[2]
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items() if value.dim() > 1)
 
 
@@ -168,13 +169,13 @@ def test_overflows_are_allowed_until_the_scale_is_used_up() -> None:
 
     said: list[str] = []
     progress, settings, scaler = Progress(step=4), TrainConfig(max_steps=9), torch.amp.GradScaler("cpu", 1.0)
-    train.bad_step(progress, scaler, settings, 3.0, math.inf, Path("runs/x"), Log())
+    training_step.bad_step(progress, scaler, settings, 3.0, math.inf, Path("runs/x"), Log())
     assert progress.skipped == 0 and not said
-    with pytest.raises(train.TrainingFailed, match=r"step 5: loss nan.*last good checkpoint is in runs.x"):
-        train.bad_step(progress, scaler, settings, math.nan, math.nan, Path("runs/x"), Log())
+    with pytest.raises(training_step.TrainingFailed, match=r"step 5: loss nan.*last good checkpoint is in runs.x"):
+        training_step.bad_step(progress, scaler, settings, math.nan, math.nan, Path("runs/x"), Log())
     small = torch.amp.GradScaler("cpu", 0.5)
-    with pytest.raises(train.TrainingFailed, match="gradient norm inf"):
-        train.bad_step(Progress(), small, settings, 3.0, math.inf, Path("runs/x"), Log())
+    with pytest.raises(training_step.TrainingFailed, match="gradient norm inf"):
+        training_step.bad_step(Progress(), small, settings, 3.0, math.inf, Path("runs/x"), Log())
 
 
 def test_clipping_limits_the_norm() -> None:
@@ -251,7 +252,7 @@ def test_the_time_left_is_the_nearest_end(
         now[0] += 10
         return 2.0, 1.0, True
 
-    monkeypatch.setattr(train, "take_step", taking)
+    monkeypatch.setattr(training_step, "take_step", taking)
     clock = ["--train.max-steps", "0", "--train.max-minutes", "2", "--train.log-interval", "3"]
     for schedule in ("constant", "wsd"):
         assert run(tiny_data, tmp_path / schedule, *clock, "--train.schedule", schedule) == 0
@@ -264,7 +265,7 @@ def test_the_time_left_is_the_nearest_end(
 
 def test_best_is_the_minimum_ever_seen(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([3.0, 1.0, 2.0, 1.0, 5.0, 9.0])
-    monkeypatch.setattr(train, "validate", lambda *a: next(figures))
+    monkeypatch.setattr(training_step, "validate", lambda *a: next(figures))
     run(tiny_data, tmp_path / "a", "--train.max-steps", "25")
     assert [row["val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 2.0, 1.0, 5.0]
     assert [row["best_val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 1.0, 1.0, 1.0]
@@ -277,7 +278,7 @@ def test_validation_is_repeatable_and_weighted_by_tokens(tiny_data: Path) -> Non
     data = TokenData.open(tiny_data)
     model = GPT(TINY.model_copy(update={"vocab_size": data.manifest.tokenizer.vocab_size, "dropout": 0.5}))
     model.train()
-    found = [train.validate(model, data.val, 8, 3, "fp32", ALONE) for _ in range(2)]
+    found = [training_step.validate(model, data.val, 8, 3, "fp32", ALONE) for _ in range(2)]
     assert found[0] == found[1]
     assert model.training
     model.eval()
@@ -290,13 +291,13 @@ def test_validation_is_repeatable_and_weighted_by_tokens(tiny_data: Path) -> Non
             count += len(x) - 1
     assert (len(tokens) - 1) % 8 != 0  # the last window is a short one
     assert found[0] == pytest.approx(total / count, rel=1e-6)
-    assert train.validate(model, data.val, 8, 7, "fp32", ALONE) == pytest.approx(found[0], rel=1e-6)
+    assert training_step.validate(model, data.val, 8, 7, "fp32", ALONE) == pytest.approx(found[0], rel=1e-6)
 
 
 def test_training_mode_comes_back_after_an_exception() -> None:
     model = GPT(TINY)
     model.train()
-    with pytest.raises(RuntimeError), train.inference(model):
+    with pytest.raises(RuntimeError), training_step.eval_mode(model):
         assert not model.training and not torch.is_grad_enabled()
         raise RuntimeError
     assert model.training and torch.is_grad_enabled()
@@ -322,7 +323,7 @@ def test_training_without_compiling_never_loads_the_compiler(tiny_data: Path, tm
 
 def test_ends_in_steps_epochs_and_tokens() -> None:
     def steps(**values: float) -> int:
-        return train.total_steps(TrainConfig(**values), per_epoch=100, windows_per_step=8, block_size=16)
+        return training_step.total_steps(TrainConfig(**values), per_epoch=100, windows_per_step=8, block_size=16)
 
     assert steps(max_steps=50) == 50
     assert steps(epochs=2) == 25
@@ -336,10 +337,10 @@ def test_tokens_per_step_must_divide() -> None:
     with pytest.raises(
         ConfigError, match="--train.tokens-per-step 1000 is not a multiple .* try --train.tokens-per-step 896"
     ):
-        train.micro_steps(settings, 4, 16, 2)
-    assert train.micro_steps(settings.model_copy(update={"tokens_per_step": 1024}), 4, 16, 2) == 8
+        training_step.grad_accum_steps(settings, 4, 16, 2)
+    assert training_step.grad_accum_steps(settings.model_copy(update={"tokens_per_step": 1024}), 4, 16, 2) == 8
     victorian = load_config("victorian").train
-    assert [train.micro_steps(victorian, 16, 2048, world) for world in (1, 8)] == [16, 2]
+    assert [training_step.grad_accum_steps(victorian, 16, 2048, world) for world in (1, 8)] == [16, 2]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_a_target_is_met_by_the_running_average(
 ) -> None:
     """One lucky step is not enough; a leap upwards is told."""
     losses = iter([2.0] * 60 + [0.1] + [9.0] + [0.5] * 400)
-    monkeypatch.setattr(train, "take_step", lambda *a: (next(losses), 1.0, True))
+    monkeypatch.setattr(training_step, "take_step", lambda *a: (next(losses), 1.0, True))
     assert run(tiny_data, tmp_path / "a", "--train.max-steps", "900", "--train.target-loss", "0.9") == 0
     said = capsys.readouterr().err
     warnings = [line for line in said.splitlines() if "far above its average" in line]
@@ -401,8 +402,8 @@ def test_speed_leaves_out_compilation_evaluation_and_checkpoints(
     count = itertools.count()
     save = Saver.__call__
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(train, "take_step", lambda *a: taking(500 if next(count) < 2 else 2, (2.0, 1.0, True)))
-    monkeypatch.setattr(train, "validate", lambda *a: taking(100, 2.0))
+    monkeypatch.setattr(training_step, "take_step", lambda *a: taking(500 if next(count) < 2 else 2, (2.0, 1.0, True)))
+    monkeypatch.setattr(training_step, "validate", lambda *a: taking(100, 2.0))
     monkeypatch.setattr(Saver, "__call__", lambda self, progress, best: taking(30, save(self, progress, best=best)))
     monkeypatch.setattr(devices, "peak_flops", lambda *a: 1e12)
     monkeypatch.setattr(devices, "energy_meter", lambda device: lambda: 3.6e6 * now[0])
@@ -595,7 +596,7 @@ def test_the_lowest_average_so_far_is_logged(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = iter([3.0, 2.0, 9.0, 9.0, 1.0, 1.0])
-    monkeypatch.setattr(train, "take_step", lambda *a: (next(losses), 1.0, True))
+    monkeypatch.setattr(training_step, "take_step", lambda *a: (next(losses), 1.0, True))
     run(tiny_data, tmp_path / "a", "--train.max-steps", "6", "--train.eval-interval", "0")
     averages = [row["avg_loss"] for row in rows(tmp_path / "a")]
     assert [row["best_avg_loss"] for row in rows(tmp_path / "a")] == list(itertools.accumulate(averages, min))

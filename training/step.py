@@ -1,0 +1,168 @@
+"""One optimizer step, the validation pass, and the arithmetic of a run's length.
+
+>>> accumulate = grad_accum_steps(train, batch_size=8, block_size=256, world=1)
+>>> loss, norm, stepped = take_step(module, optimizer, scaler, batches, accumulate, train, "fp32", team)
+>>> val_loss = validate(module, data.val, 256, 8, "fp32", team)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from config import ConfigError, TrainConfig
+from dataset import TokenStream, validation_batches
+from devices import Team, autocast
+
+if TYPE_CHECKING:
+    from optim import Optimizer
+    from runlog import RunLog
+    from runs import Progress, Stop
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and where the last good checkpoint is."""
+
+
+def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block_size: int) -> int:
+    """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
+    ends = [
+        train.max_steps,
+        math.ceil(train.epochs * per_epoch / windows_per_step),
+        math.ceil(train.max_tokens / (windows_per_step * block_size)),
+    ]
+    return min((end for end in ends if end), default=0)
+
+
+def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
+    """Micro-batches a rank accumulates in one step. Raises ConfigError where tokens_per_step does not divide."""
+    once = batch_size * block_size * world
+    if not train.tokens_per_step:
+        return 1
+    if train.tokens_per_step % once:
+        lower = max(once, train.tokens_per_step // once * once)
+        raise ConfigError(
+            [
+                f"--train.tokens-per-step {train.tokens_per_step} is not a multiple of batch_size {batch_size} x "
+                f"block_size {block_size} x {world} processes = {once}: try --train.tokens-per-step {lower}"
+            ]
+        )
+    return train.tokens_per_step // once
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout of one step on one rank: a resumed run needs no saved generator state."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the former mode comes back even after an exception."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def validate(
+    model: torch.nn.Module,
+    stream: TokenStream,
+    block_size: int,
+    batch_size: int,
+    precision: str,
+    team: Team,
+    limit: int = 0,
+) -> float:
+    """Mean loss over the fixed validation pass, in nats a token, weighted by tokens; the same on every rank."""
+    # under FSDP every forward pass is a joint one, so all ranks take the same batches
+    rank, world = (0, 1) if team.mode == "fsdp" else (team.rank, team.size)
+    nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
+    count = 0
+    with eval_mode(model), autocast(team.device, precision):
+        for x, y in validation_batches(stream, block_size, batch_size, limit, rank, world):
+            loss = model(x.to(team.device), y.to(team.device))
+            nats += loss.to(nats.device).double() * y.numel()
+            count += y.numel()
+    total = team.total([float(nats), float(count)])
+    return total[0] / total[1]
+
+
+def take_step(
+    module: torch.nn.Module,
+    optimizer: Optimizer,
+    scaler: Any,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    micro: int,
+    train: TrainConfig,
+    precision: str,
+    team: Team,
+) -> tuple[float, float, bool]:
+    """One optimizer step over `micro` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
+
+    Order: scale, backward, unscale, clip, check, step, update, zero. Where the loss or the gradient is not finite no
+    parameter changes; with fp16 that is the scaler's ordinary answer to an overflow, and all ranks answer alike.
+    """
+    total = torch.zeros((), device=team.device)
+    for number in range(micro):
+        x, y = next(batches)
+        if team.mode == "ddp":
+            module.require_backward_grad_sync = number == micro - 1  # type: ignore[assignment]
+        elif team.mode == "fsdp":
+            module.set_requires_gradient_sync(number == micro - 1)  # type: ignore[operator]
+        with autocast(team.device, precision):
+            loss = module(x, y)
+        scaler.scale(loss / micro).backward()
+        total += loss.detach() / micro
+    for part in optimizer.parts:
+        scaler.unscale_(part)
+    parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    mean = team.total([float(total)])[0] / team.size
+    finite = math.isfinite(mean) and math.isfinite(float(norm))
+    if finite:  # `norm` covers all parameters and ranks: no part of the optimizer steps where another cannot
+        for part in optimizer.parts:
+            scaler.step(part)
+    if finite or scaler.is_enabled():
+        scaler.update()
+    optimizer.zero_grad()
+    return mean, float(norm), finite
+
+
+def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: float, stop: Stop) -> str:
+    """Why training ends before its next step, or an empty string."""
+    if stop.reason:
+        return f"stopped by {stop.reason}"
+    if total and progress.step >= total:
+        return "all steps done"
+    if train.target_loss and progress.step and progress.running_loss < train.target_loss:
+        return f"running average of the loss {progress.running_loss:.4f} is below --train.target-loss {train.target_loss:g}"
+    if train.patience and progress.stale >= train.patience:
+        return f"no better validation loss in {progress.stale} passes (--train.patience)"
+    if train.max_minutes and minutes >= train.max_minutes:
+        return f"--train.max-minutes {train.max_minutes:g} are over"
+    return ""
+
+
+def bad_step(
+    progress: Progress, scaler: Any, train: TrainConfig, loss: float, norm: float, run: Path, log: RunLog
+) -> None:
+    """A step whose loss or gradient was not finite: allowed for, or TrainingFailed. Nothing has changed by it."""
+    if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1.0:
+        return  # fp16 overflow: the scaler has halved its factor
+    progress.skipped += 1
+    what = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}"
+    if progress.skipped > train.skip_bad_steps:
+        raise TrainingFailed(
+            f"{what}: not finite. No weight was changed; the last good checkpoint is in {run}. "
+            f"Lower --train.lr {train.lr:g}, or allow some with --train.skip-bad-steps {progress.skipped}"
+        )
+    log.say(f"warning: {what}: skipped ({progress.skipped} of {train.skip_bad_steps} allowed)")
