@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ROOMS := storage inference evaluation corpus server training ui sagemaker lambda
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint format app api soak bench bench-gpu clean local-aws aws-validate aws-package aws-deploy aws-delete
@@ -25,7 +26,7 @@ test: $(VENV)/dev           ## all tests
 lint: $(VENV)/dev           ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(wildcard *.py) training ui sagemaker lambda $(wildcard benchmarks/*.py)
+	$(BIN)/mypy $(wildcard *.py) $(ROOMS) $(wildcard benchmarks/*.py)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -38,7 +39,7 @@ api: $(VENV)/base           ## the server on 127.0.0.1:8000
 	$(BIN)/python api.py
 
 soak: $(VENV)/dev           ## five minutes of killing and resuming a training run
-	$(BIN)/python -m pytest tests/test_resume.py -k kill --soak 300
+	$(BIN)/python -m pytest tests/training/test_resume.py -k kill --soak 300
 
 # NANOGPT=FOLDER: also beside a checkout of nanoGPT; SHAKESPEARE=FILE: the race to a loss; DATA=FOLDER: recipes on prepared texts
 bench: $(VENV)/dev          ## the published figures, on this machine's processor (about 15 minutes)
@@ -56,7 +57,7 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## the GPU's
 	@if ! $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		echo "no NVIDIA GPU here: nothing was tested or measured"; exit 0; fi; \
 	code=0; \
-	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_graphs.py || code=1; \
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/inference/test_cuda_graphs.py || code=1; \
 	$(GPU_PYTHON) benchmarks/train_gpu.py $(if $(NANOGPT),--nanogpt $(NANOGPT)) || code=1; \
 	$(GPU_PYTHON) benchmarks/decode.py --device cuda --streams 1 64 --seconds 45 || code=1; \
 	exit $$code

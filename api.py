@@ -15,20 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from api_models import ServerFlags, Settings, read_settings
-from config import parse_flags, run_main
+from cli import parse_flags, run_main
+from server.settings import ServerFlags, Settings, read_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from engine import Engine
+    from inference.engine import Engine
 
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 
 
 def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
     """The ASGI application; settings from the environment and the model loaded at start-up unless they are given."""
-    from api_routes import build
+    from server.routes import build
 
     return build(settings or environment_settings(), engine)
 
@@ -86,7 +86,7 @@ def serve(settings: Settings) -> int:
     """Run until a signal or a failure to load the model; returns the exit code."""
     import uvicorn
 
-    from api_service import set_up_logs
+    from server.service import set_up_logs
 
     set_up_logs(settings.log_level)
     app = create_app(settings)

@@ -19,21 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from config import ConfigError, GenerationParams, ModelConfig, Strict, build, parse_flags, run_main
-from gpt2_format import (
-    as_trained,
-    export_state,
-    extend_positions,
-    folder_tokenizer,
-    generation_config,
-    gpt2_config,
-    import_state,
-    model_card,
-    parse_config,
-    read_model_config,
-    unwrapped,
-)
-from storage import (
+from cli import parse_flags, run_main
+from config import ConfigError, GenerationParams, ModelConfig, Strict, build
+from storage.atomic import (
     SUMS,
     CheckpointError,
     discard,
@@ -49,6 +37,19 @@ from storage import (
     write_sums,
     write_tensors,
     write_text,
+)
+from storage.gpt2_format import (
+    as_trained,
+    export_state,
+    extend_positions,
+    folder_tokenizer,
+    generation_config,
+    gpt2_config,
+    import_state,
+    model_card,
+    parse_config,
+    read_model_config,
+    unwrapped,
 )
 
 if TYPE_CHECKING:

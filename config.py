@@ -9,17 +9,14 @@ a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
 import tomllib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
@@ -399,95 +396,6 @@ def load_config(preset: str = "sample", *files: Path | str, values: dict[str, An
     for file in files:
         tables = merge(tables, read_toml(Path(file)))
     return build(Config, merge(tables, values or {}))
-
-
-def bounds(field: FieldInfo) -> str:
-    """A field's limits as text, like `0 to 2`; empty where it has none."""
-    limits = {
-        name: getattr(part, name) for part in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(part, name)
-    }
-    low = f"{limits['ge']:g}" if "ge" in limits else f"above {limits['gt']:g}" if "gt" in limits else ""
-    high = f"{limits['le']:g}" if "le" in limits else f"below {limits['lt']:g}" if "lt" in limits else ""
-    if low and high:
-        return f"{low} to {high}"
-    return f"{low} or more" if "ge" in limits else low or (f"up to {high}" if high else "")
-
-
-def _flags(kind: type[BaseModel]) -> type:
-    """A dataclass with the fields of `kind` and none of its checks: flags are parsed first and checked all at once."""
-    import tyro
-
-    fields = []
-    for name, field in kind.model_fields.items():
-        annotation: Any = field.annotation
-        default: Any = field.get_default(call_default_factory=True)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            nested = _flags(annotation)
-            fields.append((name, nested, dataclasses.field(default_factory=nested)))
-            continue
-        limits = bounds(field)
-        help_text = f"{field.description or ''}{f' [{limits}]' if limits else ''}"
-        annotation = Annotated[annotation, tyro.conf.arg(help=help_text.replace("%", "%%"))]
-        fields.append((name, annotation, dataclasses.field(default=default)))
-    made = dataclasses.make_dataclass(kind.__name__, fields)
-    made.__doc__ = kind.__doc__
-    return made
-
-
-def _filled(kind: type, values: dict[str, Any]) -> Any:
-    """An instance of a class made by `_flags` whose defaults are `values`."""
-    given = {}
-    for field in dataclasses.fields(kind):
-        if field.name in values:
-            value = values[field.name]
-            given[field.name] = _filled(field.type, value) if isinstance(value, dict) else value  # type: ignore[arg-type]
-    return kind(**given)
-
-
-def parse_flags(
-    kind: type[M], argv: Sequence[str] | None, *, defaults: dict[str, Any] | None = None, description: str | None = None
-) -> M:
-    """Command-line flags as `kind`, over `defaults` (nested tables as from TOML).
-
-    `--help` prints every flag with its default and bounds. A flag that does not exist or cannot be read ends the
-    program with code 2; values out of bounds raise ConfigError with every fault at once.
-    """
-    import tyro
-
-    flags = _flags(kind)
-    checked = build(kind, defaults or {}).model_dump()
-    parsed = tyro.cli(
-        flags,
-        args=list(sys.argv[1:] if argv is None else argv),
-        default=_filled(flags, checked),
-        description=description or kind.__doc__,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return build(kind, dataclasses.asdict(parsed))
-
-
-def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed; `_` is as good as `-`."""
-    for at, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == f"--{name}" and (equals or at + 1 < len(argv)):
-            return value if equals else argv[at + 1]
-    return None
-
-
-def run_main(body: Callable[[], int]) -> int:
-    """Run a script's body: 2 with the message on standard error for bad settings, 1 for a named failure."""
-    try:
-        return body()
-    except ConfigError as error:
-        print(f"error: {error.faults[0]}" if len(error.faults) == 1 else f"errors:\n{error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
 
 
 def to_toml(config: BaseModel | dict[str, Any]) -> str:

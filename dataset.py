@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards import Manifest, Split
+from storage.shards import Manifest, Split
 
 REMAP_BYTES = 32 << 20  # a mapping is dropped after this much reading, so that read pages do not pile up in memory
 

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from catalogue import HEAD, Catalogue, author_of
-from config import ROOT, ConfigError, GenerationParams, Strict, parse_flags, run_main, style_name
-from measures import Tally, bleu, distinct, repetition, self_bleu
-from style_report import dial
-from workers import Progress
+from cli import parse_flags, run_main
+from config import ROOT, ConfigError, GenerationParams, Strict, style_name
+from corpus.workers import Progress
+from evaluation.metrics import Tally, bleu, distinct, repetition, self_bleu
+from evaluation.style_report import dial
+from storage.catalogue import HEAD, Catalogue, author_of
 
 if TYPE_CHECKING:
+    from evaluation.originality import Index
     from model import GPT
-    from originality import Index
     from tokenizer import Tokenizer
 
 LOGITS = 1 << 26  # numbers of logits held at once
@@ -134,7 +135,7 @@ def prepared_texts(folder: Path) -> Iterator[Held]:
 
 def file_texts(inputs: Sequence[str]) -> Iterator[Held]:
     """The documents of files, cleaned as `prepare_data.py` cleans them. ConfigError for what cannot be read."""
-    from documents import Options, find, inspect
+    from corpus.documents import Options, find, inspect
 
     for path, name in find(inputs):
         file = inspect(path, name, Options())
@@ -233,8 +234,8 @@ def written(
     model: GPT, tokenizer: Tokenizer, flags: EvaluateFlags, texts: Texts, index: Index | None
 ) -> dict[str, Any]:
     """What can be measured on texts the model writes: on fixed prompts, and on from held-out texts."""
-    from generate import generate
-    from prompts import GALLERY
+    from inference.prompts import GALLERY
+    from inference.writing import generate
 
     values = {name: getattr(flags, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     params = GenerationParams(n=flags.samples, top_k=0, repetition_penalty=1.0, **values)
@@ -267,7 +268,7 @@ def continuations(
     model: GPT, tokenizer: Tokenizer, params: GenerationParams, texts: Texts
 ) -> tuple[list[str], list[str]]:
     """What the model writes on from the middle of held-out texts, and what really follows, cut to the same length."""
-    from generate import generate
+    from inference.writing import generate
 
     ours, real = [], []
     for held in texts:
@@ -370,7 +371,7 @@ def measure(folder: Path, flags: EvaluateFlags, texts: Texts, index: Index | Non
 
 def chosen_texts(flags: EvaluateFlags, folder: Path) -> Texts:
     """What the flags say to score, else the data of the model's run. ConfigError where nothing is said."""
-    from originality import data_of
+    from evaluation.originality import data_of
 
     if flags.data and flags.input:
         raise ConfigError(["--data and --input exclude each other: choose one"])
@@ -397,7 +398,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
 
 def opened_index(flags: EvaluateFlags, texts: Texts) -> Index | None:
     """The index to hold the written texts against: --index, or what was built beside the data."""
-    from originality import FOLDER, Index
+    from evaluation.originality import FOLDER, Index
 
     if flags.index is not None:
         return Index.open(flags.index)
@@ -415,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.out is not None and flags.out.exists() and not flags.out.is_dir():
             raise ConfigError([f"--out {flags.out} is a file: give a folder"])
         report = evaluate(flags)
-        from reports import markdown, plot
+        from evaluation.report import markdown, plot
 
         text = jsonlib.dumps(report, ensure_ascii=False, indent=1) + "\n"
         if flags.out is not None:

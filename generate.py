@@ -1,4 +1,4 @@
-"""Write with a model: at the terminal, or as functions.
+"""Write with a model at the terminal.
 
     python generate.py --prompt "The old house stood"                 # the newest model
     python generate.py --model runs/novels/best --prompt "It was" --n 3 --seed 7
@@ -6,10 +6,7 @@
     echo "My dear Sister," | python generate.py --max-tokens 400 > letter.txt
     python generate.py --interactive
 
-    >>> results = generate(model, tokenizer, "The old house", GenerationParams(max_tokens=50, seed=1))
-    >>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
-
-Text goes to standard output, everything else to standard error. One seed, one text: see `sampling.py`.
+Text goes to standard output, everything else to standard error. One seed, one text: see `inference/decoder.py`.
 """
 
 from __future__ import annotations
@@ -22,19 +19,19 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from config import ROOT, ConfigError, GenerationParams, build, flag_value, parse_flags, run_main
+from cli import flag_value, parse_flags, run_main
+from config import ROOT, ConfigError, GenerationParams, build
 
 if TYPE_CHECKING:
+    from inference.decoder import Event, Result, Writer
     from model import GPT
-    from sampling import Event, Result, Writer
     from tokenizer import Tokenizer
 
-SIDE_BY_SIDE = 16  # samples of one prompt written at the same time
 NARROWEST = 32  # characters of a column below which samples go below each other
 PARAMS = tuple(GenerationParams.model_fields)
 HELP = """\
@@ -44,100 +41,6 @@ any text           goes to the end of the story, and the model writes on (\\n is
 /set NAME VALUE    e.g. /set temperature 0.9      /show    the settings
 /save FILE         save the story                 /stats   speed of the last piece
 /help              this list                      /quit    end (Ctrl-C stops a piece, then ends)"""
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], style: str = "") -> list[int]:
-    """The prompt's ids: of an empty one the tokenizer's start, or none where a style begins the text.
-
-    ValueError for ids that the tokenizer does not have, and for such a style.
-    """
-    styled = bool(tokenizer.blend(style))
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    size = tokenizer.vocab_size
-    for id in ids:
-        if not 0 <= id < size:
-            raise ValueError(f"prompt: id {id} is not among the tokenizer's {size} (0 to {size - 1})")
-    return ids if ids or styled else [tokenizer.start]
-
-
-def prompt_window(ids: Sequence[int], context: int, params: GenerationParams) -> tuple[list[int], bool]:
-    """(what is read of a prompt, whether it was cut): its end, behind the `keep` first tokens of its opening.
-
-    A quarter of the context, or max_tokens if that is less, stays free for writing, and a place for the style.
-    """
-    room = context - min(params.max_tokens, context // 4) - bool(params.style.strip(" ,"))
-    if len(ids) <= room:
-        return list(ids), False
-    keep = min(params.keep, room // 2)
-    return [*ids[:keep], *ids[len(ids) - room + keep :]], True
-
-
-def seeded(params: GenerationParams) -> GenerationParams:
-    """`params` with a seed: its own, or a new one."""
-    from sampling import fresh_seed
-
-    return params if params.seed is not None else params.model_copy(update={"seed": fresh_seed()})
-
-
-def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
-    params: GenerationParams,
-    *,
-    logprobs: int | None = None,
-    writer: Writer | None = None,
-) -> Generator[Event]:
-    """Events of all `params.n` samples, side by side, as they are written; see `sampling.Event`.
-
-    A prompt longer than the context keeps its end (`prompt_window`). logprobs: so many alternatives with each token.
-    writer: one of this model's, to be used again: what it has read of a prompt is not read twice.
-    """
-    from sampling import Text, Writer, dropout_off, fresh_seed
-
-    context = model.config.block_size
-    seed = fresh_seed() if params.seed is None else params.seed
-    ids, _ = prompt_window(encode_prompt(tokenizer, prompt, params.style), context, params)
-    width = max(1, len(tokenizer.blend(params.style)))  # slots a text
-    with dropout_off(model):
-        if writer is None or len(writer.free) < width:
-            writer = Writer(model, min(params.n, SIDE_BY_SIDE) * width)
-        waiting = iter(range(params.n))
-        seq = 0
-        try:
-            while True:
-                while len(writer.free) >= width and (index := next(waiting, None)) is not None:
-                    writer.add(Text(tokenizer, ids, params, seed=seed, index=index, context=context, logprobs=logprobs))
-                if not writer.texts:
-                    return
-                for text, event in writer.step():
-                    if text.error is not None:
-                        raise text.error
-                    event.seq, seq = seq, seq + 1
-                    yield event
-        finally:
-            for text in list(writer.texts):
-                writer.remove(text)
-
-
-def blank_results(
-    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams
-) -> list[Result]:
-    """A result for each sample, of which nothing is written yet; params.seed must be set."""
-    from sampling import Result
-
-    ids = encode_prompt(tokenizer, prompt, params.style)
-    ids, truncated = prompt_window(ids, model.config.block_size, params)
-    return [Result("", "cancelled", 0, [], params.seed or 0, len(ids), truncated) for _ in range(params.n)]
-
-
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams) -> list[Result]:
-    """All samples of one prompt, completed. `seed` in a result with the same settings writes them again."""
-    params = seeded(params)
-    results = blank_results(model, tokenizer, prompt, params)
-    for event in stream(model, tokenizer, prompt, params):
-        results[event.index].add(event)
-    return results
 
 
 with warnings.catch_warnings():
@@ -219,6 +122,8 @@ class Pen:
 
     def write(self, prompt: str, params: GenerationParams, pace: Pace, *, live: bool) -> tuple[list[Result], bool]:
         """(results, completed): all samples; the first is shown as it is written if `live`. Ctrl-C keeps what there is."""
+        from inference.writing import blank_results, stream
+
         results = blank_results(self.model, self.tokenizer, prompt, params)
         if results[0].truncated:
             say(
@@ -298,7 +203,7 @@ def report(results: list[Result], prompt: str, params: GenerationParams, folder:
 
 def write_gallery(pen: Pen, params: GenerationParams) -> int:
     """One text for each kind of opening. 130 when interrupted."""
-    from prompts import GALLERY
+    from inference.prompts import GALLERY
 
     for number, (kind, openings) in enumerate(GALLERY.items()):
         opening = openings[((params.seed or 0) + number) % len(openings)]
@@ -370,6 +275,8 @@ class Session:
 
     def write_on(self) -> None:
         """The next piece, by the model. Ctrl-C ends it and keeps what was written."""
+        from inference.writing import seeded
+
         params = seeded(self.params.model_copy(update={"n": 1}))
         pace = Pace()
         results, _ = self.pen.write(self.story, params, pace, live=True)
@@ -453,26 +360,6 @@ class Session:
                 say(f"error: {error}")
 
 
-def folder_defaults(folder: Path) -> dict[str, Any]:
-    """The sampling settings in a model folder's generation_config.json, those that are within our bounds."""
-    try:
-        held = jsonlib.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    ours = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = {name: held[name] for name in ours if held.get(name) is not None}
-    if held.get("max_new_tokens"):
-        found["max_tokens"] = held["max_new_tokens"]
-    if held.get("do_sample") is False and "temperature" not in found:
-        found["temperature"] = 0.0
-    values: dict[str, Any] = {}
-    for name, value in found.items():
-        with contextlib.suppress(ConfigError):
-            build(GenerationParams, {name: value})
-            values[name] = value
-    return values
-
-
 def read_prompt(args: GenerateArgs) -> str:
     """--prompt, or what is piped in without its last line break."""
     if args.prompt is not None or sys.stdin is None or sys.stdin.isatty():
@@ -487,6 +374,7 @@ def read_prompt(args: GenerateArgs) -> str:
 def write(argv: list[str]) -> int:
     """Everything behind `main`: 0, or 130 after Ctrl-C."""
     from checkpoint import fetch_model, find_model
+    from storage.gpt2_format import folder_defaults
 
     wanted = flag_value(argv, "model")
     folder = fetch_model(wanted) if wanted else find_model(None, ROOT)
@@ -495,7 +383,8 @@ def write(argv: list[str]) -> int:
         raise ConfigError(["--interactive and --creative exclude each other: choose one"])
     params = GenerationParams(**{name: getattr(args, name) for name in PARAMS})
     prompt = "" if args.interactive or args.creative else read_prompt(args)
-    from quantize import load_for_writing
+    from inference.quantize import load_for_writing
+    from inference.writing import seeded
     from tokenizer import StyleError
 
     model, tokenizer, remark = load_for_writing(folder, device=args.device, dtype=args.dtype)
@@ -509,7 +398,7 @@ def write(argv: list[str]) -> int:
         raise ConfigError([f"--{error}"]) from None
     pen = Pen(model, tokenizer)
     if args.interactive:
-        from sampling import Writer
+        from inference.decoder import Writer
 
         pen.writer = Writer(model, 1)
         session = Session(pen, params)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from cli import flag_value, parse_flags, run_main
 from config import (
     ROOT,
     Config,
@@ -31,13 +32,10 @@ from config import (
     Strict,
     TrainConfig,
     build,
-    flag_value,
     merge,
-    parse_flags,
     preset_names,
     preset_values,
     read_toml,
-    run_main,
     to_toml,
 )
 
@@ -79,7 +77,7 @@ class TrainArgs(Strict):
 
 def sample(model: GPT, tokenizer: Tokenizer, config: Config, step: int) -> dict[str, Any]:
     """A text from the model as it is now; its seed is fixed, so that samples of different steps compare."""
-    from generate import generate
+    from inference.writing import generate
     from training.step import eval_mode
 
     params = config.generation.model_copy(
@@ -104,7 +102,7 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
             raise ConfigError([f"--resume: {run} holds no run: give its folder with --out, or start without --resume"])
         tables = read_toml(run / "config.toml")
     if origin:
-        from runs import origin_shape
+        from training.model_setup import origin_shape
 
         theirs = origin_shape(origin)
         own = {key: value for key, value in tables.get("model", {}).items() if key == "dropout"}
@@ -119,7 +117,7 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         words.insert(words.index("--plan") + 1, "here")
     args = parse_flags(TrainArgs, words, defaults=given)
     if args.minutes or args.input:
-        from dial import turn
+        from training.autotune import turn
 
         alone = {"--preset": flag_value(argv, "preset") or "", "--init-from": origin or "", "--plan": args.plan}
         others = [name for name, on in alone.items() if on] + ["--resume"] * args.resume
@@ -129,7 +127,7 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         given = {"preset": folder.name, "model": tables["model"], "train": tables["train"]}
         args = parse_flags(TrainArgs, words, defaults=given).model_copy(update={"data": folder})
     if origin:
-        from runs import shape_faults
+        from training.model_setup import shape_faults
 
         if faults := shape_faults(origin, theirs, args.model):
             raise ConfigError(faults)
@@ -146,11 +144,13 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     from checkpoint import load_model, load_training
     from dataset import Windows, training_batches
     from devices import device_name, energy_meter, gpu_memory, peak_flops, pick_precision, seed_dropout
-    from optim import Optimizer, clock_end, lr_scale
-    from runlog import RunLog, announce, duration, time_left
-    from runs import Progress, Saver, Stop, bits_per_byte, kept_batch, last_good, start_model, whole_model, wrapped
-    from storage import replace_text
+    from storage.atomic import replace_text
     from tokenizer import load_tokenizer
+    from training.checkpointing import Progress, Saver, bits_per_byte
+    from training.metrics import RunLog, announce, duration, time_left
+    from training.model_setup import kept_batch, start_model, whole_model, wrapped
+    from training.optimizer import Optimizer, clock_end, lr_scale
+    from training.run_folder import Stop, last_good
     from training.step import bad_step, grad_accum_steps, step_seed, take_step, total_steps, training_ends, validate
 
     device, train = team.device, config.train
@@ -178,7 +178,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     block = model.config.block_size
     batch = train.batch_size or state.get("batch", 0)
     if not batch:
-        from plan import largest_batch
+        from training.plan import largest_batch
 
         batch = team.same(largest_batch(model.config, train, block, team.size, device, precision))
     if state and not train.tokens_per_step:  # whatever the number of processes is now
@@ -393,12 +393,12 @@ def main(argv: list[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     args, config = read_args(words)
     if args.plan:
-        from plan import main_plan
+        from training.plan import main_plan
 
         return main_plan(args.preset, config, args.data, args.plan, args.price_per_hour)
+    from corpus.preparation import default_out
     from devices import Team, keep_memory, pick_device
-    from prepare_data import default_out
-    from runs import free_run_folder, locked, prepared
+    from training.run_folder import free_run_folder, locked, prepared
 
     device = pick_device(config.train.device)
     if device.type == "cpu":
@@ -429,7 +429,7 @@ def _main(words: list[str]) -> int:
         with locked(run) if team.leader else contextlib.nullcontext():
             summary = fit(config, data, run, args, team)
         if team.leader:
-            from runlog import finish
+            from training.metrics import finish
 
             finish(summary)
     finally:

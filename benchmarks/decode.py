@@ -55,8 +55,8 @@ def random_folder(folder: Path) -> Path:
 def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn, Callable[[], float]]:
     """(turn, time to the first token of a long prompt) with our decode core, `streams` texts side by side."""
     from config import GenerationParams
-    from quantize import load_for_writing
-    from sampling import Text, Writer
+    from inference.decoder import Text, Writer
+    from inference.quantize import load_for_writing
 
     model, tokenizer, _ = load_for_writing(folder, device=device, dtype=dtype)
     tokenizer.eot = None  # no text ends before its time

@@ -16,7 +16,8 @@ import time
 from common import report
 from pydantic import Field
 
-from config import GenerationParams, ModelConfig, Strict, parse_flags, run_main
+from cli import parse_flags, run_main
+from config import GenerationParams, ModelConfig, Strict
 
 
 class Args(Strict):
@@ -37,7 +38,7 @@ def measure(texts: int, tokens: int) -> tuple[float, float]:
     """
     import torch
 
-    from engine import Engine
+    from inference.engine import Engine
     from model import GPT
     from tokenizer import gpt2_tokenizer
 

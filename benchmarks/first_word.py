@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "docs"):
     sys.path.insert(0, str(folder))
 
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
 
 WATCH = """mirror => {
   const root = mirror.getRootNode();

@@ -19,7 +19,8 @@ from typing import Any
 
 from common import ROOT, report
 
-from config import Strict, parse_flags, preset_values, run_main
+from cli import parse_flags, run_main
+from config import Strict, preset_values
 
 
 class Args(Strict):

@@ -35,7 +35,8 @@ if str(ROOT) not in sys.path:
 
 from pydantic import Field  # noqa: E402
 
-from config import Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import Strict  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "out"
 HEADER = "The Project Gutenberg eBook of Number {0}\n\n*** START OF THE PROJECT GUTENBERG EBOOK NUMBER {0} ***\n\n\n"
@@ -152,7 +153,7 @@ def measure(corpus: Path, out: Path, flags: Flags) -> dict[str, Any]:
     """Prepare `corpus`, halted now and then for tiktoken alone. Seconds, bytes, bytes a second."""
     import psutil
 
-    from workers import cores
+    from corpus.workers import cores
 
     sample = "\n\n".join(paragraphs() * 2)
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--input", str(corpus), "--out", str(out)]
@@ -208,7 +209,7 @@ def measure(corpus: Path, out: Path, flags: Flags) -> dict[str, Any]:
 
 def report(made: dict[str, Any]) -> str:
     """The figures as a table."""
-    from workers import cores
+    from corpus.workers import cores
 
     speed, one, together = made["text_bytes"] / made["seconds"], made["tiktoken_one_core"], made["tiktoken_all_cores"]
     begun = made["text_bytes"] / made["seconds_without_start"]
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; see the module's first lines. Returns the exit code."""
 
     def body() -> int:
-        from shards import Manifest
+        from storage.shards import Manifest
 
         flags = parse_flags(Flags, argv, description=__doc__)
         work = Path(tempfile.mkdtemp(prefix="vlg-benchmark-", dir=flags.folder))

@@ -53,7 +53,7 @@ def play(args: argparse.Namespace) -> None:
     from dataset import TokenData, Windows, training_batches
     from devices import Team, keep_memory
     from model import GPT
-    from optim import Optimizer, lr_scale
+    from training.optimizer import Optimizer, lr_scale
     from training.step import step_seed, take_step, validate
 
     keep_memory()

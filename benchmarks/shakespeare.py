@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args(argv)
 
-    from runlog import METRICS, read_jsonl
+    from training.metrics import METRICS, read_jsonl
 
     seconds: dict[str, list[float]] = {name: [] for name in RECIPES}
     losses: dict[str, float] = {}

@@ -36,8 +36,8 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> 
     from config import Config, ModelConfig, TrainConfig
     from devices import Team
     from model import GPT
-    from optim import Optimizer
-    from runs import wrapped
+    from training.model_setup import wrapped
+    from training.optimizer import Optimizer
     from training.step import take_step
 
     n_layer, n_head, n_embd, block, vocab, batch = shape

@@ -22,7 +22,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
 
 BROWSER_FLAGS = [
     "--no-sandbox",

@@ -24,8 +24,9 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
     sys.path.append(str(HERE.parent))
 
-import s3  # noqa: E402
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
+from storage import s3  # noqa: E402
 
 FILES = ("relay.py", "limits.py", "wire.py")
 CODE = "CodeUri: ../build/relay"

@@ -44,7 +44,8 @@ for folder in (HERE, HERE.parent):
 
 from local_aws import MESSAGE_BYTES, Endpoint, Faults, application  # noqa: E402
 
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
 
 STAGE = "prod"
 ROUTES = ("$connect", "$disconnect", "$default", "generate", "stop", "ping")

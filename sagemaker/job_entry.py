@@ -36,11 +36,11 @@ def training_flags(words: Sequence[str], data: Path, run: Path, resume: bool) ->
 
 def sound_checkpoints(run: Path) -> int:
     """Remove checkpoints that do not match their checksums; how many are left."""
-    import storage
+    from storage import atomic
 
     left = 0
     for folder in sorted(run.glob("last*")):
-        if folder.is_dir() and (not (folder / storage.SUMS).is_file() or storage.faults(folder)):
+        if folder.is_dir() and (not (folder / atomic.SUMS).is_file() or atomic.faults(folder)):
             print(f"checkpoint {folder.name} is incomplete: removed", flush=True)
             shutil.rmtree(folder)
         elif folder.is_dir():

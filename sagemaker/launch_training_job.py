@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-import s3  # noqa: E402
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
+from storage import s3  # noqa: E402
 
 DLC = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch-training:2.10.0-gpu-py313"
 ENTRY = "sagemaker/job_entry.py"

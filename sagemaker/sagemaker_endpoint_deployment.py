@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-import s3  # noqa: E402
 from checkpoint import TRAINING_FILES  # noqa: E402
-from config import ConfigError, Strict, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError, Strict  # noqa: E402
+from storage import s3  # noqa: E402
 
 VARIANT = "primary"
 TAG = {"Key": "project", "Value": "victorian-literature-generator"}

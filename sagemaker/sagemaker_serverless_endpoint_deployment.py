@@ -25,8 +25,9 @@ for folder in (HERE, HERE.parent):
 
 import sagemaker_endpoint_deployment as base  # noqa: E402
 
-import s3  # noqa: E402
-from config import ConfigError, parse_flags, run_main  # noqa: E402
+from cli import parse_flags, run_main  # noqa: E402
+from config import ConfigError  # noqa: E402
+from storage import s3  # noqa: E402
 
 CALL_S = 60.0  # that SageMaker gives a serverless invocation
 SPARE_S = 10.0  # of it, for the request's way and the prompt

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from helpers import SHARED, nonsense, prepare_text
+from support.helpers import SHARED, nonsense, prepare_text
 
 # Files that take minutes come first, so that none is left to one process at the end (pytest -n N --no-loadscope-reorder).
 LONGEST = (

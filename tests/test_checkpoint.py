@@ -23,7 +23,7 @@ from checkpoint import (
     save_training,
 )
 from model import GPT
-from tiny_models import (
+from support.tiny_models import (
     GENERATION,
     SHAPES,
     TEXT,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from cli import bounds, flag_value, parse_flags, run_main
 from config import (
     ROOT,
     Config,
@@ -18,13 +19,9 @@ from config import (
     ModelConfig,
     Strict,
     TrainConfig,
-    bounds,
     build,
-    flag_value,
     load_config,
-    parse_flags,
     preset_names,
-    run_main,
     to_toml,
 )
 
@@ -212,7 +209,7 @@ def test_flags_report_all_faults_and_end_with_code_2(capsys: pytest.CaptureFixtu
 
 
 def test_help_shows_defaults_and_bounds() -> None:
-    script = "from config import *\nfrom tests.test_config import Flags\nparse_flags(Flags, ['--help'])"
+    script = "from cli import parse_flags\nfrom tests.test_config import Flags\nparse_flags(Flags, ['--help'])"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""}
     )

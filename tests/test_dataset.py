@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset import DataError, TokenData, TokenStream, Windows, prefetched, training_batches, validation_batches
-from helpers import nonsense, prepare_text
+from support.helpers import nonsense, prepare_text
 
 
 def stream(folder: Path, tokens: np.ndarray, cuts: list[int]) -> TokenStream:

@@ -16,8 +16,8 @@ import pytest
 
 from checkpoint import load_model
 from config import GenerationParams
-from generate import generate
-from tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
+from inference.writing import generate
+from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
 from tokenizer import gpt2_tokenizer, train_bpe
 
 PROMPT = "It was the best"

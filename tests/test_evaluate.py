@@ -16,11 +16,11 @@ import prepare_data
 from checkpoint import load_model, save_model
 from config import GenerationParams
 from evaluate import Texts, file_texts, prepared_texts, score, score_text, windows
-from helpers import nonsense, prepare_text
-from measures import BINS, Tally, bleu, distinct, repetition, self_bleu
-from originality import Index
-from reports import markdown
-from tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
+from evaluation.metrics import BINS, Tally, bleu, distinct, repetition, self_bleu
+from evaluation.originality import Index
+from evaluation.report import markdown
+from support.helpers import nonsense, prepare_text
+from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
 from tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -238,7 +238,7 @@ def test_a_run_names_its_own_data_and_the_figures_are_the_trainings(
 
 
 def test_copied_passages_of_what_was_written_are_told_with_their_source(data: Path) -> None:
-    from catalogue import Catalogue
+    from storage.catalogue import Catalogue
 
     index, catalogue = Index.open(data), Catalogue.load(data)
     assert catalogue is not None

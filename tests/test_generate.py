@@ -16,11 +16,14 @@ import pytest
 import generate as terminal
 import sampling
 from config import ConfigError, GenerationParams
-from generate import columns, encode_prompt, folder_defaults, generate, main, prompt_window, stream
+from generate import columns, main
+from inference import writing
+from inference.decoder import Event
+from inference.prompts import GALLERY
+from inference.writing import encode_prompt, generate, prompt_window, stream
 from model import GPT
-from prompts import GALLERY
-from sampling import Event
-from tiny_models import random_model, save, shape, tiny_tokenizer
+from storage.gpt2_format import folder_defaults
+from support.tiny_models import random_model, save, shape, tiny_tokenizer
 from tokenizer import char_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +42,7 @@ def folder(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *words: str, prompt: str | None = "It was") -> int:
     given = [] if prompt is None else ["--prompt", prompt]
+    given += [] if "--dtype" in words else ["--dtype", "float32"]  # `auto` depends on the processor
     return main(["--model", str(folder), "--max-tokens", "25", "--seed", "11", *given, *words])
 
 
@@ -248,7 +252,7 @@ def test_a_long_prompt_is_said_to_be_cut(folder: Path, capsys: pytest.CaptureFix
 
 def interrupted(after: int) -> Any:
     """`stream`, with a Ctrl-C after so many events."""
-    original = terminal.stream
+    original = writing.stream
 
     def broken(*given: Any, **more: Any) -> Iterator[Event]:
         events = original(*given, **more)
@@ -266,7 +270,7 @@ def test_ctrl_c_keeps_what_was_written(
 ) -> None:
     assert run(folder, *words, "--json") == 0
     whole = json.loads(capsys.readouterr().out)["samples"][0]["text"]
-    monkeypatch.setattr(terminal, "stream", interrupted(12))
+    monkeypatch.setattr(writing, "stream", interrupted(12))
     assert run(folder, *words) == 130
     shown = capsys.readouterr()
     assert "stopped: " in shown.err
@@ -391,7 +395,7 @@ def test_ctrl_c_in_a_story_stops_the_piece_and_then_the_program(
         return str(answer)
 
     monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(terminal, "stream", interrupted(8))
+    monkeypatch.setattr(writing, "stream", interrupted(8))
     assert run(folder, "--interactive", prompt=None) == 0
     assert len(capsys.readouterr().out) > 2
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_dataset import stream
-from test_train import ALONE, rows, weights
 from torch.nn import functional as F
 
 import devices
@@ -24,12 +22,15 @@ from checkpoint import load_model, load_training
 from config import Config, GenerationParams, ModelConfig, TrainConfig
 from dataset import TokenData, Windows, pinned, prefetched, training_batches
 from devices import Team, seed_dropout
-from generate import generate
-from helpers import ROOT, TINY_FLAGS
-from model import GPT, LinearCrossEntropy
-from optim import Optimizer
-from runs import wrapped
+from inference.writing import generate
+from loss import LinearCrossEntropy
+from model import GPT
+from support.helpers import ROOT, TINY_FLAGS
+from test_dataset import stream
+from test_train import ALONE, rows, weights
 from training import step as training_step
+from training.model_setup import wrapped
+from training.optimizer import Optimizer
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

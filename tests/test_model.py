@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from config import ModelConfig, load_config
-from helpers import ROOT
-from model import GPT, KVCache, LinearCrossEntropy, sinusoids
+from loss import LinearCrossEntropy
+from model import GPT, KVCache, sinusoids
+from support.helpers import ROOT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=104, vocab_used=100)
 

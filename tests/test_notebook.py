@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from helpers import ROOT
+from support.helpers import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "walkthrough.ipynb"
 

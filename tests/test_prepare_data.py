@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import documents
-import encoding
 import prepare_data
-import shards
-from documents import Options, find, inspect
-from samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
-from shards import Manifest
+from corpus import documents, encoding, preparation
+from corpus.documents import Options, find, inspect
+from storage import shards
+from storage.shards import Manifest
+from support.samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_data.__file__).parent
@@ -155,8 +154,8 @@ def test_the_sample_preset(tmp_path: Path) -> None:
     assert run("--preset", "sample", "--out", out) == 0
     stories = {path.read_text(encoding="utf-8") for path in (ROOT / "data" / "sample").glob("*.txt")}
     assert set(told(out, "train")) | set(told(out, "val")) == stories
-    assert prepare_data.default_out("sample") == ROOT / "data" / "sample" / "tokens"
-    assert prepare_data.default_out("victorian") == ROOT / "data" / "victorian"
+    assert preparation.default_out("sample") == ROOT / "data" / "sample" / "tokens"
+    assert preparation.default_out("victorian") == ROOT / "data" / "victorian"
 
 
 MEMORY = """
@@ -361,9 +360,11 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
 
 INTERRUPTED = """
 import os, signal, sys
-import documents, encoding, prepare_data, shards
+import prepare_data
+from corpus import documents, encoding, preparation
+from storage import shards
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
-documents.PIECE, encoding.GROUP, prepare_data.SAVE_SECONDS = 1000, 1, 0.0
+documents.PIECE, encoding.GROUP, preparation.SAVE_SECONDS = 1000, 1, 0.0
 os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
@@ -463,7 +464,7 @@ def test_the_old_folder_stands_until_the_new_one_is_whole(
 def test_a_second_preparation_of_the_same_folder_is_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with prepare_data._unfinished(tmp_path / ".out.part", tmp_path / "out"):
+    with preparation._unfinished(tmp_path / ".out.part", tmp_path / "out"):
         assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 0

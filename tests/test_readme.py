@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, nonsense
+from support.helpers import ROOT, nonsense
 
 SMALL = [
     "--model.n-layer",

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import quantize
 import sampling
 from config import GenerationParams
+from inference import decoder, quantize
+from inference.decoder import Event, Text, Writer
 from model import GPT
-from sampling import Event, LogitsError, Stopper, Text, Writer, candidates, filter_logits, sample, seed_of
-from tiny_models import random_model, shape, tiny_tokenizer
+from sampling import LogitsError, Stopper, candidates, filter_logits, sample, seed_of
+from support.tiny_models import random_model, shape, tiny_tokenizer
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 MIXED = [
@@ -239,7 +240,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GP
 
 def test_a_text_is_the_same_in_any_company(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged prompts that join and leave, windows that roll, chunks and shared prompts: each as if alone, bit for bit."""
-    monkeypatch.setattr(sampling, "CHUNK", 8)
+    monkeypatch.setattr(decoder, "CHUNK", 8)
     alone = [write(model, [one], slots=1)[0] for one in RAGGED]
     assert len({tuple(ids) for _, ids in alone}) == len(RAGGED)
     for slots, every in ((10, 1), (3, 1), (5, 4), (16, 2)):
@@ -393,7 +394,7 @@ def test_a_failing_text_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of one prompt share its reading, and so does a later text that begins with the same chunks."""
-    monkeypatch.setattr(sampling, "CHUNK", 4)
+    monkeypatch.setattr(decoder, "CHUNK", 4)
     model = random_model(shape(tiny_tokenizer(), block_size=48, n_embd=64), seed=2)
     read: list[int] = []
     prefill = model.prefill
@@ -419,7 +420,7 @@ def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "CHUNK", 4)
+    monkeypatch.setattr(decoder, "CHUNK", 4)
     model = random_model(shape(tiny_tokenizer(), block_size=48, n_embd=64), seed=2)
     tokenizer = tiny_tokenizer()
     writer = Writer(model, 2)

@@ -10,10 +10,10 @@ import streamlit as st
 from starlette.testclient import TestClient
 
 import api
-import api_service
 import generate
-from api_support import settings, until
-from tiny_models import random_model, save, shape, tiny_tokenizer
+from server import service
+from support.api_support import settings, until
+from support.tiny_models import random_model, save, shape, tiny_tokenizer
 from ui import state
 
 SHIPPED, OWN = ("models", "victorian-mini"), ("runs", "mine", "best")
@@ -24,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with nothing but a model under models/, seen from another folder."""
     tokenizer = tiny_tokenizer()
     save(tmp_path.joinpath(*SHIPPED), random_model(shape(tokenizer)), tokenizer)
-    for module in (generate, api_service):
+    for module in (generate, service):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -15,17 +15,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import optim
 import train
 from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
 from dataset import TokenData
 from devices import Team
-from helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
 from model import GPT
-from optim import Optimizer
-from runlog import time_left
-from runs import Saver
+from support.helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
+from training import optimizer as optimizers
 from training import step as training_step
+from training.checkpointing import Saver
+from training.metrics import time_left
+from training.optimizer import Optimizer
 
 ALONE = Team(0, 1, "none", torch.device("cpu"))
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
@@ -161,7 +161,7 @@ def test_an_overflow_in_one_part_of_the_optimizer_stops_both() -> None:
 
 
 def test_overflows_are_allowed_until_the_scale_is_used_up() -> None:
-    from runs import Progress
+    from training.checkpointing import Progress
 
     class Log:
         def say(self, text: str) -> None:
@@ -305,8 +305,10 @@ def test_training_mode_comes_back_after_an_exception() -> None:
 
 def test_the_number_of_updates_is_exact(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = [0]
-    step = optim.AdamW.step
-    monkeypatch.setattr(optim.AdamW, "step", lambda self, *a: (count.__setitem__(0, count[0] + 1), step(self, *a))[1])
+    step = optimizers.AdamW.step
+    monkeypatch.setattr(
+        optimizers.AdamW, "step", lambda self, *a: (count.__setitem__(0, count[0] + 1), step(self, *a))[1]
+    )
     run(tiny_data, tmp_path / "a", "--train.max-steps", "7")
     assert count == [7]
     assert rows(tmp_path / "a")[-1]["lr"] == pytest.approx(train.read_args([])[1].train.min_lr)
@@ -513,7 +515,7 @@ def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path, capsys: pytest.
 def test_two_trainers_on_one_folder_are_refused(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from runs import locked
+    from training.run_folder import locked
 
     with locked(tmp_path / "a"):
         assert run(tiny_data, tmp_path / "a", "--train.max-steps", "2") == 2
@@ -605,7 +607,7 @@ def test_the_lowest_average_so_far_is_logged(
 
 
 def test_the_running_average() -> None:
-    from runs import Progress
+    from training.checkpointing import Progress
 
     progress = Progress()
     assert progress.running_loss == math.inf

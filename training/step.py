@@ -20,9 +20,10 @@ from dataset import TokenStream, validation_batches
 from devices import Team, autocast
 
 if TYPE_CHECKING:
-    from optim import Optimizer
-    from runlog import RunLog
-    from runs import Progress, Stop
+    from training.checkpointing import Progress
+    from training.metrics import RunLog
+    from training.optimizer import Optimizer
+    from training.run_folder import Stop
 
 
 class TrainingFailed(RuntimeError):

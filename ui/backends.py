@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from config import GenerationParams
 
 if TYPE_CHECKING:
-    from engine import Engine
-    from originality import Index
+    from evaluation.originality import Index
+    from inference.engine import Engine
 
 CONNECT_S = 5.0
 SILENCE_S = 120.0  # a server that says nothing for this long has gone
@@ -174,7 +174,7 @@ class LocalBackend:
         ]
 
     def originality(self, text: str) -> dict[str, Any]:
-        from originality import Index, data_of
+        from evaluation.originality import Index, data_of
 
         try:
             data = data_of(Path(self.place.where))
@@ -186,7 +186,7 @@ class LocalBackend:
             raise BackendError(str(error)) from None
 
     def seen(self, text: str, params: GenerationParams) -> Seen | None:
-        from generate import prompt_window
+        from inference.writing import prompt_window
 
         tokenizer, context = self.engine.tokenizer, self.engine.context
         try:
@@ -429,7 +429,7 @@ def failure(error: dict[str, Any], status: int | None = None) -> BackendError:
 def connect(place: Place) -> Backend:
     """The backend of a place. Raises BackendError (or what loading a model raises) with a remedy."""
     if place.kind == "local":
-        from engine import Engine
+        from inference.engine import Engine
 
         return LocalBackend(place, Engine.load(Path(place.where), dtype=place.dtype))
     if place.kind == "server" and not place.where.startswith(("http://", "https://")):

@@ -82,7 +82,7 @@ def clipped(name: str, value: Any) -> Any:
 
 def own_of(place: Place) -> dict[str, Any]:
     """What a model folder's generation_config.json recommends; empty where it says nothing usable."""
-    from generate import folder_defaults
+    from storage.gpt2_format import folder_defaults
 
     try:
         found = (

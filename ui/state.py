@@ -13,7 +13,8 @@ from typing import Any
 import streamlit as st
 
 from checkpoint import newest_model
-from config import ROOT, ConfigError, Strict, parse_flags
+from cli import parse_flags
+from config import ROOT, ConfigError, Strict
 from ui.backends import Backend, BackendError, Place, connect
 from ui.desk import Desk, Desks
 from ui.history import History, default_path

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ROOT, ConfigError, read_toml
-from runlog import METRICS, SAMPLES, read_jsonl, time_left
+from training.metrics import METRICS, SAMPLES, read_jsonl, time_left
 
 LOG = "app.log"
 PROCESS = "process.json"

@@ -18,10 +18,10 @@ from urllib.parse import quote
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
-from conftest import ROOT
 from local_stack import Quotas, Stack
 
 from config import GenerationParams, ModelConfig
+from conftest import ROOT
 
 
 @pytest.fixture(scope="session")

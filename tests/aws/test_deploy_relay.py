@@ -11,10 +11,10 @@ from typing import Any
 
 import deploy_relay
 import pytest
-from conftest import ROOT
 from deploy_relay import main, package, template, with_tokens
 
 from config import ConfigError
+from conftest import ROOT
 
 OUTPUTS = {"Url": "wss://api.execute-api.eu-west-1.amazonaws.com/prod", "ApiId": "api"}
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from aws_fakes import FakeContainer, words
-from conftest import ROOT
 from local_stack import Stack
+
+from conftest import ROOT
 
 
 def load(name: str) -> Any:
@@ -50,7 +51,7 @@ def account(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty account on the server, with one bucket."""
     import urllib.request
 
-    import s3
+    from storage import s3
 
     urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/reset", method="POST")).close()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
@@ -123,7 +124,7 @@ def test_a_realtime_endpoint_is_requested(account: str, sent: Any, model: Path) 
 
 
 def test_the_packed_model_holds_the_folder_and_no_training_state(account: str, sent: Any, model: Path) -> None:
-    import s3
+    from storage import s3
 
     assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
     bucket, key = dict(sent)["CreateModel"]["PrimaryContainer"]["ModelDataUrl"].removeprefix("s3://").split("/", 1)
@@ -193,7 +194,7 @@ def test_the_vllm_engine_is_requested(account: str, sent: Any, model: Path) -> N
 def test_delete_leaves_nothing_of_its_own(account: str, sent: Any, model: Path) -> None:
     import boto3
 
-    import s3
+    from storage import s3
 
     assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge", "--max-instances", "2")) == 0
     assert serverless.main(arguments(model)) == 0

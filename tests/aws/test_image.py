@@ -14,9 +14,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-from tiny_models import random_model, save, shape, tiny_tokenizer
+from conftest import ROOT
+from support.tiny_models import random_model, save, shape, tiny_tokenizer
 
 DOCKERFILE = (ROOT / "sagemaker" / "Dockerfile").read_text()
 

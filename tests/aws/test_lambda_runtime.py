@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, words
-from conftest import ROOT
 from local_stack import Stack
+
+from conftest import ROOT
 
 if importlib.util.find_spec("awslambdaric") is None:
     pytest.skip("needs awslambdaric: pip install -r requirements-aws.txt", allow_module_level=True)

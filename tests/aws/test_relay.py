@@ -13,11 +13,11 @@ import annotated_types
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
-from conftest import ROOT
 from local_stack import Quotas, Stack, load_relay
 from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
+from conftest import ROOT
 
 
 def talk(stack: Stack, conversation: Any) -> Any:

@@ -9,8 +9,9 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from local_stack import ROUTES, STAGE, TIMEOUTS
+
+from conftest import ROOT
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install -r requirements-aws.txt")
 TEMPLATE = ROOT / "lambda" / "template.yaml"

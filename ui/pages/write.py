@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from config import ConfigError, GenerationParams
-from prompts import GALLERY
+from inference.prompts import GALLERY
 from ui import settings, state
 from ui.backends import Backend, Seen
 from ui.desk import Desk

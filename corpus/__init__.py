@@ -1,0 +1,1 @@
+"""From books to token shards: sources, documents, cleaning, encoding, styles, worker processes, preparation."""

@@ -1,0 +1,270 @@
+"""Cleaning of plain texts: line ends, Project Gutenberg's licences and markup, hard-wrapped lines, broken encodings, and
+where a long text may be cut.
+
+Everything works on a piece of a text at a time, at several hundred MB/s. What concerns the markup of e-texts (notes,
+illustrations, italics) is meant for texts whose `Layout` says `book`: elsewhere brackets and underscores may mean
+something else.
+
+    python -c "from corpus import cleaning; print(cleaning.find_layout(open('book.txt', 'rb').read()))"
+    python prepare_data.py --input book.txt --no-unwrap --out data/book
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+TAB, NEWLINE, SPACE, QUOTE, APOSTROPHE, DASH, SMALL_A, SMALL_Z = b"\t\n \"'-az"
+MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+LICENCE_WINDOW = 65536  # bytes at either end of a file that may hold licence text
+WORD = 24  # longer words are taken as this long
+LAYOUT_SAMPLE = 1 << 17  # bytes of a text that its layout is judged by
+
+HEADER = re.compile(
+    rb"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT).{0,400}?\*\*\*[^\n]*\n", re.DOTALL | re.IGNORECASE
+)
+SMALL_PRINT_END = re.compile(rb"\*END ?\*? ?THE SMALL PRINT![^\n]*\n")
+FOOTER = re.compile(
+    rb"^(?:\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)"
+    rb"|End of (?:the |this )?Project Gutenberg(?:'s|\xe2\x80\x99s| E))",
+    re.MULTILINE | re.IGNORECASE,
+)
+PARAGRAPH_END = re.compile(rb"\r?\n[ \t]*\r?\n")
+WORD_END = re.compile(rb"[\r\n ]")
+BODY = rb"(?:[^\[\]]++|\[[^\[\]]*+\])*+\]"  # up to the closing bracket, with one level of brackets inside
+ILLUSTRATION = re.compile(rb"\[(?:Illustration|ILLUSTRATION)(?=[\]:.,;\s-])" + BODY)
+BRACKET_NOTE = re.compile(rb"\[(?:Transcriber|TRANSCRIBER)(?=['\xe2:sS\s])" + BODY)
+NOTE = re.compile(
+    rb"^(?:[ \t]*[+*=-]{3,}[+*= -]*\n(?:[ \t]*\|?[ \t]*\n)?)?"  # the upper edge of a box
+    rb"[ \t|*_=]*(?:Transcriber|TRANSCRIBER)(?:'|\xe2\x80\x99)?[sS]?(?:'|\xe2\x80\x99)? (?:[Nn]ote|NOTE)[sS]?(?![a-zA-Z])[^\n]*",
+    re.MULTILINE,
+)
+NOTE_END = re.compile(rb"\n[ \t]*[+*=-]{3,}[+*= -]*(?=\n|\Z)|\n[ \t]*\n[ \t]*(?=\n)")  # a box's lower edge; a wide gap
+BLANKS = re.compile(rb"(?:[ \t]*\n)*")
+LINE_REST = re.compile(rb"[ \t]*(?:\n|\Z)")
+NOTE_LIMIT = 16384  # bytes at the end of a text in which a note goes on to the end; also the longest note in brackets
+NOTE_WINDOW = 32768  # bytes at either end of a text, or of a part of it, where a note without brackets may begin
+NOTE_SEARCH = 4096  # bytes after a note's first line in which its end is looked for
+CAPTION_LIMIT = 4096  # bytes of an illustration's caption
+ITALICS = re.compile(r"_(?<!\w_)([^\s_][^_]{0,600}+)(?<!\s)_(?!\w)|_(?<!\w_)([^\s_])_(?!\w)")
+LATER = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"  # UTF-8's second bytes read as Windows-1252
+MOJIBAKE = re.compile(f"[Â-ô][{LATER}]")
+LOST_QUOTE = re.compile(f"â€(?![{LATER}])")  # a closing quotation mark whose last byte was dropped
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text's lines are broken. width 0: not wrapped, or not so that joining is safe."""
+
+    width: int = 0
+    """Characters that a full line holds."""
+    blocks: bool = True
+    """Blank lines part the paragraphs; otherwise only a line that ends early does."""
+    book: bool = False
+    """An e-text like Project Gutenberg's, so that its markup is known."""
+
+
+def normalise_newlines(data: bytes) -> bytes:
+    """CRLF and lone CR as LF."""
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+
+
+def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
+    """Where a text of `size` bytes begins and ends without Project Gutenberg's header and licence.
+
+    `head` and `tail` are its first and last LICENCE_WINDOW bytes. (0, size) where it carries none. Knows the START and
+    END OF THE PROJECT GUTENBERG EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
+    """
+    small = (head.lower(), tail.lower())
+    if not any(word in end for end in small for word in (b"gutenberg", b"small print")):
+        return 0, size
+    offset = size - len(tail)
+    lines = {tail.rfind(b"\n", 0, found.start()) + 1 for found in re.finditer(b"gutenberg", small[1])}
+    footers = [offset + line for line in sorted(lines) if FOOTER.match(tail, line)]
+    headers = [found.end() for found in HEADER.finditer(head)] if b"start of th" in small[0] else []
+    if b"small print" in small[0]:
+        ends = [found for found in SMALL_PRINT_END.finditer(head) if not any(f < found.start() for f in footers)]
+        headers += [found.end() for found in ends]
+    start = max(headers, default=0)
+    stop = min((footer for footer in footers if footer >= start), default=size)
+    if start:
+        text = head[start:]
+        start += len(text) - len(text.lstrip())
+    if stop < size:
+        text = tail[: stop - offset]
+        stop -= len(text) - len(text.rstrip())
+    return min(start, stop), stop
+
+
+def find_layout(sample: bytes) -> Layout:
+    """The layout of a text, judged by its first LAYOUT_SAMPLE bytes.
+
+    Wrapped prose has mostly full lines, and lines inside a paragraph mostly begin with a small letter. Verse, plays,
+    lists and texts with one line a paragraph fail one or the other, and so do texts of fewer than 20 lines.
+    """
+    if sample.count(b"\n") + sample.count(b"\r") < 20:
+        return Layout()
+    sample = normalise_newlines(sample)
+    data, starts, _, lengths = _lines(sample[: sample.rfind(b"\n")])
+    filled = lengths[lengths > 0]
+    inner = starts[1:][(lengths[:-1] > 0) & (lengths[1:] > 0)]
+    if len(filled) < 20 or len(inner) < 10:
+        return Layout()
+    rank = int(0.98 * (len(filled) - 1))
+    width = int(np.partition(filled, rank)[rank])
+    full = np.mean(filled >= 0.75 * width)
+    firsts = [data[at : at + 4].decode("utf-8", "ignore")[:1] for at in inner[:: 1 + len(inner) // 200].tolist()]
+    small = np.mean([first.islower() for first in firsts])
+    if not 40 <= width <= 120 or full < 0.5 or small < 0.5:
+        return Layout()
+    return Layout(width, blocks=bool((len(lengths) - len(filled)) > 0.05 * len(lengths)))
+
+
+def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
+    """Join the hard-wrapped lines of `data` (LF line ends) into paragraphs; also how many line breaks went.
+
+    Where blank lines part paragraphs, all lines of one are joined if three in four are long; short lines (verse,
+    addresses, lists) and indented ones stay. Otherwise two lines are joined where the second one's first word would not
+    have fit on the first. A line that ends in a dash or hyphen is joined without a space.
+    """
+    if not layout.width:
+        return data, 0
+    data, starts, stops, lengths = _lines(data)
+    buffer = np.frombuffer(data + b"\n\n\n", dtype=np.uint8).copy()
+    first, last = buffer[starts[1:]], buffer[np.maximum(stops[:-1] - 1, 0)]
+    may_join = (lengths[:-1] > 0) & (lengths[1:] > 0) & (first != SPACE) & (first != TAB)
+    if layout.blocks:
+        block = np.cumsum(lengths == 0)[:-1]
+        breaks = np.bincount(block, weights=may_join)
+        long = np.bincount(block, weights=may_join & (lengths[:-1] >= 0.7 * layout.width))
+        joined = may_join & (long >= 0.75 * breaks)[block]
+    else:
+        turn = ((last == QUOTE) | (last == APOSTROPHE)) & ((first == QUOTE) | (first == APOSTROPHE))
+        small = (first >= SMALL_A) & (first <= SMALL_Z) & (lengths[:-1] >= 0.6 * layout.width)
+        joined = may_join & small
+        unsure = np.flatnonzero(may_join & ~small & ~turn & (lengths[:-1] + WORD >= layout.width))
+        ahead = buffer[np.minimum(starts[1:][unsure, None] + np.arange(WORD + 1), len(buffer) - 1)]
+        word = np.argmax((ahead == SPACE) | (ahead == NEWLINE), axis=1)
+        joined[unsure] = lengths[unsure] + 1 + np.where(word, word, WORD) > layout.width
+    at = stops[:-1][joined]
+    buffer[at] = SPACE
+    before, before2 = buffer[at - 1], buffer[np.maximum(at - 2, 0)]
+    before3 = buffer[np.maximum(at - 3, 0)]
+    dash_before = (before == DASH) & (before2 != SPACE) & ~((before2 == DASH) & (before3 == SPACE))
+    dash_after = (buffer[at + 1] == DASH) & (buffer[at + 2] == DASH) & (buffer[at + 3] > DASH)
+    text = buffer[: len(data)].tobytes()
+    drop = [-1, *at[dash_before | dash_after].tolist(), len(text)]
+    return b"".join([text[a + 1 : b] for a, b in pairwise(drop)]), len(at)
+
+
+def strip_illustrations(data: bytes) -> tuple[bytes, int]:
+    """`data` (LF line ends) without `[Illustration]` and `[Illustration: caption]`; also how many went."""
+    if b"[" not in data or not (b"[Illustration" in data or b"[ILLUSTRATION" in data):
+        return data, 0
+    return _drop(data, ILLUSTRATION, CAPTION_LIMIT)
+
+
+def strip_notes(data: bytes, last: bool = True) -> tuple[bytes, int]:
+    """`data` (LF line ends) without the transcriber's notes; also how many went. last: the text ends with `data`.
+
+    Knows `[Transcriber's note: …]` anywhere, and, near either end, a line that begins with "Transcriber's Note": it goes up to
+    the lower edge of its box, to two blank lines, or, near the end of the text, to the end. Where none of these is near,
+    only the paragraph goes that the line begins.
+    """
+    count = 0
+    if b"[" in data and (b"[Transcriber" in data or b"[TRANSCRIBER" in data):
+        data, count = _drop(data, BRACKET_NOTE, NOTE_LIMIT)
+    ends = (data[:NOTE_WINDOW], data[-NOTE_WINDOW:])
+    if not any(word in end for end in ends for word in (b"ranscriber", b"TRANSCRIBER")):
+        return data, count
+    at = 0
+    while found := NOTE.search(data, at):
+        start, stop = found.span()
+        if last and start >= len(data) - NOTE_LIMIT and (start > len(data) // 2 or stop == len(data)):
+            return data[:start].rstrip(), count + 1
+        end = NOTE_END.search(data, stop, stop + NOTE_SEARCH) or PARAGRAPH_END.search(data, stop)
+        stop = BLANKS.match(data, end.end() if end else len(data)).end()  # type: ignore[union-attr]
+        data, at, count = data[:start] + data[stop:], start, count + 1
+    return data, count
+
+
+def strip_italics(text: str) -> tuple[str, int]:
+    """`text` with `_these words_` as these words; also how many went.
+
+    Underscores inside a word, beside other underscores or before white space stay, and no pair reaches over a blank line.
+    """
+    count = 0
+
+    def inner(found: re.Match[str]) -> str:
+        nonlocal count
+        words = found[1] or found[2]
+        if "\n\n" in words:
+            return found[0]
+        count += 1
+        return words
+
+    return (ITALICS.sub(inner, text), count) if "_" in text else (text, 0)
+
+
+def fix_mojibake(text: str) -> str:
+    """`text` with UTF-8 that was read as Windows-1252 or Latin-1 (`â€œhiâ€`, `Ã©`) put right, by ftfy.
+
+    Quotation marks, ligatures and accents that are what they should be stay as they are.
+    """
+    if text.isascii() or not (MOJIBAKE.search(text) or LOST_QUOTE.search(text)):
+        return text
+    import ftfy
+
+    return ftfy.fix_encoding(LOST_QUOTE.sub("â€\x9d", text))
+
+
+def cut_after(window: bytes, layout: Layout) -> int | None:
+    """Where in `window` a long text may be cut so that its pieces, cleaned and encoded apart, give what the whole gives.
+
+    GPT-2's pre-tokenizer always splits between white space and what stands before it; wrapped lines and markup need the
+    end of a paragraph besides. None where `window` has no such place.
+    """
+    for found in (PARAGRAPH_END if layout.width or layout.book else WORD_END).finditer(window):
+        before = window[max(0, found.start() - 4) : found.start()].decode("utf-8", "ignore")[-1:]
+        if before and not before.isspace():
+            return found.start()
+    return None
+
+
+def _drop(data: bytes, pattern: re.Pattern[bytes], limit: int) -> tuple[bytes, int]:
+    """`data` without what `pattern` finds in at most `limit` bytes, and how many went. One that fills whole lines takes them
+    along, and the blank lines after it where there are some before it."""
+    parts, at = [], 0
+    for found in pattern.finditer(data):
+        start, stop = found.span()
+        if stop - start > limit:
+            continue
+        line = data.rfind(b"\n", 0, start) + 1
+        if not data[line:start].strip() and (rest := LINE_REST.match(data, stop)):
+            start, stop = line, rest.end()
+            if not line or not data[data.rfind(b"\n", 0, line - 1) + 1 : line].strip():
+                stop = BLANKS.match(data, stop).end()  # type: ignore[union-attr]
+        elif data[start - 1 : start] in (b" ", b"\n", b"") and data[stop : stop + 1] == b" ":
+            stop += 1
+        parts.append(data[at:start])
+        at = stop
+    return (b"".join([*parts, data[at:]]), len(parts)) if parts else (data, 0)
+
+
+def _lines(data: bytes) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    """`data` without blanks before line ends; start and stop of each line in bytes, and its length in characters."""
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    ends = np.flatnonzero(buffer == NEWLINE)
+    before = buffer[ends[1:] - 1] if len(ends) and not ends[0] else buffer[ends - 1]
+    if ((before == SPACE) | (before == TAB)).any():
+        *lines, end = data.split(b"\n")
+        data = b"\n".join([*[line.rstrip(b" \t") for line in lines], end])
+        return _lines(data)
+    starts, stops = np.concatenate([[0], ends + 1]), np.concatenate([ends, [len(data)]])
+    if data.isascii():
+        return data, starts, stops, stops - starts
+    inner = np.flatnonzero((buffer & 0xC0) == 0x80)  # bytes of a character beyond its first
+    return data, starts, stops, stops - starts - (np.searchsorted(inner, stops) - np.searchsorted(inner, starts))

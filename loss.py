@@ -1,0 +1,71 @@
+"""The training loss: cross-entropy of a linear head in chunks, so that the logits of a whole batch never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -1  # targets with this value take no part in the loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of `x @ weight.T` without ever holding all logits.
+
+    Rows are taken in chunks; each chunk's gradients are formed while its logits are at hand, so nothing is computed
+    twice and the peak is one chunk of float32 logits instead of B*T*V. Gradients are kept unscaled and multiplied by
+    the incoming gradient in backward: that keeps fp16 with a loss scaler as exact as the plain form.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, used: int, dtype: torch.dtype, chunk: int
+    ) -> Tensor:
+        """x [M, C], weight [V, C], targets [M]; `used` is N. Returns the summed loss, float32."""
+        train = any(ctx.needs_input_grad[:2])
+        rows = weight if weight.is_cuda else weight[:used]  # GPUs want the aligned matrix, CPUs the smaller one
+        narrow, table = x.to(dtype), rows.to(dtype)
+        total = torch.zeros((), device=x.device, dtype=torch.float32)
+        grad_x = torch.empty_like(narrow) if train else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        # asked on CPUs only: the host would wait for a GPU in the middle of every step, and a compiled graph would end here
+        ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        whole = ask and bool((targets != IGNORE).all())
+        buffer = torch.empty(min(chunk, x.size(0)), table.size(0), dtype=dtype, device=x.device)
+        for start in range(0, x.size(0), chunk):
+            part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
+            logits = torch.mm(part, table.t(), out=buffer[: len(part)])[:, :used]  # [chunk, N]
+            index = wanted.clamp(min=0)[:, None]
+            top, own = logits.amax(-1).float(), logits.gather(1, index)[:, 0].float()
+            slope = logits.softmax(dim=-1, dtype=torch.float32)
+            losses = top - slope.amax(-1).log() - own  # the largest share is never too small to tell
+            total += losses.sum() if whole else losses.masked_fill(wanted == IGNORE, 0.0).sum()
+            if grad_x is None or grad_weight is None:
+                continue
+            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))  # softmax minus one-hot
+            thin, into = slope.to(dtype), grad_x[start : start + chunk]
+            torch.mm(thin, table[:used], out=into)
+            if not whole:
+                counts = (wanted != IGNORE)[:, None]
+                into *= counts
+                part = part * counts
+            if dtype == torch.float32:
+                grad_weight[:used].addmm_(thin.t(), part)
+            else:
+                grad_weight[:used] += thin.t() @ part
+        if train:
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scaled_x = grad_x * grads[0].to(grad_x.dtype) if grad_x.dtype == torch.float32 else grad_x.float() * grads[0]
+        return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows of logits held at once: about 64 MB of float32 on a CPU, 1 GB on an accelerator."""
+    return max(128, (1 << 24 if device.type == "cpu" else 1 << 28) // vocab)

@@ -1,0 +1,62 @@
+"""Errors as every surface answers them: an HTTP status and `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer that is not a text: an HTTP status and the error object of every surface."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param, self.kind, self.retry_after = status, code, param, kind, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": {...}}`, with nothing in it that UTF-8 cannot carry."""
+        return {
+            "error": {
+                "message": printable(str(self)),
+                "type": self.kind,
+                "param": None if self.param is None else printable(self.param),
+                "code": self.code,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+
+def printable(text: str, limit: int = 500) -> str:
+    """At most `limit` characters; lone surrogates become question marks."""
+    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def bad_value(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_faults(faults: list[Any], skip: int = 0) -> ApiError:
+    """One 400 out of pydantic's faults, without echoing the values; `skip` leading parts of each place are dropped."""
+    lines: list[str] = []
+    first: str | None = None
+    for fault in faults:
+        place = ".".join(str(part) for part in fault["loc"][skip:])
+        if first is None and place:
+            first = place.split(".")[0]
+        message = fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{place}: {message}" if place else message)
+    more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
+    return bad_value("; ".join(lines[:5]) + more, first, faults[0]["type"] if faults else "invalid_value")

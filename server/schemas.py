@@ -1,0 +1,448 @@
+"""What the server accepts and answers: its settings, the bodies of each request and reply, and its errors.
+
+VLG_MODEL=runs/sample/best VLG_API_KEYS=one,two python api.py
+>>> settings = read_settings(port=9000)
+>>> body = GenerateBody.model_validate({"prompt": "The fog", "max_tokens": 20})
+>>> body.params(settings, {"temperature": 0.7})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from config import GenerationParams, StyleText
+from server.errors import bad_value
+from server.settings import ServerFlags
+
+
+def _whole(kind: type[BaseModel], value: Any) -> Any:
+    """`2.0` where an integer belongs is that integer, as JSON Schema has it; strict types would refuse it."""
+    if not isinstance(value, dict):
+        return value
+    integers = [name for name, field in kind.model_fields.items() if field.annotation in (int, int | None)]
+    return value | {name: int(value[name]) for name in integers if _integral(value.get(name))}
+
+
+def _integral(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+class Body(BaseModel):
+    """Base of request bodies: strict types, so that neither `true` nor `"3"` passes for a number."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return _whole(cls, value)
+
+
+def _unicode(text: str) -> str:
+    """Refuse lone surrogates: JSON can hold them, no text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+def _stop_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+_STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": 1000}
+_STOP_JSON: dict[str, Any] = {"anyOf": [_STOP_TEXT, {"type": "array", "items": _STOP_TEXT, "maxItems": 16}]}
+StopField = Annotated[tuple[StopText, ...], BeforeValidator(_stop_list), WithJsonSchema(_STOP_JSON)]
+StopOrNull = Annotated[
+    tuple[StopText, ...] | None,
+    BeforeValidator(_stop_list),
+    WithJsonSchema({"anyOf": [*_STOP_JSON["anyOf"], {"type": "null"}]}),
+]
+RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
+
+
+class SamplingBody(GenerationParams):
+    """How the text is sampled; all fields are optional."""
+
+    model_config = Body.model_config
+
+    max_length: int | None = Field(None, ge=0, le=100_000)
+    """Another name for max_tokens, which wins where both are given."""
+    repetition_penalty: float = Field(1.2, ge=0.01, le=10.0)
+    """Divide (or multiply, below zero) the logits of tokens already seen; 1: none."""
+    stop: StopField = Field((), max_length=16)
+    """Strings that end the text; they are not part of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return _whole(cls, value)
+
+    def params(self, settings: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:
+        """The sampling settings, within this server's limits; ApiError names the one that is beyond.
+
+        defaults: what the model's folder recommends, for fields that the request leaves open.
+        """
+        values = self.model_dump(include=set(GenerationParams.model_fields))
+        values |= {name: value for name, value in defaults.items() if name not in self.model_fields_set}
+        if self.max_length is not None and "max_tokens" not in self.model_fields_set:
+            values["max_tokens"] = self.max_length
+        elif "max_tokens" not in self.model_fields_set:
+            values["max_tokens"] = min(values["max_tokens"], settings.max_tokens)
+        return within(GenerationParams(**values), settings)
+
+
+def within(params: GenerationParams, settings: ServerFlags) -> GenerationParams:
+    """`params` if the server's limits allow them; ApiError otherwise."""
+    for field, limit in (("max_tokens", settings.max_tokens), ("n", settings.max_n)):
+        if getattr(params, field) > limit:
+            raise bad_value(f"{field}: this server allows at most {limit}", field, "limit_exceeded")
+    return params
+
+
+class GenerateBody(SamplingBody):
+    """A prompt, and how to go on from it."""
+
+    prompt: Text
+    """What the text goes on from; empty: from nothing."""
+    stream: bool = False
+    """Send the text as it is written."""
+    request_id: RequestId | None = None
+    """Comes back in the answer; none: one is made up."""
+
+
+class BatchBody(SamplingBody):
+    """Several prompts written under the same settings, all at once."""
+
+    prompts: list[Text] = Field(min_length=1)
+    """What each text goes on from."""
+
+
+class SocketBody(GenerateBody):
+    """A WebSocket's `generate` message."""
+
+    action: Literal["generate"]
+
+
+def _completion_prompt(value: Any) -> Any:
+    if isinstance(value, list):
+        value = [[_id(item) for item in part] if isinstance(part, list) else _id(part) for part in value]
+    texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    if isinstance(value, str) or texts or _token_ids(value):
+        return value
+    if isinstance(value, list) and value and all(_token_ids(item) for item in value):
+        return value
+    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists; none empty")
+
+
+def _id(value: Any) -> Any:
+    return int(value) if _integral(value) else value
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+
+
+_IDS_JSON: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_JSON: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_JSON,
+        {"type": "array", "items": _IDS_JSON, "minItems": 1},
+    ]
+}
+CompletionPrompt = Annotated[
+    Text | list[Text] | list[int] | list[list[int]], BeforeValidator(_completion_prompt), WithJsonSchema(_PROMPT_JSON)
+]
+
+
+class StreamOptions(BaseModel):
+    """Extras of a streamed completion."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    include_usage: bool | None = False
+
+
+class CompletionBody(Body):
+    """OpenAI's `POST /v1/completions`, with the extra fields that vLLM has. Fields it does not know are ignored."""
+
+    model_config = ConfigDict(**{**Body.model_config, "extra": "allow"})
+
+    prompt: CompletionPrompt
+    """A text, token ids, or a list of either."""
+    model: str | None = None
+    """Name of the model, as in /v1/models."""
+    max_tokens: int | None = Field(16, ge=0, le=100_000)
+    """New tokens at most."""
+    temperature: float | None = Field(1.0, ge=0.0, le=2.0)
+    """0: always the likeliest token."""
+    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
+    """Keep the smallest set of tokens whose probabilities sum to p."""
+    top_k: int | None = Field(0, ge=-1, le=100)
+    """Keep the k likeliest tokens; 0 or -1: all."""
+    min_p: float | None = Field(0.0, ge=0.0, lt=1.0)
+    """Keep tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=10.0)
+    """1: none."""
+    n: int | None = Field(1, ge=1, le=128)
+    """Samples of each prompt."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Makes the text reproducible."""
+    stop: StopOrNull = Field(None, max_length=16)
+    """Strings that end the text; they are not part of it."""
+    style: StyleText | None = Field("", max_length=200)
+    """A style of this model (see /v1/models), or several, like `dickens:0.7,austen:0.3`."""
+    stream: bool | None = False
+    """Send the text as it is written."""
+    stream_options: StreamOptions | None = None
+    """Only read when streaming."""
+    logprobs: int | None = Field(None, ge=0, le=5)
+    """Log-probability of each token, and of this many likeliest ones."""
+    echo: bool | None = False
+    """Begin the answer with the prompt."""
+    user: str | None = None
+    """Ignored."""
+    best_of: int | None = Field(None, ge=1, le=1)
+    """Not supported beyond 1: ask for n samples."""
+    suffix: str | None = Field(None, max_length=0)
+    """Not supported: the model only writes forwards."""
+    presence_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
+    """Not supported: use repetition_penalty."""
+    frequency_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
+    """Not supported: use repetition_penalty."""
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    """Not supported."""
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt of the request."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+    def params(self, settings: ServerFlags) -> GenerationParams:
+        """The sampling settings within this server's limits; null stands for the default."""
+        given = self.model_dump(include=set(GenerationParams.model_fields), exclude_none=True, exclude_unset=True)
+        defaults = {
+            name: field.default
+            for name, field in type(self).model_fields.items()
+            if name in GenerationParams.model_fields and field.default is not None
+        }
+        values = {**defaults, "max_tokens": min(16, settings.max_tokens), **given}
+        values["top_k"] = max(0, values["top_k"])
+        return within(GenerationParams(**values), settings)
+
+
+class ScoreBody(Body):
+    """A text whose every token is to be judged."""
+
+    text: Text = Field(min_length=1)
+    """The text."""
+    top: int = Field(5, ge=0, le=50)
+    """Likeliest alternatives listed for each token."""
+
+
+class OriginalityBody(Body):
+    """A text of which is asked what stands word for word in the training text."""
+
+    text: Text = Field(min_length=1)
+    """The text."""
+    min_tokens: int = Field(0, ge=0, le=100_000)
+    """Length from which a passage counts as copied; 0: 12 tokens, 50 for one id a character."""
+
+
+class Reply(BaseModel):
+    """Base of answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ErrorDetail(Reply):
+    message: str
+    """What is wrong and, where there is one, the remedy."""
+    type: str
+    """invalid_request_error, authentication_error, rate_limit_error, unavailable_error or server_error."""
+    param: str | None
+    """The field at fault."""
+    code: str
+    """A word for programs."""
+
+
+class ErrorReply(Reply):
+    error: ErrorDetail
+
+
+class Usage(Reply):
+    prompt_tokens: int
+    """Tokens read; of a prompt that outgrew the context, those that were kept."""
+    completion_tokens: int
+    """Tokens written, all samples together."""
+    total_tokens: int
+
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+class Sample(Reply):
+    index: int
+    text: str
+    finish_reason: FinishReason
+    """stop: the text ended itself or met a stop string; length: max_tokens; deadline: the server's time limit."""
+    tokens: int
+
+
+class GenerateReply(Reply):
+    generated_text: str
+    """The first sample, without the prompt."""
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    """With the same prompt and settings it gives this text again."""
+    samples: list[Sample]
+    request_id: str
+    model: str
+    truncated: bool
+    """The prompt was longer than the context; its end was kept."""
+
+
+class BatchReply(Reply):
+    results: list[GenerateReply]
+    """In the order of the prompts."""
+    usage: Usage
+    model: str
+
+
+class CompletionLogprobs(Reply):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Reply):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionReply(Reply):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelReply(Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    """Context in tokens."""
+    styles: list[str]
+    """What `style` can name; empty where the model has none."""
+
+
+class ModelList(Reply):
+    object: Literal["list"]
+    data: list[ModelReply]
+
+
+class Alternative(Reply):
+    id: int
+    text: str
+    logprob: float
+    probability: float
+
+
+class ScoredToken(Reply):
+    id: int
+    text: str
+    start: int
+    """Where the token begins in the text, in characters."""
+    logprob: float | None
+    """Natural logarithm; null for the first token, which nothing precedes."""
+    probability: float | None
+    rank: int | None
+    """1: no token was likelier."""
+    top: list[Alternative]
+
+
+class ScoreReply(Reply):
+    model: str
+    tokens: list[ScoredToken]
+    logprob: float
+    """Sum over the tokens."""
+
+
+class CopySource(Reply):
+    name: str
+    """The document's name."""
+    document: int
+    token: int
+    """Place in the document, in tokens."""
+    before: str
+    after: str
+
+
+class CopiedRun(Reply):
+    start: int
+    stop: int
+    """The run is text[start:stop], in characters."""
+    tokens: int
+    text: str
+    occurrences: int
+    """How often the training text has it."""
+    sources: list[CopySource]
+
+
+class OriginalityReply(Reply):
+    tokens: int
+    longest: int
+    """Tokens of the longest copied run; runs below `shortest` may be missed."""
+    shortest: int
+    min_tokens: int
+    copied_tokens: int
+    share: float
+    """Of the tokens that lie in copied runs."""
+    runs: list[CopiedRun]
+
+
+class HealthReply(Reply):
+    status: Literal["ok"]
+    model: str
+    device: str
+    context: int
+    """Tokens."""
+    vocabulary: int
+    parameters: int
+    styles: list[str]
+    """What `style` can name."""
+    running: int
+    waiting: int
+    uptime_s: float
+
+
+class StatusReply(Reply):
+    status: Literal["ok"]

@@ -1,0 +1,1 @@
+"""What lies on disk: atomic writes, token shards, the catalogue of documents, Hugging Face's GPT-2 format, S3."""

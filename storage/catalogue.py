@@ -1,0 +1,111 @@
+"""Which document is which: the names behind the documents of prepared data, and the authors behind the names.
+
+    >>> catalogue = Catalogue.load(Path("data/novels"))
+    >>> catalogue.name("val", 0)                        # 'Dickens_Bleak_1853.txt'
+    >>> author_of("Dickens_Bleak_1853.txt")             # 'Dickens'
+
+`prepare_data.py` writes `documents.json` beside the manifest: the source files with the number of documents in each, and
+which documents validate or gave no text. The i-th document of a split is the i-th of those that are left.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from config import ConfigError
+from storage.atomic import replace_text
+
+FILE = "documents.json"
+AUTHOR_LINE = re.compile(r"^\s*Author:[ \t]*(\S.*?)\s*$", re.MULTILINE)
+BY_PLACE = re.compile(r"(?P<author>[^_\d][^_]*)_[^_]+(_\d{3,4})?")
+HEAD = 4000  # characters in which an `Author:` line is looked for
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Names of all documents of one preparation, by their number in it."""
+
+    files: Sequence[tuple[str, int]]
+    """Name of each source file and how many documents it holds."""
+    validating: np.ndarray
+    """bool [documents]: those of the validation split."""
+    dropped: Sequence[int]
+    """Documents that gave no text and stand in no split."""
+    shared: bool = False
+    """The only document is split by position: both splits hold a part of it."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Catalogue | None:
+        """The catalogue of prepared data; None where there is none. ConfigError for a damaged one."""
+        path = Path(folder) / FILE
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            files = [(str(name), int(count)) for name, count in held["files"]]
+            bits = np.frombuffer(zlib.decompress(base64.b64decode(held["validating"])), dtype=np.uint8)
+            chosen = np.unpackbits(bits, count=sum(count for _, count in files)).astype(bool)
+            return cls(files, chosen, [int(number) for number in held["dropped"]], bool(held["shared"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+            raise ConfigError([f"{path} is damaged ({error}): prepare the data again, or remove this file"]) from None
+
+    def save(self, folder: Path) -> None:
+        bits = base64.b64encode(zlib.compress(np.packbits(self.validating).tobytes())).decode("ascii")
+        held = {"files": list(self.files), "validating": bits, "dropped": list(self.dropped), "shared": self.shared}
+        replace_text(Path(folder) / FILE, json.dumps(held, ensure_ascii=False) + "\n")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(count for _, count in self.files)])
+
+    @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        kept = np.ones(len(self.validating), dtype=bool)
+        kept[list(self.dropped)] = False
+        if self.shared:
+            return {"train": np.flatnonzero(kept), "val": np.flatnonzero(kept)}
+        return {"train": np.flatnonzero(kept & ~self.validating), "val": np.flatnonzero(kept & self.validating)}
+
+    def count(self, split: str) -> int:
+        """Documents of a split."""
+        return len(self._numbers[split])
+
+    def name(self, split: str, at: int) -> str:
+        """The name of a split's document number `at`: its file's, with the row where the file holds several."""
+        number = int(self._numbers[split][at])
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        name, count = self.files[file]
+        return name if count == 1 else f"{name}, row {number - int(self._starts[file]) + 1}"
+
+
+def names_of(folder: Path, split: str, documents: int) -> Iterable[str] | None:
+    """Names of a split's documents in order, or None where the catalogue is missing or counts others."""
+    catalogue = Catalogue.load(folder)
+    if catalogue is None or catalogue.count(split) != documents:
+        return None
+    return (catalogue.name(split, at) for at in range(documents))
+
+
+def author_of(name: str, head: str = "") -> str:
+    """Who wrote a document, from an `Author:` line in its `head`, else from its name; empty where neither says so.
+
+    Names: `Author - Title.txt`, `Author_Title_1853.txt`, `Author/Title.txt`.
+    """
+    if found := AUTHOR_LINE.search(head[:HEAD]):
+        return found[1]
+    path = Path(name.split(", row ")[0])
+    stem = path.stem
+    if " - " in stem:
+        return stem.split(" - ")[0].strip()
+    if (match := BY_PLACE.fullmatch(stem)) and (match[2] or match["author"][:1].isupper()):
+        return match["author"].strip()
+    return path.parent.name

@@ -1,0 +1,345 @@
+"""What stands around the routes: health, keys, origins, logs, metrics, settings, limits and the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+import websockets.sync.client as websockets
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+import api
+from config import ConfigError, GenerationParams
+from inference.engine import Engine
+from model import GPT
+from server.service import Service
+from support.api_support import (
+    PROMPT,
+    openai_client,
+    running,
+    settings,
+    socket_messages,
+    until,
+)
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """What a test does to the loggers is undone."""
+    found = [logging.getLogger(name) for name in ("api", "uvicorn.error")]
+    kept = [(log.handlers, log.propagate, log.level) for log in found]
+    yield
+    for log, (handlers, propagate, level) in zip(found, kept, strict=True):
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+def test_health_tells_loading_from_ready_from_failed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gate = threading.Event()
+
+    def load(folder: Path, **options: Any) -> Engine:
+        assert gate.wait(20) and options["slots"] == 3 and folder == tmp_path / "story"
+        return engine
+
+    monkeypatch.setattr(Engine, "load", load)
+    monkeypatch.setattr(Engine, "close", lambda *_, **__: None)
+    monkeypatch.setattr("checkpoint.find_model", lambda path, root: path)
+    with TestClient(api.create_app(settings(model=tmp_path / "story", slots=3))) as client:
+        assert client.get("/livez").status_code == 200
+        for path in ("/health", "/readyz", "/ping", "/v1/models"):
+            answer = client.get(path)
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "loading"
+        answer = client.post("/generate", json={"prompt": "x"})
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert "vlg_ready 0.0" in client.get("/metrics").text
+        gate.set()
+        assert until(lambda: client.get("/health").status_code == 200)
+        found = client.get("/health").json()
+        assert found["status"] == "ok" and found["context"] == 64 and found["device"] == "cpu"
+        assert client.get("/ping").status_code == client.get("/readyz").status_code == 200
+        client.app.state.service.draining = True  # type: ignore[attr-defined]
+        assert client.get("/health").json()["error"]["code"] == "shutting_down"
+        assert client.get("/livez").status_code == 200
+
+    def broken(folder: Path, **options: Any) -> Engine:
+        raise OSError("model.safetensors: no such file")
+
+    monkeypatch.setattr(Engine, "load", broken)
+    with TestClient(api.create_app(settings(model=tmp_path))) as client:
+        assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
+        assert "model.safetensors" in client.get("/health").json()["error"]["message"]
+
+    monkeypatch.setitem(sys.modules, "inference.engine", None)  # it cannot even be imported
+    with TestClient(api.create_app(settings(model=tmp_path))) as client:
+        assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
+
+
+def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
+    model: GPT, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without settings the server writes what the terminal writes without settings; OpenAI's defaults stay OpenAI's."""
+    import generate
+    from checkpoint import save_model
+    from inference import writing
+
+    recommended = GenerationParams(max_tokens=9, temperature=0.4, top_k=7, top_p=0.9, repetition_penalty=1.0)
+    save_model(tmp_path / "m", model, tokenizer, card={}, generation=recommended)
+    assert generate.main(["--model", str(tmp_path / "m"), "--prompt", PROMPT, "--seed", "5", "--no-echo"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    with TestClient(api.create_app(settings(model=tmp_path / "m"))) as client:
+        assert until(lambda: client.get("/health").status_code == 200, 120)
+        body = {"prompt": PROMPT, "seed": 5}
+        assert client.post("/generate", json=body).json()["generated_text"] == text
+        batch = client.post("/generate/batch", json={"prompts": [PROMPT], "seed": 5}).json()
+        assert batch["results"][0]["generated_text"] == text
+        with client.websocket_connect("/ws") as socket:
+            found = socket_messages(socket, body)
+        assert "".join(message["text"] for message in found if message["type"] == "token") == text
+        own = {**body, "max_tokens": 9, "temperature": 2.0}
+        expected = recommended.model_copy(update={"temperature": 2.0, "seed": 5})
+        (result,) = writing.generate(model, tokenizer, PROMPT, expected)
+        assert client.post("/generate", json=own).json()["generated_text"] == result.text != text
+        assert client.post("/generate", json={**body, "max_length": 4}).json()["usage"]["completion_tokens"] == 4
+        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
+        documented = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
+        assert documented["temperature"]["default"] == 0.4 and documented["max_tokens"]["default"] == 9
+    with TestClient(api.create_app(settings(model=tmp_path / "m", max_tokens=3))) as client:
+        assert until(lambda: client.get("/health").status_code == 200, 120)
+        assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
+
+
+def test_keys_open_the_server_and_nothing_else_does(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(api_keys="first-key, second-key"), engine)) as client:
+        for path in ("/health", "/livez", "/readyz", "/ping", "/", "/docs", "/openapi.json", "/client.js"):
+            assert client.get(path).status_code == 200, path
+        body = {"prompt": "x", "max_tokens": 1}
+        for headers in (
+            {},
+            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer first"},
+            {"Authorization": "Basic first-key"},
+            {"Authorization": "Bearer first-key, second-key"},
+            {"X-API-Key": "x"},
+            {"Authorization": "Bearer ké".encode("latin-1")},
+        ):
+            answer = client.post("/generate", json=body, headers=headers)  # type: ignore[arg-type]
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert client.get("/metrics").status_code == client.get("/v1/models").status_code == 401
+        for headers in ({"Authorization": "Bearer second-key"}, {"X-API-Key": "first-key"}):
+            assert client.post("/generate", json=body, headers=headers).status_code == 200
+        assert client.post("/generate?token=first-key", json=body).status_code == 401
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws"):
+            pass
+        with client.websocket_connect("/ws?token=first-key") as socket:
+            assert socket_messages(socket, body)[-1]["type"] == "complete"
+        with client.websocket_connect("/ws", headers={"Authorization": "Bearer second-key"}) as socket:
+            assert socket_messages(socket, body)[-1]["type"] == "complete"
+
+
+def test_origins_are_closed_unless_listed(engine: Engine, client: TestClient) -> None:
+    for origin in ("https://elsewhere.example", "null", "http://testserver.example", "testserver"):
+        if origin != "testserver":
+            with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws", headers={"Origin": origin}):
+                pass
+        assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": origin}).headers
+    with client.websocket_connect("/ws", headers={"Origin": "http://testserver"}) as socket:
+        socket.send_json({"action": "ping"})
+        assert socket.receive_json() == {"type": "pong"}
+    app = api.create_app(settings(origins="https://pages.example, null", api_keys="k"), engine)
+    with TestClient(app) as other:
+        for origin in ("https://pages.example", "null"):
+            with other.websocket_connect("/ws?token=k", headers={"Origin": origin}):
+                pass
+            answer = other.post("/generate", json={"prompt": "x"}, headers={"Origin": origin})
+            assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == origin
+        flight = other.options(
+            "/generate",
+            headers={
+                "Origin": "https://pages.example",
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            },
+        )
+        assert flight.status_code == 200 and "authorization" in flight.headers["access-control-allow-headers"].lower()
+        assert other.get("/health", headers={"Origin": "https://no.example"}).headers.get(
+            "access-control-allow-origin"
+        ) not in ("*", "https://no.example")
+
+
+def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "zanzibar moonlight"
+    with caplog.at_level(logging.DEBUG, logger="api"):
+        logging.getLogger("api").propagate = True
+        answer = client.post(
+            "/generate", json={"prompt": secret, "max_tokens": 4}, headers={"X-Request-ID": "trace-17"}
+        )
+        client.post("/generate", json={"prompt": secret, "temperature": secret})
+    assert answer.headers["x-request-id"] == answer.json()["request_id"] == "trace-17"
+    assert client.get("/livez", headers={"X-Request-ID": "a b\x00"}).headers["x-request-id"] != "a b\x00"
+    rows = [record.fields for record in caplog.records if record.getMessage() == "request"]  # type: ignore[attr-defined]
+    assert [(row["status"], row["route"]) for row in rows] == [(200, "/generate"), (400, "/generate")]
+    assert rows[0]["request_id"] == "trace-17" and rows[0]["ms"] > 0
+    assert secret not in caplog.text + str(rows)
+    metrics = client.get("/metrics").text
+    for name in (
+        'vlg_requests_total{method="POST",route="/generate",status="200"}',
+        'vlg_request_seconds_count{route="/generate"}',
+        "vlg_first_token_seconds_count",
+        "vlg_text_tokens_per_second_count",
+        "vlg_running",
+        "vlg_waiting",
+        "vlg_rejected_total",
+        "vlg_tokens_total",
+        "vlg_tokens_per_s",
+    ):
+        assert name in metrics, name
+    assert float(re.search(r"^vlg_tokens_total (\S+)", metrics, re.M)[1]) > 4  # type: ignore[index]
+
+
+def test_log_lines_are_json_and_hide_keys() -> None:
+    from server.service import HideQuery, JsonLog
+
+    record = logging.LogRecord("api", logging.INFO, "", 0, "request", (), None)
+    record.fields = {"status": 200}
+    assert json.loads(JsonLog().format(record))["status"] == 200
+    line = logging.LogRecord("uvicorn.error", logging.INFO, "", 0, '%s - "WebSocket %s"', ("a:1", "/ws?token=k"), None)
+    assert HideQuery().filter(line) and line.getMessage() == 'a:1 - "WebSocket /ws"'
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("PORT", "9001"), ("API_KEYS", "a,b"), ("ORIGINS", ""), ("FLUSH_MS", "40"), ("MODEL", "")):
+        monkeypatch.setenv(f"VLG_{name}", value)
+    found = api.environment_settings()
+    assert (found.port, found.flush_ms, found.origins, found.model) == (9001, 40.0, (), None)
+    assert [key.get_secret_value() for key in found.api_keys] == ["a", "b"] and "'a'" not in repr(found)
+    monkeypatch.setenv("VLG_PORT", "many")
+    with pytest.raises(ConfigError, match="VLG_PORT"):
+        api.environment_settings()
+    monkeypatch.delenv("VLG_PORT")
+    assert settings().host == "127.0.0.1" and settings().port == 8000
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    monkeypatch.setattr(api, "SAGEMAKER_MODEL", tmp_path)
+    found = api.environment_settings(serve=True)
+    assert (found.host, found.port, found.model) == ("0.0.0.0", 8080, tmp_path / "best")
+    monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", "8111")
+    assert api.environment_settings().port == 8111
+    monkeypatch.setenv("VLG_HOST", "127.0.0.2")
+    assert api.environment_settings().host == "127.0.0.2"
+
+
+def test_main_reports_bad_flags_and_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import socket
+
+    assert api.main(["--port", "70000"]) == 2 and "port" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert api.main(["--port", str(taken.getsockname()[1]), "--model", str(tmp_path)]) == 1
+        assert "choose another --port" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as helped:
+        api.main(["--help"])
+    assert helped.value.code == 0 and "--deadline-s" in capsys.readouterr().out
+
+
+def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "script-src 'self'" in policy and "unsafe" not in policy
+    for name in re.findall(r'(?:src|href)="([\w.]+)"', page.text):
+        assert client.get(f"/{name}").status_code == 200
+    script = client.get("/client.js").text
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
+    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
+    assert fields == set(GenerationParams.model_fields)
+    assert client.get("/../api.py").status_code == 404
+
+
+def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None:
+    app = api.create_app(settings(grace_s=0.2), engine)
+    service: Service = app.state.service
+    done = []
+
+    async def stop() -> None:
+        await service.drain(lambda: done.append(True))
+
+    with (
+        running(app) as address,
+        websockets.connect(f"{address.replace('http', 'ws')}/ws", close_timeout=0.2) as socket,
+    ):
+        socket.send(json.dumps({"action": "generate", "prompt": PROMPT, "max_tokens": 4000}))
+        assert json.loads(socket.recv(5))["type"] == "started"
+        service.draining = True
+        threading.Thread(target=lambda: asyncio.run(stop())).start()
+        last: dict[str, Any] = {}
+        while last.get("type") not in ("complete", "error"):
+            last = json.loads(socket.recv(10))
+        assert last["error"]["code"] == "shutting_down"
+        assert until(lambda: bool(done))
+        socket.send(json.dumps({"action": "generate", "prompt": PROMPT}))
+        assert json.loads(socket.recv(5))["error"]["code"] == "shutting_down"
+    assert until(lambda: engine.stats()["running"] == 0)
+
+
+def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(settings(), engine)
+    started, jobs = threading.Event(), []
+    submit = engine.submit
+
+    def slow(*given: Any, **more: Any) -> Any:
+        started.set()
+        time.sleep(0.3)
+        jobs.append(submit(*given, **more))
+        return jobs[-1]
+
+    monkeypatch.setattr(engine, "submit", slow)
+
+    async def give_up() -> None:
+        task = asyncio.create_task(service.begin("fog " * 2000, GenerationParams(max_tokens=4000)))
+        await asyncio.to_thread(started.wait)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while not jobs or not jobs[0].cancelled:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(give_up(), 10))
+    assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
+
+
+def test_a_full_queue_is_429_with_retry_after(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, name="tiny", slots=1, queue_size=1)
+    with running(api.create_app(settings(), engine)) as address, httpx.Client(base_url=address) as client:
+        long = {"action": "generate", "prompt": PROMPT, "max_tokens": 4000}
+        with websockets.connect(f"{address.replace('http', 'ws')}/ws", close_timeout=0.2) as socket:
+            for _ in range(2):
+                socket.send(json.dumps(long))
+            assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 2)
+            answer = client.post("/generate", json={"prompt": "x"})
+            assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
+            assert int(answer.headers["retry-after"]) >= 1
+            with openai_client(address) as other, pytest.raises(openai.RateLimitError):
+                other.completions.create(model="tiny", prompt="x")
+            refused = client.post("/generate/batch", json={"prompts": ["x", "y"]})
+            assert refused.status_code == 429
+            assert int(re.search(r"vlg_rejected_total (\d+)", client.get("/metrics").text)[1]) >= 3  # type: ignore[index]
+        assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
+        assert client.post("/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+    engine.close(5)

@@ -1,0 +1,141 @@
+"""One dial: what minutes and text choose, and schedules that end by the clock."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from config import ConfigError, ModelConfig, TrainConfig, read_toml
+from model import GPT
+from support.helpers import nonsense, prepare_text
+from training import autotune
+from training.autotune import Budget, choose_model, choose_training, cost, fitting_vocabulary
+from training.optimizer import clock_end, first_decay, lr_scale
+
+CLOCK = TrainConfig(max_minutes=1, schedule="wsd", decay_fraction=0.4, warmup_steps=5)
+
+
+@pytest.mark.parametrize("pace_s", [0.07, 0.5, 3.1])
+@pytest.mark.parametrize("reserve_s", [0.0, 4.0])
+def test_the_clock_sets_an_end_that_it_meets(pace_s: float, reserve_s: float) -> None:
+    ends = ((step, clock_end(step, step * pace_s, reserve_s, CLOCK)) for step in range(10_000))
+    step, total = next((step, total) for step, total in ends if total)
+    assert abs(total * pace_s + reserve_s - 60) <= 2 * pace_s
+    assert all(lr_scale(taken, total, CLOCK) == 1.0 for taken in range(CLOCK.warmup_steps, step))
+    assert lr_scale(total - 1, total, CLOCK) == 0.0
+
+
+def test_no_step_already_taken_falls_into_the_decay() -> None:
+    """The machine has become so slow that the decay should have begun long ago."""
+    total = clock_end(100, 59.0, 0.0, CLOCK)
+    assert first_decay(total, CLOCK) >= 100 and first_decay(total - 1, CLOCK) < 100
+    assert clock_end(0, 0.0, 0.0, CLOCK) == 0
+
+
+def test_a_run_by_the_clock_is_repeated_by_its_settings(tmp_path: Path) -> None:
+    data = prepare_text(tmp_path, nonsense(4000), "--tokenizer", "char")
+    small = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 2"
+    quiet = "--train.eval-interval 0 --train.sample-interval 0 --train.no-tensorboard --train.device cpu"
+    clock = "--train.max-steps 0 --train.schedule wsd --train.max-minutes 0.15 --train.warmup-steps 3"
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert train.main(["--data", str(data), "--out", str(run), *f"{small} {quiet} {clock}".split()]) == 0
+    kept = read_toml(run / "config.toml")["train"]
+    assert kept["max_steps"] > 0 and kept["max_minutes"] == 0
+    assert train.main(["--preset", str(run / "config.toml"), "--data", str(data), "--out", str(again)]) == 0
+    assert read_toml(again / "config.toml")["train"] == kept
+    first, second = (load_file(folder / "last" / "model.safetensors") for folder in (run, again))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_more_compute_buys_larger_models() -> None:
+    sizes = [cost(choose_model(Budget(10.0**power, 6e7))) for power in range(11, 20)]
+    assert sizes == sorted(sizes) and sizes[-1] > 100 * sizes[0]
+    assert choose_model(Budget(1e15, 6e7), vocab=777).vocab_size == 777
+
+
+def test_the_cost_is_the_models_own() -> None:
+    shape = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=300, bias=False)
+    assert cost(shape) == pytest.approx(GPT(shape).flops_per_token(), rel=0.01)
+
+
+def test_a_small_text_holds_the_model_and_its_vocabulary_back() -> None:
+    large, small = (choose_model(Budget(1e15, text)) for text in (1e9, 2e5))
+    assert cost(small) < cost(large) / 3
+    assert fitting_vocabulary(192, 2e4) < fitting_vocabulary(192, 1e8)
+    assert choose_model(Budget(1e13, 500.0)).block_size <= 32
+
+
+def test_the_training_table_is_whole() -> None:
+    model = choose_model(Budget(3e13, 6e7))
+    values, dropout = choose_training(model, Budget(3e13, 6e7), 10, fits=4)
+    chosen = TrainConfig(**values)
+    assert chosen.batch_size <= 4 and chosen.tokens_per_step % (chosen.batch_size * model.block_size) == 0
+    assert chosen.max_minutes == 10 and not chosen.max_steps and dropout == 0
+    assert choose_training(model, Budget(3e13, 1e6), 10, fits=4)[1] > 0  # read many times over
+    steps = 3e13 / cost(model) / chosen.tokens_per_step
+    assert chosen.warmup_steps < steps / 10 and math.isclose(chosen.eval_interval, steps / 10, rel_tol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--minutes 1 --preset starter", "--preset"),
+        ("--minutes 1 --plan", "--plan"),
+        ("--minutes 1 --data b", "no manifest.json"),
+        ("--input a.txt", "--minutes"),
+    ],
+)
+def test_what_does_not_go_with_the_dial(words: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        train.read_args(words.split())
+
+
+def test_too_little_time_is_said_before_training(tmp_path: Path) -> None:
+    data = prepare_text(tmp_path, nonsense(4000), "--tokenizer", "char")
+    with pytest.raises(ConfigError, match="give more"):
+        train.read_args(["--minutes", "0.05", "--data", str(data)])
+
+
+def test_prepared_texts_are_not_written_over(tmp_path: Path) -> None:
+    data = prepare_text(tmp_path, nonsense(4000), "--tokenizer", "char")
+    before = (data / "manifest.json").read_bytes()
+    (tmp_path / "other.txt").write_text(nonsense(4000, seed=2), encoding="utf-8")
+    with pytest.raises(ConfigError, match="prepared already"):
+        train.read_args(["--minutes", "0.05", "--input", str(tmp_path / "other.txt"), "--data", str(data)])
+    assert (data / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["", "elsewhere"])
+def test_one_dial_from_texts_to_a_model(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a machine said to be slow, so that the smallest model is taken; a flag beside the dial is heard."""
+    monkeypatch.setattr(autotune, "ROOT", tmp_path)
+    monkeypatch.setattr(autotune, "measured_rate", lambda *_: 1e8)
+    texts, run, elsewhere = tmp_path / "books", tmp_path / "run", tmp_path / where if where else None
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(nonsense(20_000, seed=number), encoding="utf-8")
+    words = [
+        "--input",
+        str(texts),
+        *(["--data", str(elsewhere)] if elsewhere else []),
+        "--minutes",
+        "0.5",
+        "--out",
+        str(run),
+        "--train.no-tensorboard",
+        "--train.lr",
+        "0.004",
+    ]
+    assert train.main(words) == 0
+    said = capfd.readouterr().err
+    assert "Chosen, as a preset" in said and "n_layer = 2" in said and "the learning rate falls from here" in said
+    kept = read_toml(run / "config.toml")["train"]
+    assert kept["lr"] == 0.004 and kept["max_steps"] > 0
+    assert (run / "best" / "model.safetensors").is_file() and len(list(tmp_path.rglob("manifest.json"))) == 1
+    assert list((elsewhere or tmp_path / "data").glob("manifest.json" if where else "books-*/manifest.json"))

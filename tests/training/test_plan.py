@@ -1,0 +1,128 @@
+"""The plan: estimates near what is measured, refusals that name flags that fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from config import ConfigError, ModelConfig, TrainConfig, load_config
+from support.helpers import TINY_FLAGS
+from training import plan
+from training import step as training_step
+
+GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
+SETTINGS = TrainConfig(max_steps=10)
+
+
+def figure(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found.group(1).replace(",", ""))
+
+
+def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--preset", "victorian", "--plan", "p4d.24xlarge", "--price-per-hour", "20"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x A100 (p4d.24xlarge), fp16: micro-batch 16 x 2 accumulated = 524,288 tokens a step" in text
+    assert figure(text, r"total +([\d,]+) parameters") == 125_262_336
+    speed = figure(text, r"speed: ([\d,]+) tokens/s")
+    looks = 23 * 5_242_880 / 3  # evaluations of 5,532 steps, in training's price of a token
+    hours = (5532 * 524_288 + looks) / speed / 3600
+    assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=1e-3)
+    assert "(of it evaluation " in text
+    assert "40% of 2,496 TFLOP/s assumed" in text
+
+
+def test_what_cannot_fit_is_refused_with_flags_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--preset", "victorian", "--plan", "T4"]) == 2
+    text = capsys.readouterr().err
+    batch = int(figure(text, r"try --train.batch-size (\d+)"))
+    assert batch < 16
+    assert train.main(["--preset", "victorian", "--plan", "T4", "--train.batch-size", str(batch)]) == 0
+    assert train.main(["--preset", "victorian", "--plan", "Z80"]) == 2
+    assert "choose `here` or one of" in capsys.readouterr().err
+
+
+def test_no_batch_fits() -> None:
+    text = plan.too_large(GPT2, SETTINGS, 1, int(2.4e9), "fp32", "cpu", 1)
+    assert "--train.batch-size 1" in text and "try --model." in text
+    with pytest.raises(ConfigError, match="are there: try"):
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            patch.setattr(plan, "available_memory", lambda device: int(1e9))
+            plan.largest_batch(GPT2, SETTINGS, 1024, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("room", [0.5e9, 0.6e9, 0.8e9, 1.2e9, 2.4e9, 4e9, 20e9])
+def test_a_refusal_names_flags_that_fit(room: float, world: int) -> None:
+    """Each remedy a tighter place calls for: a smaller batch, shards, a shorter context, a smaller model; or none at all."""
+    model = GPT2.model_copy(update={"block_size": 2048})
+    text = plan.too_large(model, SETTINGS, 64, int(room), "fp32", "cpu", world)
+    least = ModelConfig(n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=50304)
+    if plan.memory_needed(least, SETTINGS, 1, "fp32", "cpu").total > 0.9 * room:
+        assert "use a machine with more memory" in text
+        return
+    remedy = text.split("try ")[1]
+    flags = {name.replace("-", "_"): int(value) for name, value in re.findall(r"--\w+\.([\w-]+) (\d+)", remedy)}
+    batch = flags.pop("batch_size")
+    shards = world if "--train.parallel fsdp" in remedy else 1
+    shape = ModelConfig(**model.model_dump() | flags)
+    assert plan.memory_needed(shape, SETTINGS, batch, "fp32", "cpu", shards).total <= 0.9 * room
+    assert shards == 1 or plan.memory_needed(model, SETTINGS, 1, "fp32", "cpu").total > 0.9 * room
+
+
+def test_automatic_batch_keeps_the_global_one() -> None:
+    settings = TrainConfig(max_steps=1, batch_size=0, tokens_per_step=3 * 1024 * 8)
+    batch = plan.fitting_batch(GPT2, settings, 1, 10**12, "bf16", "cuda")
+    assert batch == 8 and training_step.grad_accum_steps(settings, batch, 1024, 1) == 3
+    assert plan.fitting_batch(GPT2, settings, 1, 10**6, "bf16", "cuda") == 0
+
+
+def test_memory_grows_as_it_should() -> None:
+    def need(**changes: object) -> plan.Memory:
+        return plan.memory_needed(GPT2.model_copy(update=changes), SETTINGS, 4, "fp32", "cpu")
+
+    base = need()
+    assert base.total == sum(vars(base).values())
+    assert base.weights == 4 * 124_475_904 and base.optimizer == 8 * 124_475_904
+    assert need(n_layer=24).activations > 1.8 * base.activations
+    assert need(dropout=0.1).activations > base.activations
+    assert base.logits < 4 * 1024 * 50304 * 4  # never the whole float32 logits
+
+
+def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", str(tiny_data), *TINY_FLAGS, "--train.max-steps", "50", "--plan"]
+    assert train.main(words) == 0
+    text = capsys.readouterr().out
+    assert figure(text, r"memory: ([\d.]+) (?:MB|GB) measured") > 0
+    assert "50 steps, 3,200 tokens" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_unprepared_data_uses_known_figures() -> None:
+    args, config = train.read_args(["--preset", "victorian"])
+    assert plan.corpus_tokens(args.preset, config, args.data) == (2_900_000_000, 5_242_880)
+    assert plan.vocabulary(args.preset, config, args.data).vocab_size == 50304
+    assert load_config("starter").model.vocab_size == 0
+
+
+def test_what_a_run_does_besides_steps() -> None:
+    found = {"look_s": 0.01, "sample_s": 0.5, "save_s": 2.0, "step_s": 1.0}
+    settings = TrainConfig(
+        max_steps=100, eval_interval=30, eval_tokens=50, sample_interval=40, sample_tokens=10, checkpoint_minutes=0
+    )
+    assert plan.besides(settings, 100, 2.5, 1000, found) == {
+        "evaluation": 4 * 50 * 0.01,  # at 30, 60, 90 and the end
+        "samples": 3 * 10 * 0.5,  # before the first step, at 40 and 80
+        "checkpoints": (4 + 3) * 2.0,  # a best each time, one last of three times the bytes
+    }
+    each = settings.model_copy(update={"eval_interval": 0, "sample_interval": 0, "each_epoch": True, "eval_tokens": 0})
+    assert plan.besides(each, 100, 2.5, 1000, found)["evaluation"] == 3 * 1000 * 0.01  # two epochs and the end
+    assert plan.besides(each, 100, 2.5, 1000, found)["samples"] == 2 * 10 * 0.5
+    timed = settings.model_copy(update={"checkpoint_minutes": 0.5, "checkpoint_interval": 50})
+    assert plan.besides(timed, 100, 2.5, 1000, found)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0

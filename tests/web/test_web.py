@@ -1,0 +1,168 @@
+"""The page in a real browser, against the real server (Chromium and playwright; skipped where they are missing)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+
+import api
+from config import ROOT, ModelConfig
+from inference.engine import Engine
+from model import GPT
+from server.settings import read_settings
+from tokenizer import train_bpe
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+PAGE = ROOT / "web" / "index.html"
+OPENING = 'The <b>fog</b> & <img src=x onerror="document.title=1">\n“lay”'
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    tokenizer = train_bpe(["<i>The fog</i> lay & “the lamps” burned.\n" * 20], 300)
+    tokenizer.eot = None  # no text ends before its time
+    torch.manual_seed(1)
+    size = tokenizer.vocab_size
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=size, vocab_used=size)).eval()
+    engine = Engine(model, tokenizer, name="tiny", slots=4)
+    yield engine
+    engine.close(5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(engine: Engine, port: int, **settings: Any) -> Iterator[str]:
+    app = api.create_app(read_settings(**settings), engine)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Any, address: str, **options: Any) -> Iterator[Any]:
+    """A page on which no script failed and no policy was broken."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda m: faults.append(m.text) if "Content Security Policy" in m.text else None)
+    page.set_default_timeout(15_000)
+    page.goto(address)
+    yield page
+    context.close()
+    assert not faults
+
+
+def test_writing_samples_and_reading_them_as_plain_text(engine: Engine, browser: Any) -> None:
+    with serving(engine, free_port()) as address, opened(browser, address) as page:
+        page.wait_for_selector(".lamp.open")
+        page.fill("#opening", OPENING)
+        page.fill("#max_tokens", "30")
+        page.fill("#n", "3")
+        page.fill("#seed", "9007199254740993")  # more than a JavaScript number holds
+        page.click("#write")
+        page.wait_for_selector("text=/Done: 90 tokens/")
+        written = page.eval_on_selector_all(".text", "all => all.map(one => one.textContent)")
+        job = engine.submit(OPENING, api_params(max_tokens=30, n=3, seed=9007199254740993))
+        pieces = ["", "", ""]
+        for event in job:
+            pieces[event.index] += event.text
+        assert written == [OPENING + piece for piece in pieces]
+        assert page.locator(".text b, .text img, .text i").count() == 0 and page.title() != "1"
+        assert "seed 9007199254740993" in page.inner_text(".colophon >> nth=0")
+        page.click(".continue >> nth=1")
+        assert page.input_value("#opening") == written[1]
+
+
+def api_params(**values: Any) -> Any:
+    from config import GenerationParams
+
+    return GenerationParams(**values)
+
+
+def test_stopping_and_faults_are_told(engine: Engine, browser: Any) -> None:
+    with serving(engine, free_port(), max_n=2, api_keys="open sesame") as address, opened(browser, address) as page:
+        page.wait_for_selector("text=/No connection/")  # no key yet
+        page.click("#line summary")
+        page.fill("#key", "open sesame")
+        page.click("#connect")
+        page.wait_for_selector(".lamp.open")
+        page.fill("#n", "3")
+        page.click("#write")
+        page.wait_for_selector("#fault:visible")
+        assert "at most 2" in page.inner_text("#fault")
+        page.fill("#n", "1")
+        page.fill("#max_tokens", "4096")
+        page.click("#write")
+        page.locator(".text").filter(has_text=re.compile(r".{20}", re.DOTALL)).wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("text=/stopped ·/")
+        assert page.is_enabled("#write") and page.is_disabled("#stop")
+        assert not page.is_visible("#fault")
+
+
+def test_a_lost_connection_keeps_the_text_and_comes_back(engine: Engine, browser: Any) -> None:
+    port = free_port()
+    # a page opened from a file, which names its server in the address
+    address = f"{PAGE.as_uri()}?server=ws://127.0.0.1:{port}/ws"
+    with opened(browser, address) as page:
+        page.wait_for_selector("text=/No connection.*trying again/")
+        with serving(engine, port, origins="null", grace_s=0):
+            page.wait_for_selector(".lamp.open", timeout=20_000)
+            page.fill("#max_tokens", "4096")
+            page.click("#write")
+            page.locator(".text").filter(has_text=re.compile(r".{20}", re.DOTALL)).wait_for()
+        page.wait_for_selector("text=/No connection.*trying again/")
+        assert len(page.inner_text(".text")) > 20 and page.is_disabled("#write")
+        with serving(engine, port, origins="null"):
+            page.wait_for_selector(".lamp.open", timeout=20_000)
+            page.fill("#max_tokens", "5")
+            page.click("#write")
+            page.wait_for_selector("text=/Done: 5 tokens/")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
+def test_the_page_fits_and_every_control_has_a_name(engine: Engine, browser: Any, width: int, scheme: str) -> None:
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    with serving(engine, free_port()) as address, opened(browser, address, **options) as page:
+        page.wait_for_selector(".lamp.open")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        nameless = """all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
+                                .map(one => one.outerHTML)"""
+        assert page.eval_on_selector_all("input, textarea, button", nameless) == []
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")
+        assert (sum(light[:3]) > 380) == (scheme == "light")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the opening"

@@ -1,0 +1,259 @@
+"""One dial: minutes. The settings that make the most of them on this machine, from the text that is there.
+
+    python train.py --input my_books/ --minutes 10
+    python train.py --data data/mine --minutes 60
+
+The machine is measured for a few seconds; then compute and text decide vocabulary, size, context, batch and rates.
+The arithmetic and what it was tuned on: docs/decisions.md, "One dial".
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, ConfigError, ModelConfig, TrainConfig, build, to_toml
+
+# (layers, width) from small to large; a head is 64 wide, or 32 in the narrow ones
+LADDER = (
+    (2, 64),
+    (2, 96),
+    (2, 128),
+    (3, 128),
+    (3, 160),
+    (4, 192),
+    (4, 256),
+    (5, 320),
+    (6, 384),
+    (8, 512),
+    (10, 640),
+    (12, 768),
+    (16, 1024),
+)
+VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+REFERENCE = 5e12  # FLOPs: about a minute of two cores, where the rules below were tuned
+MOST_EPOCHS = 30.0  # passes beyond which a text has nothing more to give
+BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
+PREPARING = 1.2e6  # bytes of text a second and core that a new vocabulary and the encoding take, at the slowest
+GUESS = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose what the machine is measured with
+SETTLING = 2.0  # seconds for building the model and opening files
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use: compute in FLOPs, text in UTF-8 bytes for training."""
+
+    flops: float
+    text: float
+
+
+def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
+    """A rung of the ladder as a model; wider ones see farther."""
+    block = 64 if width < 192 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
+    most = int(budget.text / BYTES_PER_TOKEN / 20)  # a tiny text: windows short enough for some variety
+    while block > 32 and block > most:
+        block //= 2
+    return ModelConfig(
+        n_layer=layers,
+        n_head=width // (64 if width % 64 == 0 else 32),
+        n_embd=width,
+        block_size=block,
+        vocab_size=vocab,
+    )
+
+
+def cost(model: ModelConfig) -> float:
+    """FLOPs of training on one token: 6 N + 12 L C T, the position table looked up free (as GPT.flops_per_token)."""
+    matrices = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
+    return 6.0 * matrices + 12.0 * model.n_layer * model.n_embd * model.block_size
+
+
+def fitting_vocabulary(width: int, text: float) -> int:
+    """Ids of a new vocabulary: 4096, or 32 a channel where that is more, and each to be seen some fifty times in the text."""
+    most = min(max(4096, 32 * width), text / BYTES_PER_TOKEN / 50)
+    return max([size for size in VOCABULARIES if size <= most], default=VOCABULARIES[0])
+
+
+def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
+    """The rung whose tokens, all that the compute allows, come nearest to a good number for each parameter in its blocks.
+
+    That is 10 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
+
+    vocab: ids of texts that are prepared already; 0 chooses. A text that would be read more than MOST_EPOCHS times
+    counts as so many times its length.
+    """
+    rungs = []
+    most = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN
+    for layers, width in LADDER:
+        model = shape(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
+        tokens = min(budget.flops / cost(model), most)
+        good = 10.0 * (tokens * cost(model) / REFERENCE) ** 0.06
+        ratio = tokens / (12 * layers * width**2)
+        rungs.append((abs(math.log(ratio / good)), model))
+    return min(rungs, key=lambda rung: rung[0])[1]
+
+
+def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: int) -> tuple[dict[str, Any], float]:
+    """([train] table, dropout) for this shape; `fits`: the largest micro-batch that memory holds.
+
+    The batch grows with the cube root of the compute, for whose sake the noise may fall; rates fall with the width.
+    """
+    tokens = budget.flops / cost(model)
+    epochs = tokens * BYTES_PER_TOKEN / budget.text
+    sequences = 2 ** max(0, round(math.log2(2048 * (budget.flops / REFERENCE) ** (1 / 3) / model.block_size)))
+    batch = min(sequences, fits)
+    steps = tokens / (sequences * model.block_size)
+    values = {
+        "batch_size": batch,
+        "tokens_per_step": sequences * model.block_size,
+        "max_steps": 0,
+        "epochs": 0.0,
+        "max_minutes": minutes,
+        "optimizer": "muon",
+        "lr": float(f"{8e-3 * math.sqrt(128 / model.n_embd):.2g}"),
+        "min_lr": 0.0,
+        "muon_lr": 0.03,
+        "warmup_steps": max(5, min(200, round(steps / 30))),
+        "schedule": "wsd",
+        "decay_fraction": 0.5,
+        "weight_decay": 0.1,
+        "log_interval": max(1, round(steps / 100)),
+        "eval_interval": max(10, round(steps / 10)),
+        "eval_tokens": max(2048, min(1_000_000, int(tokens / 200))),
+        "sample_interval": max(10, round(steps / 10)),
+        "sample_prompt": "The",
+        "sample_tokens": 60,
+        "checkpoint_minutes": 10.0,
+    }
+    dropout = 0.0 if epochs < 3 else 0.1 if epochs < 10 else 0.2
+    return values, dropout
+
+
+def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: float = 3.0) -> float:
+    """FLOP/s of real training steps of a model like `guess` on this device."""
+    import torch
+
+    from devices import Team
+    from model import GPT
+    from training.optimizer import Optimizer
+    from training.step import take_step
+
+    train = TrainConfig(max_steps=1, optimizer="muon")
+    model = GPT(guess).to(device)
+    optimizer, team = Optimizer(model, train), Team(0, 1, "none", device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    rows = max(1, 2048 // guess.block_size)
+    ids = torch.randint(0, guess.tokens, (rows, guess.block_size + 1), device=device)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            yield ids[:, :-1], ids[:, 1:]
+
+    source, times = batches(), list[float]()
+    end = time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        take_step(model, optimizer, scaler, source, 1, train, precision, team)  # ends with the loss on the CPU
+        times.append(time.perf_counter() - begin)
+    late = sorted(times[2:])
+    return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
+
+
+def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -> Path:
+    """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`; what was prepared from the same texts so is kept.
+
+    out: none is a folder in data/ named after the first input. Raises ConfigError and DocumentError as `prepare` does.
+    """
+    from corpus.preparation import PrepareFlags, prepare
+
+    out = out or ROOT / "data" / f"{Path(inputs[0]).stem or 'texts'}-{vocab}"
+    prepare(build(PrepareFlags, {"input": inputs, "tokenizer": "bpe", "vocab_size": vocab}), out)
+    return out
+
+
+def text_size(inputs: tuple[str, ...]) -> float:
+    """Bytes of text that `inputs` will give for training, by the sizes of the files."""
+    from corpus.documents import find
+
+    return 0.9 * sum(path.stat().st_size for path, _ in find(inputs))
+
+
+def turn(
+    minutes: float, inputs: tuple[str, ...], data: Path | None, began: float, others: list[str]
+) -> tuple[dict[str, Any], Path]:
+    """The tables of a preset, and the prepared data, for `minutes` counted from `began` (time.monotonic).
+
+    Measures the machine, and with `inputs` prepares the texts, in `data` if given, which takes its share of the time;
+    without either the sample stories are taken. others: flags given beside that leave no choice. Raises ConfigError.
+    """
+    import torch
+
+    from devices import pick_device, pick_precision
+    from storage.shards import Manifest
+    from training.plan import available_memory, fitting_batch
+
+    faults = [f"--minutes chooses everything itself: leave out {name}" for name in others]
+    faults += [] if minutes else ["--input goes with --minutes; for a preset prepare the texts with prepare_data.py"]
+    prepared = data is not None and (data / "manifest.json").is_file()
+    if data and not inputs and not prepared:
+        faults.append(
+            f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared in it"
+        )
+    if inputs and prepared:
+        faults.append(f"--data {data} is prepared already: leave out --input to train on it, or name a new folder")
+    if faults:
+        raise ConfigError(faults)
+    device = pick_device("auto")
+    precision, _ = pick_precision("auto", device)
+    manifest = Manifest.load(data) if data and not inputs else None
+    inputs = inputs or (str(ROOT / "data" / "sample"),)
+    text = manifest.splits.train.bytes if manifest else text_size(inputs)
+    vocab = manifest.tokenizer.vocab_size if manifest else 0
+    seconds = minutes * 60
+
+    def left() -> float:
+        return seconds - SETTLING - (time.monotonic() - began)
+
+    guess = choose_model(Budget(GUESS[device.type == "cuda"] * seconds, text), vocab)
+    rate = measured_rate(device, precision, guess)
+    if data is None or manifest is None:
+        spare = text / PREPARING / max(1, torch.get_num_threads())
+        vocab = choose_model(Budget(rate * max(0.5 * seconds, left() - spare), text)).vocab_size
+        data = prepared_for(inputs, vocab, data)
+        manifest = Manifest.load(data)
+    if left() < 10:
+        raise ConfigError(
+            [
+                f"--minutes {minutes:g}: {seconds - left():.0f} seconds went into measuring and preparing: give more "
+                "(prepared texts are kept for the next time)"
+            ]
+        )
+    budget = Budget(rate * left(), manifest.splits.train.bytes)
+    model = choose_model(budget, manifest.tokenizer.vocab_size)
+    enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * cost(model)
+    if enough < budget.flops:
+        budget = Budget(enough, budget.text)
+        print(
+            f"note: in {enough / rate / 60:.1f} minutes this text is read {MOST_EPOCHS:.0f} times, and more would teach "
+            f"nothing: training ends then, not after {minutes:g}",
+            file=sys.stderr,
+        )
+    fits = fitting_batch(model, TrainConfig(max_steps=1), 1, available_memory(device), precision, device.type)
+    train, dropout = choose_training(model, budget, round(min(left(), budget.flops / rate) / 60, 3), max(1, fits))
+    tables = {
+        "description": f"What {minutes:g} minutes make of {data.name}",
+        "model": model.model_dump(exclude={"vocab_used"}) | {"dropout": dropout},
+        "train": train,
+        "generation": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1},
+    }
+    print(
+        f"measured {rate / 1e9:,.0f} GFLOP/s; {budget.flops / rate / 60:.1f} minutes and {budget.text / 1e6:.1f} MB of "
+        f"text for training. Chosen, as a preset:\n\n{to_toml(tables)}",
+        file=sys.stderr,
+    )
+    return tables, data

@@ -1,0 +1,240 @@
+"""What a run leaves behind besides weights: metrics.jsonl, samples.jsonl, loss.png, TensorBoard, the lines on the screen.
+
+log = RunLog(Path("runs/novels"), total_steps=2000)
+log.metrics({"step": 10, "train_loss": 4.2})
+log.close()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.atomic import replace_text
+
+if TYPE_CHECKING:
+    from dataset import TokenData
+    from model import GPT
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut off by a crash is passed over, a missing file is empty."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop lines after `step`: a resumed run writes them again. The file is replaced whole."""
+    if not path.is_file():
+        return
+    kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `3m20s` or `5h07m`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def time_left(steps: float, steps_per_s: float, minutes: float, used_s: float) -> float | None:
+    """Seconds until `steps` more are done or `minutes` in all (0: no limit) are over; None if neither ends the run."""
+    left = steps / steps_per_s
+    if minutes:
+        left = min(left, max(0.0, minutes * 60 - used_s))
+    return left if math.isfinite(left) else None
+
+
+def line(values: Mapping[str, Any]) -> str:
+    """One log line, `key=value` pairs that CloudWatch's and SageMaker's patterns can read."""
+    forms = {
+        "lr": "{:.3g}",
+        "tokens_per_s": "{:.0f}",
+        "tokens": "{:d}",
+        "step": "{:d}",
+        "mfu": "{:.3f}",
+        "seconds_per_batch": "{:.3f}",
+        "gpu_memory_gb": "{:.2f}",
+    }
+    parts = []
+    for key, value in values.items():
+        if value is None or key == "elapsed_s":
+            continue
+        form = forms.get(key, "{:.4f}" if isinstance(value, float) else "{}")
+        parts.append(f"{key}={form.format(value)}")
+    return " ".join(parts)
+
+
+class RunLog:
+    """Writes one run's records. `enabled=False` (ranks other than 0) makes every method a no-op.
+
+    done: steps a resumed run has behind it, -1 for one from the beginning; what was recorded of later ones is dropped, as
+    they come again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        enabled: bool = True,
+        tensorboard: bool = True,
+        wandb: str = "",
+        done: int = -1,
+    ):
+        self.folder, self.total, self.enabled = folder, total_steps, enabled
+        self.started = time.monotonic()
+        self.tty = sys.stderr.isatty()
+        self._live = ""
+        self._writer: Any = None
+        self._wandb: Any = None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SAMPLES):
+            keep_until(folder / name, done)
+        if tensorboard:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard.writer import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        if wandb:
+            import wandb as client  # type: ignore[import-not-found, unused-ignore]
+
+            known = folder / ".wandb"  # a resumed run goes on there, too
+            if not known.is_file():
+                known.write_text(uuid.uuid4().hex, encoding="utf-8")
+            project, key = "victorian-literature-generator", known.read_text(encoding="utf-8")
+            self._wandb = client.init(project=project, name=wandb, id=key, resume="allow", dir=str(folder))
+
+    def say(self, text: str) -> None:
+        """A line on standard error, above the live line."""
+        if self.enabled:
+            self._clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def live(self, step: int, loss: float, tokens_per_s: float, eta_s: float | None) -> None:
+        """The line that changes in place; only in a terminal."""
+        if not (self.enabled and self.tty):
+            return
+        share = f"{step / self.total:4.0%} " if self.total else ""
+        self._clear()
+        self._live = f"{share}step {step:,}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+        self._live += f"  {duration(eta_s)} left" if eta_s is not None else ""
+        print(self._live, end="\r", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._live:
+            print(" " * len(self._live), end="\r", file=sys.stderr)
+            self._live = ""
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self, row: Mapping[str, Any], *, eta_s: float | None = None) -> None:
+        """One row of metrics.jsonl (None values left out), the same values to TensorBoard and as a log line."""
+        if not self.enabled:
+            return
+        kept = {key: value for key, value in row.items() if value is not None}
+        self._append(METRICS, kept)
+        numbers = {k: v for k, v in kept.items() if k != "step" and isinstance(v, (int, float))}
+        if self._writer:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, kept["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=kept["step"])
+        tail = f" eta={duration(eta_s)}" if eta_s is not None else ""
+        self.say(f"{line(kept)}{tail}")
+
+    def sample(self, row: Mapping[str, Any]) -> None:
+        """One sample: {"step", "prompt", "text", "seed"} to samples.jsonl, TensorBoard and the screen."""
+        if not self.enabled:
+            return
+        self._append(SAMPLES, row)
+        if self._writer:
+            self._writer.add_text("sample", row["prompt"] + row["text"], row["step"])
+        body = (row["prompt"] + row["text"]).strip().replace("\n", "\n    ")
+        self.say(f"  sample at step {row['step']}:\n    {body}")
+
+    def close(self) -> None:
+        """Flush everything and draw loss.png."""
+        if not self.enabled:
+            return
+        self._clear()
+        if self._writer:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+        with contextlib.suppress(ImportError):
+            draw_losses(self.folder)
+
+
+def draw_losses(folder: Path) -> Path | None:
+    """Draw training and validation loss over steps into loss.png; None where nothing has been logged yet."""
+    rows = list(read_jsonl(folder / METRICS))
+    train = [(r["step"], r["train_loss"]) for r in rows if "train_loss" in r]
+    val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+    if not train and not val:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9c8b73", linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#7a1f2b", linewidth=2, marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    draft = folder / "loss.tmp.png"
+    figure.savefig(draft, dpi=130)
+    os.replace(draft, folder / "loss.png")
+    return folder / "loss.png"
+
+
+def announce(
+    log: RunLog, model: GPT, data: TokenData, precision: str, device: str, tokens_per_step: int, total: int
+) -> None:
+    """What is about to be trained, on what, for how long."""
+    splits, steps = data.manifest.splits, f"{total:,}" if total else "unlimited"
+    log.say(
+        f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
+        f"device {device}, {precision}   {tokens_per_step:,} tokens a step, {steps} steps, context {model.config.block_size}"
+    )
+    for name, count, size in model.report():
+        log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+
+
+def finish(summary: dict[str, Any]) -> None:
+    """The summary on standard error, and the command to go on with."""
+    done = summary.pop("done")
+    print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
+    run = Path(summary["run"])
+    where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    if done:
+        print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
+    else:
+        print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)

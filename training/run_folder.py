@@ -1,0 +1,116 @@
+"""A run's folder: its name, its lock, the texts it trains on, its newest checkpoint, and the request to stop.
+
+with locked(run):
+    stop = Stop()
+    stop.install()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, ConfigError, preset_values
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None where it was stopped before its first one.
+
+    Raises CheckpointError where there are some and all are damaged: beginning anew would write over what can be saved.
+    """
+    from checkpoint import CHECKPOINT_NAME, CheckpointError, newest_checkpoint
+
+    found = newest_checkpoint(run)
+    if found is None and run.is_dir() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in run.iterdir()):
+        raise CheckpointError(
+            f"--resume: no checkpoint in {run} is whole: copy one back there, or go on from the weights of a model folder: "
+            f"--init-from {run / 'best'} with another --out"
+        )
+    return found
+
+
+def free_run_folder(preset: str, restart: bool) -> Path:
+    """runs/PRESET, or the first of runs/PRESET-2, -3 … that is free; after an elastic restart the newest taken one."""
+    base = ROOT / "runs" / Path(preset).stem
+    names = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    taken = [name for name in names if (name / "config.toml").exists()]
+    if restart and taken:
+        return max(taken, key=lambda path: (path / "config.toml").stat().st_mtime)
+    return next(name for name in names if not (name / "config.toml").exists())
+
+
+@dataclass
+class Stop:
+    """Set by SIGTERM or Ctrl-C: finish the step, save, end. A second Ctrl-C stops at once."""
+
+    reason: str = ""
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        def handle(number: int, frame: Any) -> None:
+            if self.reason and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.reason = signal.Signals(number).name
+
+        with contextlib.suppress(ValueError):  # not the main thread: then nobody sends us signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, handle)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder: a second trainer on it is refused. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no flock
+        except OSError:
+            raise ConfigError(
+                [f"--out {folder}: another train.py is writing there: stop it, or give another --out"]
+            ) from None
+        yield
+
+
+def prepared(folder: Path | None, preset: str) -> Path:
+    """The data folder to train on; the preset's own texts are prepared where they are not yet (by the leader alone)."""
+    if folder is not None and str(folder).startswith("s3:"):
+        from storage.s3 import download_folder, s3_url
+
+        target = ROOT / "data" / "s3" / s3_url(folder).removeprefix("s3://")
+        download_folder(s3_url(folder), target)
+        return target
+    if folder is not None:
+        if not (folder / "manifest.json").is_file():
+            raise ConfigError(
+                [
+                    f"--data {folder}: no manifest.json there: prepare it with `python prepare_data.py --input … --out {folder}`"
+                ]
+            )
+        return folder
+    from corpus.preparation import default_out, prepare_preset
+
+    target = default_out(preset)
+    source = str(preset_values(preset).get("data", {}).get("source", ""))
+    if not source and not (target / "manifest.json").is_file():
+        raise ConfigError(
+            [
+                f"--preset {preset} has no texts of its own: prepare yours with `python prepare_data.py --input … "
+                f"--out data/mine` and add --data data/mine"
+            ]
+        )
+    local = source.endswith(".txt")
+    if local or not (target / "manifest.json").is_file():  # local texts may have changed since
+        prepare_preset(preset, target)
+    return target
