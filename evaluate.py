@@ -27,7 +27,7 @@ from config import ROOT, ConfigError, GenerationParams, Strict, style_name
 from corpus.workers import Progress
 from evaluation.metrics import Tally, bleu, distinct, repetition, self_bleu
 from evaluation.style_report import dial
-from storage.catalogue import HEAD, Catalogue, author_of
+from storage.catalogue import Catalogue, author_of
 
 if TYPE_CHECKING:
     from evaluation.originality import Index
@@ -135,28 +135,26 @@ def prepared_texts(folder: Path) -> Iterator[Held]:
 
 def file_texts(inputs: Sequence[str]) -> Iterator[Held]:
     """The documents of files, cleaned as `prepare_data.py` cleans them. ConfigError for what cannot be read."""
-    from corpus.documents import Options, find, inspect
+    from corpus.documents import Options
+    from corpus.finder import find, inspect
 
     for path, name in find(inputs):
         file = inspect(path, name, Options())
         if isinstance(file, str):
             raise ConfigError([f"--input {file}"])
-        head = ""
-        if path.suffix.lower() == ".txt":
-            with path.open("rb") as opened:
-                head = opened.read(HEAD).decode("utf-8", "ignore")
-        for number, text in _whole(file.tasks(0), Options()):
+        authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
+        for number, text in _whole(file.chunks(0), Options()):
             if text.strip():
-                own = name if path.suffix.lower() == ".txt" else f"{name}, row {number + 1}"
-                author = author_of(own, head or text)
+                own = f"{name}, row {number + 1}" if file.has_rows else name
+                author = authors[number] if authors else author_of(own, text)
                 yield Held(own, author, text, style_name(author))
 
 
-def _whole(tasks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:
+def _whole(chunks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:
     """Number and text of each document, its pieces joined."""
     parts: list[str] = []
-    for task in tasks:
-        for piece in task.read(options):
+    for chunk in chunks:
+        for piece in chunk.read(options):
             parts.append(piece.text)
             if piece.last:
                 yield piece.document, "".join(parts)
