@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from corpus.documents import Options, SourceFile
+from corpus.readers.docx import DocxFile
 from corpus.readers.html import HtmlFile
 from corpus.readers.jsonl import JsonlFile
 from corpus.readers.parquet import ParquetFile
@@ -37,6 +38,7 @@ READERS: tuple[type[Reader], ...] = (
     JsonlFile,
     ParquetFile,
     HtmlFile,
+    DocxFile,
 )
 SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
 
