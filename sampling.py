@@ -1,21 +1,10 @@
-"""From logits to text: filters, seeds, stop strings, and the loop that every surface writes with.
+"""From logits to the next token: filters, seeds and stop strings.
 
-    >>> values, ids = candidates(logits, GenerationParams(top_k=40), seen=None)    # what may still be drawn
-    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), seen)
-    >>> writer = Writer(model, slots=4)
-    >>> writer.add(Text(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
-    >>> while writer.texts: print(writer.step())
+    >>> history = History(prompt_ids, len(prompt_ids), tokenizer)       # the caller appends to its list of ids
+    >>> values, ids = candidates(logits, GenerationParams(top_k=40), history)     # what may still be drawn
+    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), history)
 
-One seed, one text. Whether a text is written alone or beside others, by `generate.py` or by the server, its bits are the
-same, because nothing about it depends on its neighbours:
-- A prompt is read alone, in chunks of CHUNK tokens counted from the start of its window. What one text has read may be
-  copied for another that begins with the same chunks: reading them again would give the same bits.
-- Then all texts take a step together. The matrices see one of the row counts that `quantize.row_counts` found to
-  agree bit for bit; attention goes text by text.
-- Each text draws from its own generator, on the CPU in float32, one number a token.
-- When a text has filled its context, its window is read anew: a rule of its own tokens only (`Text.roll`).
-- A text in a style has the style's control id in front of every window. In a blend of styles it is read in several slots,
-  one a style, and drawn from the mixture of their logits (`Text.mixture`).
+All of it runs on the CPU in float32, for one text at a time, so that a text does not depend on what is written beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +21,7 @@ from torch import Tensor
 from config import GenerationParams
 
 if TYPE_CHECKING:
-    pass
+    from tokenizer import Tokenizer
 
 COLD = 1e-6  # temperatures below it are 0: the likeliest token
 BLOCK = 64  # logits of which `largest` looks at the maximum first
@@ -56,11 +45,53 @@ def seed_of(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def penalised(logits: np.ndarray, penalty: float, seen: Tensor | None) -> np.ndarray:
-    """logits [N] with those of the ids `seen` divided by `penalty`, or multiplied where negative (Keskar et al. 2019)."""
-    if penalty == 1.0 or seen is None or not len(seen):
+class GrowingArray:
+    """Ids in an int64 array that grows at its end without being copied each time."""
+
+    def __init__(self) -> None:
+        self.store, self.size = np.empty(64, dtype=np.int64), 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        end = self.size + len(ids)
+        if end > len(self.store):
+            self.store = np.concatenate((self.store[: self.size], np.empty(end, dtype=np.int64)))
+        self.store[self.size : end] = ids
+        self.size = end
+
+    def array(self) -> np.ndarray:
+        return self.store[: self.size]
+
+
+class History:
+    """The ids of one text so far, as the filters need them. `ids` is the caller's list, which grows at its end.
+
+    prompt_tokens: how many of them are the prompt's; the rest are written. tokenizer: for filters that look at what
+    the ids spell.
+    """
+
+    def __init__(self, ids: list[int], prompt_tokens: int = 0, tokenizer: Tokenizer | None = None):
+        self.ids, self.prompt_tokens, self.tokenizer = ids, prompt_tokens, tokenizer
+        self._known: set[int] = set()
+        self._distinct, self._counted = GrowingArray(), 0
+
+    def distinct(self) -> np.ndarray:
+        """Each id of the text once, in no particular order."""
+        if self._counted < len(self.ids):
+            new = set(self.ids[self._counted :]) - self._known
+            self._known |= new
+            self._distinct.extend(sorted(new))
+            self._counted = len(self.ids)
+        return self._distinct.array()
+
+
+NOTHING = History([])
+
+
+def penalised(logits: np.ndarray, penalty: float, history: History) -> np.ndarray:
+    """logits [N] with those of ids in the text divided by `penalty`, or multiplied where negative (Keskar et al. 2019)."""
+    if penalty == 1.0 or not history.ids:
         return logits
-    ids = seen.numpy()
+    ids = history.distinct()
     held, logits = logits[ids], logits.copy()
     logits[ids] = np.where(held < 0, held * np.float32(penalty), held / np.float32(penalty))
     return logits
@@ -90,20 +121,20 @@ def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return logits[ids], ids
 
 
-def candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def candidates(logits: Tensor, params: GenerationParams, history: History = NOTHING) -> tuple[Tensor, Tensor]:
     """(logits [M], ids [M]) of the tokens that may be drawn from logits [N], after temperature; greedy leaves one.
 
     The same set and the same values as transformers' processors in the order repetition penalty, temperature, top-k,
     top-p, min-p; of equal logits at the edge of top-p those with larger ids stay (there it is left open). Raises
     LogitsError where the logits hold NaN or plus infinity.
     """
-    values, ids = _candidates(logits, params, seen)
+    values, ids = _candidates(logits, params, history)
     return torch.from_numpy(values), torch.from_numpy(ids)
 
 
-def _candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(logits: Tensor, params: GenerationParams, history: History) -> tuple[np.ndarray, np.ndarray]:
     """`candidates` in NumPy, whose calls cost a fifth of torch's: with top-k, what follows works on k numbers."""
-    values = penalised(logits.numpy(), params.repetition_penalty, seen)
+    values = penalised(logits.numpy(), params.repetition_penalty, history)
     N, temperature = len(values), np.float32(params.temperature)
     if params.temperature < COLD:
         best = np.argmax(values, keepdims=True)
@@ -141,15 +172,15 @@ def shares(values: np.ndarray) -> np.ndarray:
     return cast(np.ndarray, powers / powers.sum())
 
 
-def filter_logits(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> Tensor:
+def filter_logits(logits: Tensor, params: GenerationParams, history: History = NOTHING) -> Tensor:
     """logits [N] after penalty and temperature, -inf where a token may not be drawn; for comparison and display."""
-    values, ids = candidates(logits, params, seen)
+    values, ids = candidates(logits, params, history)
     return torch.full_like(logits, float("-inf")).index_put((ids,), values)
 
 
-def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, seen: Tensor | None = None) -> int:
+def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
-    values, ids = _candidates(logits, params, seen)
+    values, ids = _candidates(logits, params, history)
     if len(ids) == 1 and params.temperature < COLD:
         return int(ids[0])
     summed = shares(values).cumsum(dtype=np.float64)

@@ -30,7 +30,7 @@ from config import GenerationParams
 from inference.cuda_graphs import graphed
 from inference.quantize import row_counts
 from model import GPT
-from sampling import Stopper, likelihoods, sample, seed_of
+from sampling import History, Stopper, likelihoods, sample, seed_of
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -75,24 +75,6 @@ class Result:
         self.finish_reason = event.finish_reason or self.finish_reason
 
 
-class Seen:
-    """The distinct ids of a text as a tensor that grows in place, for the repetition penalty."""
-
-    def __init__(self, ids: Sequence[int]):
-        self.ids = set(ids)
-        self.store = torch.tensor(sorted(self.ids), dtype=torch.int64)
-
-    def add(self, token: int) -> None:
-        if token not in self.ids:
-            if len(self.ids) == len(self.store):
-                self.store = torch.cat((self.store, self.store.new_empty(64 + len(self.store))))
-            self.store[len(self.ids)] = token
-            self.ids.add(token)
-
-    def tensor(self) -> Tensor:
-        return self.store[: len(self.ids)]
-
-
 @dataclass(eq=False)
 class Reading:
     """A text in one cache slot, behind the control id of a style (or none)."""
@@ -131,7 +113,7 @@ class Text:
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(seed_of(seed, index))
-        self.seen = Seen(prompt) if params.repetition_penalty != 1 else None
+        self.history = History(self.ids, len(prompt), tokenizer)
         self.stream, self.stopper = tokenizer.stream(), Stopper(params.stop)
         blend = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.readings = [Reading(front, share, front + self.ids) for front, share in blend]
@@ -186,14 +168,12 @@ class Text:
 
     def choose(self, logits: Tensor) -> list[Event]:
         """Draw the next token from logits [N]; the events that follow from it, the last of them `done` at the end."""
-        token = sample(logits, self.params, self.generator, self.seen.tensor() if self.seen else None)
+        token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
             return [self.finish("stop")]
         self.ids.append(token)
         for reading in self.readings:
             reading.unread = [token]
-        if self.seen:
-            self.seen.add(token)
         text, stopped = self.stopper.feed(self.stream.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:

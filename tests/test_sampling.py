@@ -14,7 +14,7 @@ from config import GenerationParams
 from inference import decoder, quantize
 from inference.decoder import Event, Text, Writer
 from model import GPT
-from sampling import LogitsError, Stopper, candidates, filter_logits, sample, seed_of
+from sampling import History, LogitsError, Stopper, candidates, filter_logits, sample, seed_of
 from support.tiny_models import random_model, shape, tiny_tokenizer
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -64,7 +64,7 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], size: 
         logits = torch.randn(size, generator=generator) * 3
         logits = logits.round() if ties else logits
         seen = torch.randint(size, (20,), generator=generator).unique()
-        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, seen)
+        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, History(seen.tolist()))
         if not ties:
             assert torch.equal(found, expected)
         assert torch.equal(found.sort().values, expected.sort().values)
@@ -83,16 +83,15 @@ def test_cold_is_greedy_and_open_filters_change_nothing() -> None:
     assert torch.equal(filter_logits(small, params(top_k=50)), small)
     assert torch.equal(filter_logits(small, params(top_k=100)), small)
     assert float(logits[best]) == float(logits.max())  # the caller's logits are left alone
-    seen = torch.tensor([best])
     before = logits.clone()
-    sample(logits, params(repetition_penalty=5.0), generator, seen)
+    sample(logits, params(repetition_penalty=5.0), generator, History([best]))
     assert torch.equal(logits, before)
 
 
 def test_a_greedy_text_minds_the_penalty() -> None:
     logits = torch.tensor([2.0, 1.9, 0.0])
     assert sample(logits, params(temperature=0), torch.Generator()) == 0
-    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), torch.tensor([0])) == 1
+    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), History([0])) == 1
 
 
 @pytest.mark.parametrize("values", [*MIXED, {"temperature": 0.0}], ids=str)
