@@ -13,10 +13,23 @@ import math
 import tomllib
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
@@ -281,35 +294,115 @@ def _blendable(text: str) -> str:
 StyleText = Annotated[str, AfterValidator(_blendable)]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a sampling setting is shown, and what other programs call it; metadata of a field of GenerationParams.
+
+    All surfaces read it: sliders of the app and of the web page (as `x-label`, `x-step` ... in the OpenAPI document), the
+    gateway's limits, `/v1/completions`, generation_config.json and the requests to vLLM.
+    """
+
+    label: str
+    """Name beside its control."""
+    slider: tuple[float, float] | None = None
+    """Ends of its slider: the useful part of what is allowed; none: no slider."""
+    step: float = 1
+    """Between two positions of the slider."""
+    off: Any = None
+    """The value that switches it off, which is also its default in `/v1/completions`; none: it cannot be off."""
+    hf: str = ""
+    """Name in generation_config.json; empty: not written there. Programs skip names that they do not know."""
+    openai: str = ""
+    """Name in requests to OpenAI and vLLM; empty: neither has it."""
+    at_zero: bool = False
+    """Changes the choice at temperature 0 as well."""
+    manner: bool = True
+    """Says how tokens are chosen, so that named presets hold it; False: it belongs to one request."""
+    rare: bool = False
+    """Shown among the rarely used."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        shown = handler(schema) | {"x-label": self.label}
+        if self.slider is not None:
+            shown |= {"x-slider": list(self.slider), "x-step": self.step}
+        return shown | ({"x-rare": True} if self.rare else {})
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def unicode_text(text: str) -> str:
+    """For validators: `text`, without lone surrogates, which JSON can hold and no text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+PHRASES, PHRASE_CHARACTERS = 16, 1000  # strings in a list of phrases, and their length
+_PHRASE_JSON = {"type": "string", "minLength": 1, "maxLength": PHRASE_CHARACTERS}
+_PHRASES_JSON = {"anyOf": [_PHRASE_JSON, {"type": "array", "items": _PHRASE_JSON, "maxItems": PHRASES}]}
+Phrase = Annotated[str, Field(min_length=1, max_length=PHRASE_CHARACTERS), AfterValidator(unicode_text)]
+Phrases = Annotated[
+    tuple[Phrase, ...], Field(max_length=PHRASES), BeforeValidator(_as_tuple), WithJsonSchema(_PHRASES_JSON)
+]
+
+
 class GenerationParams(Strict):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
-    Order of application: repetition penalty over prompt and output, temperature, top-k, top-p, min-p
-    (as `transformers` does).
+    `sampling.FILTERS` says in which order the settings are applied.
     """
 
-    max_tokens: int = Field(200, ge=0, le=100_000)
+    max_tokens: Annotated[
+        int, Setting("Length", (10, 1000), 10, hf="max_new_tokens", openai="max_tokens", manner=False)
+    ] = Field(200, ge=0, le=100_000)
     """New tokens at most."""
-    temperature: float = Field(1.3, ge=0.0, le=2.0)
+    temperature: Annotated[
+        float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
+    ] = Field(1.3, ge=0.0, le=2.0)
     """Below 1 safer, above 1 more surprising; 0 always takes the likeliest token."""
-    top_k: int = Field(50, ge=0, le=100)
+    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
     """Keep only the k likeliest tokens; 0: all."""
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
+        0.95, gt=0.0, le=1.0
+    )
     """Keep the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020); 1: all."""
-    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    min_p: Annotated[float, Setting("Min-p", (0, 0.5), 0.01, off=0.0, hf="min_p", openai="min_p")] = Field(
+        0.0, ge=0.0, lt=1.0
+    )
     """Keep tokens at least this share as likely as the likeliest; 0: all."""
-    repetition_penalty: float = Field(1.2, gt=0.0, le=10.0)
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            "Repetition penalty",
+            (1, 2),
+            0.05,
+            off=1.0,
+            hf="repetition_penalty",
+            openai="repetition_penalty",
+            at_zero=True,
+        ),
+    ] = Field(1.2, ge=0.01, le=10.0)
     """Divide (or multiply, below zero) the logits of tokens already seen (Keskar et al. 2019); 1: none."""
-    n: int = Field(1, ge=1, le=128)
+    n: Annotated[int, Setting("Versions at once", (1, 6), openai="n", manner=False)] = Field(1, ge=1, le=128)
     """Samples of the same prompt."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int | None, Setting("Seed", openai="seed", manner=False)] = Field(None, ge=0, lt=2**63)
     """Makes the text reproducible; none: a new one each time."""
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field((), max_length=16)
+    stop: Annotated[Phrases, Setting("End before", openai="stop", manner=False)] = ()
     """Strings that end the text; they are not part of it."""
-    keep: int = Field(0, ge=0)
+    keep: Annotated[int, Setting("Keep in view", (0, 256), manner=False)] = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
-    style: StyleText = Field("", max_length=200)
+    style: Annotated[StyleText, Setting("Style", manner=False)] = Field("", max_length=200)
     """Manner of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; empty: none."""
+
+
+SETTINGS: dict[str, Setting] = {
+    name: next(part for part in field.metadata if isinstance(part, Setting))
+    for name, field in GenerationParams.model_fields.items()
+}
 
 
 class Config(Strict):

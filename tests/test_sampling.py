@@ -72,7 +72,7 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], size: 
         assert torch.equal(found.masked_fill(found <= least, 0), expected.masked_fill(expected <= least, 0))
 
 
-def test_cold_is_greedy_and_open_filters_change_nothing() -> None:
+def test_temperature_0_is_greedy_and_open_filters_change_nothing() -> None:
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     best = int(logits.argmax())
@@ -124,7 +124,7 @@ def test_the_largest_are_found_among_the_largest_blocks(size: int, ties: bool) -
             logits[-5:] = 100.0 + torch.arange(5)  # in the rest that is no whole block
         if seed == 1:
             logits[64:72] = 50.0 + torch.arange(8)  # all in one block
-        values, ids = map(torch.from_numpy, sampling.largest(logits.numpy(), 8))
+        values, ids = map(torch.from_numpy, sampling.top_k(logits.numpy(), 8))
         assert torch.equal(values, logits.topk(8).values)
         assert torch.equal(logits[ids], values) and len(ids.unique()) == 8
 
