@@ -175,8 +175,8 @@ const REASONS = {
 let story = null;
 let line = null;
 let parameters = []; // [name, JSON schema] of each setting that has a slider
-let asked = Promise.resolve(null); // what this server's /openapi.json says of the settings, or null
-let asking = false; // whether the connection was asked instead
+let described = null; // address of the server that they are from
+let asking = false; // whether the connection has been asked for them
 
 function copy(text) {
   const done = () => notice("Copied.");
@@ -221,12 +221,7 @@ function onState(state, text) {
     finish(() => "The connection was lost; what was written is kept.");
     notice("The connection was lost.");
   }
-  if (state === "open") {
-    const address = line.address;
-    asked.then((found) => {
-      if (found === null && address === line.address) asking = line.send({ action: "settings" });
-    });
-  }
+  if (state === "open" && described !== line.address) describe(line.address);
   busy(story !== null);
 }
 
@@ -234,6 +229,7 @@ function onMessage(message) {
   if (message.type === "pong") return;
   if (message.type === "settings") {
     asking = false;
+    described = line.address;
     buildSliders(message.settings);
     return;
   }
@@ -353,6 +349,18 @@ async function fetchSettings(address) {
   }
 }
 
+/** Sliders for what the server at `address` describes; without a description the connection is asked for one. */
+async function describe(address) {
+  const found = await fetchSettings(address);
+  if (address !== line.address) return;
+  if (found) {
+    described = address;
+    buildSliders(found);
+  } else if (described !== address) {
+    asking = line.send({ action: "settings" }) || asking;
+  }
+}
+
 /** Bounds of what may be typed; a bound that is itself excluded is moved by one step. */
 function limits(schema) {
   const step = schema["x-step"];
@@ -448,10 +456,9 @@ function connect() {
   }
   const address = new URL(typed);
   const key = $("key").value;
-  asked = fetchSettings(address.href);
-  asked.then((found) => found && buildSliders(found));
   if (key) address.searchParams.set("token", key);
   line.connect(address.href);
+  describe(address.href);
 }
 
 const blank = $("blank");

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def talk(stack: Stack, conversation: Any) -> Any:
