@@ -1,4 +1,4 @@
-"""The server's texts: REST, events, JSON lines and WebSocket, alike on every surface, and ended when nobody reads."""
+"""Texts over REST, server-sent events, JSON lines and WebSocket: alike everywhere, and ended when nobody reads."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_a_reader_that_stops_reading_is_given_up(engine: Engine, kind: str) -> N
 
     async def serve() -> None:
         await asyncio.wait_for(app(scope, receive, send), 20)
-        assert not app.state.service.runs
+        assert not app.state.service.generations
 
     asyncio.run(serve())
     assert not any(message.get("more_body") is False for message in sent), "a cut stream must not look complete"
@@ -393,8 +393,8 @@ def test_one_failing_text_of_a_batch_fails_it_with_its_own_error(client: TestCli
     service: Service = client.app.state.service  # type: ignore[attr-defined]
 
     def interrupt() -> None:
-        assert until(lambda: len(service.runs) == 2)
-        next(iter(service.runs)).interrupt()
+        assert until(lambda: len(service.generations) == 2)
+        next(iter(service.generations)).interrupt()
 
     thread = threading.Thread(target=interrupt)
     thread.start()

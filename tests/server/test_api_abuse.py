@@ -488,5 +488,5 @@ def test_ten_thousand_malformed_requests() -> None:
 
     asyncio.run(all_of_them())
     assert set(seen) <= {200, 400, 404, 413}, seen
-    assert engine.stats()["running"] == engine.stats()["waiting"] == 0 and not app.state.service.runs
+    assert engine.stats()["running"] == engine.stats()["waiting"] == 0 and not app.state.service.generations
     engine.close(5)

@@ -1,4 +1,4 @@
-"""What stands around the routes: health, keys, origins, logs, metrics, settings, limits and the way out."""
+"""Health, model lifecycle, keys, origins, logs, metrics, settings, limits and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from config import ConfigError, GenerationParams
 from inference.engine import Engine
 from model import GPT
 from server.service import Service
+from server.shutdown import drain
 from support.api_support import (
     PROMPT,
     openai_client,
@@ -213,7 +214,7 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
 
 
 def test_log_lines_are_json_and_hide_keys() -> None:
-    from server.service import HideQuery, JsonLog
+    from server.logs import HideQuery, JsonLog
 
     record = logging.LogRecord("api", logging.INFO, "", 0, "request", (), None)
     record.fields = {"status": 200}
@@ -277,7 +278,7 @@ def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None
     done = []
 
     async def stop() -> None:
-        await service.drain(lambda: done.append(True))
+        await drain(service, lambda: done.append(True))
 
     with (
         running(app) as address,
@@ -313,7 +314,7 @@ def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
     monkeypatch.setattr(engine, "submit", slow)
 
     async def give_up() -> None:
-        task = asyncio.create_task(service.begin("fog " * 2000, GenerationParams(max_tokens=4000)))
+        task = asyncio.create_task(service.start("fog " * 2000, GenerationParams(max_tokens=4000)))
         await asyncio.to_thread(started.wait)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
