@@ -107,7 +107,7 @@ def test_openai_client_errors(live: str, engine: Engine) -> None:
         client.models.list()
 
 
-def test_openai_client_hears_of_a_failure_midway(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_client_raises_when_a_stream_fails_midway(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     app = api.create_app(settings(), engine)
     with running(app) as address, openai_client(address) as client:
         stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4000, stream=True)
