@@ -14,7 +14,7 @@ import pytest
 from deploy_relay import main, package, template, with_tokens
 
 from config import ConfigError
-from conftest import ROOT
+from support.helpers import ROOT
 
 OUTPUTS = {"Url": "wss://api.execute-api.eu-west-1.amazonaws.com/prod", "ApiId": "api"}
 

@@ -17,7 +17,7 @@ import pytest
 from aws_fakes import FakeContainer, words
 from local_stack import Stack
 
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def load(name: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from support.helpers import ROOT
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 
 DOCKERFILE = (ROOT / "sagemaker" / "Dockerfile").read_text()

@@ -17,7 +17,7 @@ from local_stack import Quotas, Stack, load_relay
 from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def talk(stack: Stack, conversation: Any) -> Any:

@@ -22,7 +22,7 @@ from storage.shards import Manifest
 from support.hub_server import Hub
 from support.samples import hashes, paragraphs, run, told, wrapped
 
-ROOT = Path(sources.__file__).parent
+ROOT = Path(sources.__file__).resolve().parents[1]
 YEARS = [1719, 1836, 1837, 1851, 1901, 1902, 1911]
 SAD = "Once there was a cat. “It’s sad,” she said. It cost £5 at the café."
 

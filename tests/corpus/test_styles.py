@@ -229,7 +229,6 @@ def test_rows_tell_their_style_by_a_field(tmp_path: Path) -> None:
 def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     library: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prepare_data
     from corpus import encoding, preparation
 
     monkeypatch.setattr(encoding, "GROUP", 600)  # several batches, some of them within a document
@@ -237,7 +236,7 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     flags = ("--input", library / "*.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--val-fraction", 0.34)
     flags += ("--control", "author", "--out", tmp_path / "out")
     monkeypatch.setattr(preparation, "SAVE_SECONDS", -1.0)
-    real, calls = prepare_data.encode, []
+    real, calls = preparation.encode, []
 
     def failing(*given: Any) -> Any:
         calls.append(given)
@@ -245,9 +244,9 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
             raise OSError("disk full")
         return real(*given)
 
-    monkeypatch.setattr(prepare_data, "encode", failing)
+    monkeypatch.setattr(preparation, "encode", failing)
     assert run(*flags, "--workers", 1) == 1 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(prepare_data, "encode", real)
+    monkeypatch.setattr(preparation, "encode", real)
     assert run(*flags, "--workers", 2) == 0
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "out", split), tokens(data, split))

@@ -15,7 +15,7 @@ import pytest
 from corpus import workers
 from corpus.workers import AHEAD, Pool, Progress
 
-ROOT = Path(workers.__file__).parent
+ROOT = Path(workers.__file__).resolve().parents[1]
 
 
 def later(number: int) -> tuple[int, int]:

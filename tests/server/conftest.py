@@ -1,4 +1,6 @@
-"""Fixtures of the server's tests: a tiny model, an engine, a client in this process, and an address on a socket."""
+"""The tiny model behind the server, for all tests of this folder."""
+
+from __future__ import annotations
 
 from support.api_support import client, engine, live, model, tokenizer
 
