@@ -1,4 +1,4 @@
-"""Figures about what was written: a table of passages with their speed, settings and variety.
+"""Statistics of generated passages: a table with their speed, settings, variety and repetition.
 
 >>> frame = passage_frame(history.passages())
 >>> frame["distinct_2"].mean()
