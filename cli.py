@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -85,12 +86,21 @@ def parse_flags(
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed; `_` is as good as `-`."""
-    for at, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == f"--{name}" and (equals or at + 1 < len(argv)):
-            return value if equals else argv[at + 1]
-    return None
+    """The value of `--name` in `argv`, for what the other flags' defaults depend on; None where it is not given."""
+    return cast("str | None", _one_flag(argv, name, nargs="?"))
+
+
+def flag_given(argv: Sequence[str], name: str) -> bool:
+    """Whether the switch `--name` is in `argv`, for what the other flags' defaults depend on."""
+    return cast(bool, _one_flag(argv, name, action="store_true"))
+
+
+def _one_flag(argv: Sequence[str], name: str, **kind: Any) -> Any:
+    """One flag of `argv` by itself, before the others can be read; `_` in its name is as good as `-`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+    parser.add_argument(*spellings, dest="value", **kind)
+    return parser.parse_known_args(argv)[0].value
 
 
 def run_main(body: Callable[[], int]) -> int:
