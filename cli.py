@@ -77,12 +77,24 @@ def parse_flags(
     checked = build(kind, defaults or {}).model_dump()
     parsed = tyro.cli(
         flags,
-        args=list(sys.argv[1:] if argv is None else argv),
+        args=_with_bare_values(kind, sys.argv[1:] if argv is None else argv),
         default=_filled(flags, checked),
         description=description or kind.__doc__,
         config=(tyro.conf.AvoidSubcommands,),
     )
     return build(kind, dataclasses.asdict(parsed))
+
+
+def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """`argv`, in which a flag without its value gets the one that its field's `json_schema_extra` names as `bare`."""
+    words = list(argv)
+    for name, field in kind.model_fields.items():
+        extra, flag = field.json_schema_extra, f"--{name.replace('_', '-')}"
+        if isinstance(extra, dict) and "bare" in extra and flag in words:
+            at = words.index(flag) + 1
+            if at == len(words) or words[at].startswith("-"):
+                words.insert(at, str(extra["bare"]))
+    return words
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
