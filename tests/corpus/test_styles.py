@@ -20,7 +20,7 @@ from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
 from corpus.documents import Options, inspect
 from corpus.styles import Control
-from dataset import TokenData, Windows, plain_windows, training_batches, validation_batches
+from dataset import TokenData, WindowSampler, plain_windows, training_batches, validation_batches
 from evaluation.style_report import summary
 from generate import main
 from inference.decoder import Text, Writer
@@ -288,7 +288,7 @@ def test_the_first_pattern_that_fits_counts() -> None:
     assert [control.mapped(name) for name in ("deep/a_b.txt", "flat/a_b.txt", "c.txt")] == ["one", "two", "rest"]
 
 
-# Windows
+# WindowSampler
 
 
 def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
 def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     stream = TokenData.open(data).train
     lowest, T = stream.documents.lowest, 16
-    windows = Windows(len(stream), T, seed=1)
+    windows = WindowSampler(len(stream), T, seed=1)
     starts = windows.starts(0, 20 * windows.per_epoch)
     plain = plain_windows(starts)
     assert 0.08 < plain.mean() < 0.17
@@ -321,7 +321,7 @@ def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     text = stream.read(0, len(stream))
     text = text[text < lowest].tobytes()
     assert all(row.astype(np.uint16).tobytes() in text for row in x.numpy())
-    batches = training_batches(stream, windows, batch_size=len(starts), micro_steps=1)
+    batches = training_batches(stream, windows, batch_size=len(starts), grad_accum_steps=1)
     x, _ = next(batches)
     assert np.array_equal((x >= lowest).any(dim=1).numpy()[plain], np.zeros(plain.sum(), dtype=bool))
     assert (x[:, 0] >= lowest).numpy()[~plain].mean() > 0.9  # the rest lies in the document of nobody
