@@ -39,7 +39,7 @@ from server.streaming import LOG, Run, shutting_down, unexpected
 if TYPE_CHECKING:
     from config import GenerationParams
     from evaluation.originality import Index
-    from inference.engine import Engine, Job
+    from inference.engine import Engine, GenerationRequest
 
 OPEN_PATHS = {"/", "/client.js", "/style.css", "/health", "/livez", "/readyz", "/ping", "/docs", "/redoc"}
 OPEN_PATHS |= {"/openapi.json", "/docs/oauth2-redirect"}
@@ -393,10 +393,10 @@ class Service:
         return origin.split("://", 1)[-1] == headers.get("host") and origin != "null"
 
 
-async def in_thread(submit: Callable[[], Job]) -> Job:
+async def in_thread(submit: Callable[[], GenerationRequest]) -> GenerationRequest:
     """Tokenizing a long prompt takes a while: not on the event loop. A caller that gives up leaves no job behind."""
 
-    def abandon(done: asyncio.Future[Job]) -> None:
+    def abandon(done: asyncio.Future[GenerationRequest]) -> None:
         if done.exception() is None:
             done.result().cancel()
 

@@ -23,7 +23,7 @@ from server.errors import ApiError
 
 if TYPE_CHECKING:
     from config import GenerationParams
-    from inference.engine import Event, Job
+    from inference.engine import Event, GenerationRequest
 
 LOG = logging.getLogger("api")
 PING_S = 15.0  # a comment keeps proxies from closing a silent event stream
@@ -36,7 +36,7 @@ class Run:
     `close()` must be called when nobody wants the text any more; `on_end` then hears of it once.
     """
 
-    job: Job
+    job: GenerationRequest
     params: GenerationParams
     request_id: str
     on_first: Callable[[float], None] = lambda seconds: None

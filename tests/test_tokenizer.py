@@ -183,13 +183,13 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, kinds: dict) -> None:
         with pytest.raises(TokenizerError, match=f"id {bad} "):
             kinds[name].decode([0, bad])
         with pytest.raises(TokenizerError):
-            kinds[name].stream().feed(bad)
+            kinds[name].detokenizer().feed(bad)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "char"])
 def test_streamed_pieces_join_to_the_whole_without_broken_characters(name: str, kinds: dict) -> None:
     tokenizer = kinds[name]
-    stream = tokenizer.stream()
+    stream = tokenizer.detokenizer()
     ids = tokenizer.encode(PROSE)
     pieces = [stream.feed(token) for token in ids]
     assert "".join(pieces) == PROSE == tokenizer.decode(ids)
@@ -201,7 +201,7 @@ def test_a_split_character_is_held_back() -> None:
     tokenizer = gpt2_tokenizer()
     ids = tokenizer.encode("🦉")
     assert len(ids) > 1
-    stream = tokenizer.stream()
+    stream = tokenizer.detokenizer()
     assert [stream.feed(token) for token in ids] == [""] * (len(ids) - 1) + ["🦉"]
     stream.feed(ids[0])
     assert stream.flush() == "\ufffd" == tokenizer.decode(ids[:1])
@@ -212,7 +212,7 @@ def test_a_split_character_is_held_back() -> None:
 @given(st.lists(st.integers(0, 50256), max_size=40))
 def test_any_ids_stream_as_they_decode(ids: list[int]) -> None:
     tokenizer = gpt2_tokenizer()
-    stream = tokenizer.stream()
+    stream = tokenizer.detokenizer()
     assert "".join([*(stream.feed(token) for token in ids), stream.flush()]) == tokenizer.decode(ids)
 
 
