@@ -21,6 +21,8 @@ from config import ConfigError, GenerationParams, ModelConfig, build, style_blen
 from corpus.documents import Options, inspect
 from corpus.styles import Control
 from dataset import TokenData, Windows, plain_windows, training_batches, validation_batches
+from evaluation.held_out import prepared_texts
+from evaluation.perplexity import sliding_windows
 from evaluation.style_report import summary
 from generate import main
 from inference.decoder import BatchDecoder, Sequence
@@ -575,7 +577,7 @@ def test_the_terminal_chooses_and_lists_styles(
     )
 
 
-# Does the dial work?
+# Do the styles work?
 
 
 @pytest.fixture(scope="module")
@@ -640,16 +642,16 @@ def test_the_right_style_has_the_lower_loss_and_the_table_shows_it(
     assert total["first"] == total["texts"] == len(found["texts"]) == 4 and total["chance"] == 2
     assert total["gain_over_wrong"]["mean"] == pytest.approx(total["wrong"] - total["right"])
     written = (tmp_path / "report.md").read_text()
-    assert "## Does the style dial work?" in written and f"**{found['matrix']['ash']['ash']:.3f}**" in written
+    assert "## Do the styles work?" in written and f"**{found['matrix']['ash']['ash']:.3f}**" in written
     model, tokenizer = load_model(model_folder)
     row = found["texts"][0]
-    held = next(text for text in evaluate.prepared_texts(data) if text.name == row["name"])
+    held = next(text for text in prepared_texts(data) if text.name == row["name"])
     ids = tokenizer.encode_array(held.text).astype(np.int64)
     begin = (len(ids) - 501) // 2
     ids, control = ids[begin : begin + 501], tokenizer.styles[row["style"]]
     losses = []
     with torch.no_grad():
-        for start, stop, first in evaluate.windows(len(ids), 8, 4):
+        for start, stop, first in sliding_windows(len(ids), 8, 4):
             x = torch.tensor([[control, *ids[start + 1 : stop].tolist()]])
             losses += torch.nn.functional.cross_entropy(
                 model(x)[0, first:], torch.from_numpy(ids[start + 1 + first : stop + 1]), reduction="none"
