@@ -177,7 +177,7 @@ def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -
 
 def text_size(inputs: tuple[str, ...]) -> float:
     """Bytes of text for training in `inputs`, estimated by the sizes of the files."""
-    from corpus.documents import find
+    from corpus.finder import find
 
     return 0.9 * sum(path.stat().st_size for path, _ in find(inputs))
 

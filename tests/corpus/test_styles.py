@@ -18,7 +18,8 @@ import evaluate
 import train
 from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
-from corpus.documents import Options, inspect
+from corpus.documents import Options
+from corpus.finder import inspect
 from corpus.styles import Control
 from dataset import TokenData, WindowSampler, plain_windows, training_batches, validation_batches
 from evaluation.held_out import prepared_texts
@@ -233,8 +234,8 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
 ) -> None:
     from corpus import encoding, preparation
 
-    monkeypatch.setattr(encoding, "GROUP", 600)  # several batches, some of them within a document
-    monkeypatch.setattr("corpus.documents.PIECE", 500)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 600)  # several batches, some of them within a document
+    monkeypatch.setattr("corpus.cleaning.CHUNK_BYTES", 500)
     flags = ("--input", library / "*.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--val-fraction", 0.34)
     flags += ("--control", "author", "--out", tmp_path / "out")
     monkeypatch.setattr(preparation, "SAVE_SECONDS", -1.0)
