@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from config import ROOT, GenerationParams
+from config import ROOT, GenerationParams, read_toml
 from server import schemas
 from server.errors import ApiError, bad_value, from_faults
 from server.service import Gate, Service, queue_full
@@ -114,7 +114,7 @@ def build(settings: Settings, engine: Any = None) -> FastAPI:
     service = Service(settings, engine)
     app = FastAPI(
         title="Victorian Literature Generator",
-        version="0.1.0",
+        version=read_toml(ROOT / "pyproject.toml")["project"]["version"],
         description="Writes on from a prompt. Errors are `{error: {message, type, param, code}}` everywhere.",
         lifespan=service.lifespan,
     )
