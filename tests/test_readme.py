@@ -7,10 +7,12 @@ The commands build on each other: run them with `--dist loadfile`, or one after 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from support.helpers import ROOT, nonsense
-from support.warm import Run, warm
+
+PYTHON = [sys.executable]
 
 SMALL = shlex.split(
     """
@@ -119,10 +122,21 @@ def checked() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs commands in the project as a newcomer has it after one small training run, with a folder of own books."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a newcomer has it after one small training run, with a folder of own books."""
     folder = tmp_path_factory.mktemp("clone") / "project"
-    left_out = (".git", ".venv", "runs", "reports", "__pycache__", ".*_cache", "images", "tokens", "node_modules")
+    left_out = (
+        ".git",
+        ".venv",
+        "runs",
+        "reports",
+        "__pycache__",
+        ".*_cache",
+        "images",
+        "novels",
+        "tokens",
+        "node_modules",
+    )
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     (folder / "my_books").mkdir()
     for number in range(4):
@@ -130,10 +144,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         book.write_text(nonsense(4000, number), encoding="utf-8")
         shutil.copy(book, folder / "data" / f"book{number}.txt")
     shutil.copy(folder / "my_books" / "Dickens_Book0_1850.txt", folder / "story.txt")
-    with warm(folder) as command:
-        done = command(["train.py", *SMALL])
-        assert done.returncode == 0, done.stderr[-2000:]
-        yield command
+    done = execute(folder, ["train.py", *SMALL])
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def execute(folder: Path, words: list[str], text: str = "") -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*PYTHON, *words], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=240
+    )
 
 
 def test_the_pages_hold_commands_and_no_others_than_those_looked_after() -> None:
@@ -145,39 +165,39 @@ def test_the_pages_hold_commands_and_no_others_than_those_looked_after() -> None
 
 
 @pytest.mark.parametrize("line", runnable())
-def test_the_command_runs(run: Run, line: str) -> None:
+def test_the_command_runs(clone: Path, line: str) -> None:
     line = line.replace("…", "The old house")
     text = ""
     if line.startswith("echo "):
         said, line = line.split(" | ", 1)
         text = shlex.split(said)[1]
     words = shlex.split(line)
-    words = ["tests/support/team.py", "2", *words[3:]] if words[0] == "torchrun" else words[1:]
-    if words[0].startswith("tests/"):  # two processes in place of eight, and the texts that are there
-        words += ["--data", "data/sample/tokens"]
-    script = next(word for word in words if word.endswith(".py") or "." in word).removeprefix("tests/support/team.py")
+    if words[0] == "torchrun":  # two processes in place of eight, and the texts that are there
+        words = ["tests/support/team.py", "2", *words[3:], "--data", "data/sample/tokens"]
+    else:
+        words = words[1:]
     if "train.py" in words and "--help" not in words:
         words = [word for word in words if word != "--resume"] + SMALL + ["--resume"] * ("--resume" in words)
-    if script == "evaluate.py":
+    if words[0] == "evaluate.py":
         words += ["--max-tokens", "4", "--samples", "1", "--limit-tokens", "100", "--device", "cpu"]
-    if script == "generate.py":
+    if words[0] == "generate.py":
         words += ["--max-tokens", "4"]
         text = text or ("The door\n/retry\n/undo\n/set temperature 0.5\n/quit\n" if "--interactive" in words else "")
-    done = run(words, text)
+    done = execute(clone, words, text)
     assert done.returncode == 0, done.stderr[-3000:]
-    if script == "generate.py":
+    if words[0] == "generate.py":
         assert done.stdout.strip()
 
 
 @lru_cache
-def help_of(run: Run, program: tuple[str, ...]) -> str:
-    done = run([*program, "--help"])
+def help_of(clone: Path, program: tuple[str, ...]) -> str:
+    done = execute(clone, [*program, "--help"])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.replace("_", "-")
 
 
 @pytest.mark.parametrize("line", checked())
-def test_a_command_run_by_hand_names_a_program_and_flags_that_exist(run: Run, line: str) -> None:
+def test_a_command_run_by_hand_names_a_program_and_flags_that_exist(clone: Path, line: str) -> None:
     words = line.split()
     at = next(number for number, word in enumerate(words) if re.fullmatch(r"-m|[\w./]+\.py", word))
     program = tuple(words[at : at + 2] if words[at] == "-m" else words[at : at + 1])
@@ -186,5 +206,5 @@ def test_a_command_run_by_hand_names_a_program_and_flags_that_exist(run: Run, li
     assert program[0] == "-m" or (ROOT / program[0]).is_file(), program[0]
     flags = {word.split("=")[0].replace("_", "-") for word in words[at + len(program) :] if re.match(r"--\w", word)}
     if flags:
-        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(run, program))]
+        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(clone, program))]
         assert not unknown, f"{' '.join(program)} --help does not name {', '.join(unknown)}"
