@@ -23,9 +23,10 @@ from pydantic import Field
 from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, GenerationParams, Strict
-from corpus.documents import Options, find, inspect
+from corpus.documents import Options
+from corpus.finder import find, inspect
 from corpus.workers import Progress
-from storage.catalogue import HEAD, author_of
+from storage.catalogue import author_of
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
@@ -80,21 +81,18 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         file = inspect(path, name, Options())
         if isinstance(file, str):
             raise ConfigError([f"--input {file}"])
-        head = ""
-        if path.suffix.lower() == ".txt":
-            with path.open("rb") as opened:
-                head = opened.read(HEAD).decode("utf-8", "ignore")
-        for number, text in _whole(file.tasks(0), Options()):
+        authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
+        for number, text in _whole(file.chunks(0), Options()):
             if text.strip():
-                own = name if path.suffix.lower() == ".txt" else f"{name}, row {number + 1}"
-                yield own, author_of(own, head or text), text
+                own = f"{name}, row {number + 1}" if file.has_rows else name
+                yield own, authors[number] if authors else author_of(own, text), text
 
 
-def _whole(tasks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:
+def _whole(chunks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:
     """Number and text of each document, its pieces joined."""
     parts: list[str] = []
-    for task in tasks:
-        for piece in task.read(options):
+    for chunk in chunks:
+        for piece in chunk.read(options):
             parts.append(piece.text)
             if piece.last:
                 yield piece.document, "".join(parts)

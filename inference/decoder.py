@@ -47,7 +47,7 @@ from config import GenerationParams
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import Stopper, likelihoods, sample, seed_of
+from sampling import History, Stopper, likelihoods, sample, seed_of
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -90,24 +90,6 @@ class Result:
         self.finish_reason = event.finish_reason or self.finish_reason
 
 
-class Seen:
-    """The distinct ids of a text as a tensor that grows in place, for the repetition penalty."""
-
-    def __init__(self, ids: list[int]):
-        self.ids = set(ids)
-        self.store = torch.tensor(sorted(self.ids), dtype=torch.int64)
-
-    def add(self, token: int) -> None:
-        if token not in self.ids:
-            if len(self.ids) == len(self.store):
-                self.store = torch.cat((self.store, self.store.new_empty(64 + len(self.store))))
-            self.store[len(self.ids)] = token
-            self.ids.add(token)
-
-    def tensor(self) -> Tensor:
-        return self.store[: len(self.ids)]
-
-
 @dataclass(eq=False)
 class SequenceState:
     """What the model has read of a sequence in one cache slot, behind the control id of a style (or none)."""
@@ -147,7 +129,7 @@ class Sequence:
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(seed_of(seed, index))
-        self.seen = Seen(prompt) if params.repetition_penalty != 1 else None
+        self.history = History(self.ids, len(prompt), tokenizer)
         self.detokenizer, self.stopper = tokenizer.detokenizer(), Stopper(params.stop)
         styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
@@ -204,14 +186,12 @@ class Sequence:
 
     def sample_next(self, logits: Tensor) -> list[Event]:
         """Draw the next token from logits [N]; returns its event, followed by `done` if the text ends with it."""
-        token = sample(logits, self.params, self.generator, self.seen.tensor() if self.seen else None)
+        token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
             return [self.finish("stop")]
         self.ids.append(token)
         for state in self.states:
             state.pending = [token]
-        if self.seen:
-            self.seen.add(token)
         text, stopped = self.stopper.feed(self.detokenizer.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:

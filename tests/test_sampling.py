@@ -11,7 +11,7 @@ import torch
 
 import sampling
 from config import GenerationParams
-from sampling import LogitsError, Stopper, candidates, filter_logits, sample, seed_of
+from sampling import History, LogitsError, Stopper, candidates, filter_logits, sample, seed_of
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 MIXED = [
@@ -60,7 +60,7 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], size: 
         logits = torch.randn(size, generator=generator) * 3
         logits = logits.round() if ties else logits
         seen = torch.randint(size, (20,), generator=generator).unique()
-        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, seen)
+        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, History(seen.tolist()))
         if not ties:
             assert torch.equal(found, expected)
         assert torch.equal(found.sort().values, expected.sort().values)
@@ -68,7 +68,7 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], size: 
         assert torch.equal(found.masked_fill(found <= least, 0), expected.masked_fill(expected <= least, 0))
 
 
-def test_cold_is_greedy_and_open_filters_change_nothing() -> None:
+def test_temperature_0_is_greedy_and_open_filters_change_nothing() -> None:
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     best = int(logits.argmax())
@@ -79,16 +79,15 @@ def test_cold_is_greedy_and_open_filters_change_nothing() -> None:
     assert torch.equal(filter_logits(small, params(top_k=50)), small)
     assert torch.equal(filter_logits(small, params(top_k=100)), small)
     assert float(logits[best]) == float(logits.max())  # the caller's logits are left alone
-    seen = torch.tensor([best])
     before = logits.clone()
-    sample(logits, params(repetition_penalty=5.0), generator, seen)
+    sample(logits, params(repetition_penalty=5.0), generator, History([best]))
     assert torch.equal(logits, before)
 
 
 def test_a_greedy_text_minds_the_penalty() -> None:
     logits = torch.tensor([2.0, 1.9, 0.0])
     assert sample(logits, params(temperature=0), torch.Generator()) == 0
-    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), torch.tensor([0])) == 1
+    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), History([0])) == 1
 
 
 @pytest.mark.parametrize("values", [*MIXED, {"temperature": 0.0}], ids=str)
@@ -121,7 +120,7 @@ def test_the_largest_are_found_among_the_largest_blocks(size: int, ties: bool) -
             logits[-5:] = 100.0 + torch.arange(5)  # in the rest that is no whole block
         if seed == 1:
             logits[64:72] = 50.0 + torch.arange(8)  # all in one block
-        values, ids = map(torch.from_numpy, sampling.largest(logits.numpy(), 8))
+        values, ids = map(torch.from_numpy, sampling.top_k(logits.numpy(), 8))
         assert torch.equal(values, logits.topk(8).values)
         assert torch.equal(logits[ids], values) and len(ids.unique()) == 8
 

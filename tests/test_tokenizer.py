@@ -106,7 +106,7 @@ def test_an_altered_or_missing_gpt2_vocabulary_is_refused(tmp_path: Path, monkey
     for name, content in real.items():
         (package / "data" / name).write_bytes(content)
     assert build().vocab_size == 50257
-    (package / "data" / "encoder.json").write_bytes(real["encoder.json"].replace(b"the", b"teh", 1))
+    (package / "data" / "encoder.json").write_bytes(real["encoder.json"].replace(b"the", b"teh", 1))  # codespell:ignore
     with pytest.raises(TokenizerError, match=r"encoder\.json is not OpenAI's"):
         build()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)

@@ -18,9 +18,10 @@ import evaluate
 import train
 from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
-from corpus.documents import Options, inspect
+from corpus.documents import Options
+from corpus.finder import inspect
 from corpus.styles import Control
-from dataset import TokenData, Windows, plain_windows, training_batches, validation_batches
+from dataset import TokenData, WindowSampler, plain_windows, training_batches, validation_batches
 from evaluation.held_out import prepared_texts
 from evaluation.perplexity import sliding_windows
 from evaluation.style_report import summary
@@ -231,15 +232,14 @@ def test_rows_tell_their_style_by_a_field(tmp_path: Path) -> None:
 def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     library: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prepare_data
     from corpus import encoding, preparation
 
-    monkeypatch.setattr(encoding, "GROUP", 600)  # several batches, some of them within a document
-    monkeypatch.setattr("corpus.documents.PIECE", 500)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 600)  # several batches, some of them within a document
+    monkeypatch.setattr("corpus.cleaning.CHUNK_BYTES", 500)
     flags = ("--input", library / "*.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--val-fraction", 0.34)
     flags += ("--control", "author", "--out", tmp_path / "out")
     monkeypatch.setattr(preparation, "SAVE_SECONDS", -1.0)
-    real, calls = prepare_data.encode, []
+    real, calls = preparation.encode, []
 
     def failing(*given: Any) -> Any:
         calls.append(given)
@@ -247,9 +247,9 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
             raise OSError("disk full")
         return real(*given)
 
-    monkeypatch.setattr(prepare_data, "encode", failing)
+    monkeypatch.setattr(preparation, "encode", failing)
     assert run(*flags, "--workers", 1) == 1 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(prepare_data, "encode", real)
+    monkeypatch.setattr(preparation, "encode", real)
     assert run(*flags, "--workers", 2) == 0
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "out", split), tokens(data, split))
@@ -291,7 +291,7 @@ def test_the_first_pattern_that_fits_counts() -> None:
     assert [control.mapped(name) for name in ("deep/a_b.txt", "flat/a_b.txt", "c.txt")] == ["one", "two", "rest"]
 
 
-# Windows
+# WindowSampler
 
 
 def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
 def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     stream = TokenData.open(data).train
     lowest, T = stream.documents.lowest, 16
-    windows = Windows(len(stream), T, seed=1)
+    windows = WindowSampler(len(stream), T, seed=1)
     starts = windows.starts(0, 20 * windows.per_epoch)
     plain = plain_windows(starts)
     assert 0.08 < plain.mean() < 0.17
@@ -324,7 +324,7 @@ def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     text = stream.read(0, len(stream))
     text = text[text < lowest].tobytes()
     assert all(row.astype(np.uint16).tobytes() in text for row in x.numpy())
-    batches = training_batches(stream, windows, batch_size=len(starts), micro_steps=1)
+    batches = training_batches(stream, windows, batch_size=len(starts), grad_accum_steps=1)
     x, _ = next(batches)
     assert np.array_equal((x >= lowest).any(dim=1).numpy()[plain], np.zeros(plain.sum(), dtype=bool))
     assert (x[:, 0] >= lowest).numpy()[~plain].mean() > 0.9  # the rest lies in the document of nobody
