@@ -296,12 +296,19 @@ def test_validation_is_repeatable_and_weighted_by_tokens(tiny_data: Path) -> Non
     assert training_step.validate(model, data.val, 8, 7, "fp32", ALONE) == pytest.approx(found[0], rel=1e-6)
 
 
-def test_training_mode_comes_back_after_an_exception() -> None:
+def test_validation_takes_no_gradients_and_training_mode_comes_back_after_an_exception(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = GPT(TINY)
     model.train()
-    with pytest.raises(RuntimeError), training_step.eval_mode(model):
+
+    def failing(*_: object) -> None:
         assert not model.training and not torch.is_grad_enabled()
-        raise RuntimeError
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(RuntimeError, match="seen"):
+        training_step.validate(model, TokenData.open(tiny_data).val, 8, 3, "fp32", ALONE)
     assert model.training and torch.is_grad_enabled()
 
 

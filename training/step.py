@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from config import ConfigError, TrainConfig
 from dataset import TokenStream, validation_batches
 from devices import Team, autocast
+from inference.writing import eval_mode
 
 if TYPE_CHECKING:
     from training.checkpointing import Progress
@@ -61,18 +61,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
 
 
-@contextlib.contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back even after an exception."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
+@torch.no_grad()
 def validate(
     model: torch.nn.Module,
     stream: TokenStream,
