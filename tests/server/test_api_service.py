@@ -183,6 +183,73 @@ def test_origins_are_closed_unless_listed(engine: Engine, client: TestClient) ->
         ) not in ("*", "https://no.example")
 
 
+LISTED = "HTTPS://Pages.Example:443/"
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin", "allowed"),
+    [
+        (LISTED, "https://pages.example", True),
+        (LISTED, "https://pages.example:443", True),
+        (LISTED, "http://pages.example", False),
+        (LISTED, "https://pages.example:8443", False),
+        (LISTED, "https://pages.example.evil", False),
+        (LISTED, "null", False),
+        ("http://[::1]:80", "http://[::1]", True),
+        ("*", "https://anywhere.example", True),
+        ("*", "null", True),
+        ("null", "null", True),
+        ("null", "https://anywhere.example", False),
+    ],
+)
+def test_one_matcher_decides_on_origins_for_http_and_websocket(
+    engine: Engine, listed: str, origin: str, allowed: bool
+) -> None:
+    with TestClient(api.create_app(settings(origins=listed), engine)) as client:
+        answer = client.get("/health", headers={"Origin": origin})
+        assert (answer.headers.get("access-control-allow-origin") in (origin, "*")) is allowed
+        flight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        flight["Access-Control-Request-Headers"] = "x-stainless-os,x-stainless-lang,authorization"
+        answer = client.options("/v1/completions", headers=flight)
+        assert (answer.status_code == 200) is allowed
+        if allowed:
+            assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+        refused = False
+        try:
+            with client.websocket_connect("/ws", headers={"Origin": origin}):
+                pass
+        except WebSocketDisconnect:
+            refused = True
+        assert refused is not allowed
+
+
+def test_the_servers_own_page_needs_no_origin_in_the_settings(engine: Engine) -> None:
+    for host, origin in (("testserver:80", "http://testserver"), ("TestServer", "http://testserver:80")):
+        with (
+            TestClient(api.create_app(settings(), engine)) as client,
+            client.websocket_connect("/ws", headers={"Origin": origin, "Host": host}) as socket,
+        ):
+            socket.send_json({"action": "ping"})
+            assert socket.receive_json() == {"type": "pong"}
+
+
+def test_a_refused_origin_is_logged_with_what_it_was_compared_with(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("api").propagate = True
+    with TestClient(api.create_app(settings(origins="https://a.example/,b.example"), engine)) as client:
+        client.get("/health", headers={"Origin": "https://c.example"})
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws", headers={"Origin": "null"}):
+            pass
+        client.get("/health", headers={"Origin": "https://a.example"})
+        client.get("/health", headers={"Origin": "http://testserver"})
+    rows = [(record.getMessage(), record.fields) for record in caplog.records if "origin" in record.getMessage()]  # type: ignore[attr-defined]
+    assert [name for name, _ in rows] == ["origin_ignored", "origin_refused", "origin_refused"]
+    assert rows[0][1]["origin"] == "b.example" and "scheme" in rows[0][1]["message"]
+    assert rows[1][1] == {"origin": "https://c.example", "host": "testserver", "allowed": ["https://a.example"]}
+    assert rows[2][1]["origin"] == "null"
+
+
 def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     secret = "zanzibar moonlight"
     with caplog.at_level(logging.DEBUG, logger="api"):
