@@ -26,10 +26,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
         """The one model of this server."""
         return JSONResponse({"object": "list", "data": [model_card(service)]})
 
-    @app.get("/v1/models/{name}", response_model=schemas.ModelReply, responses=errors(401, 503, 404), tags=["openai"])
+    @app.get(
+        "/v1/models/{name:path}", response_model=schemas.ModelReply, responses=errors(401, 503, 404), tags=["openai"]
+    )
     async def model(name: str) -> Response:
-        """One model by name."""
+        """One model by name, which may contain slashes."""
         card = model_card(service)
+        if not name:
+            return await models()
         check_model_name(service, name)
         return JSONResponse(card)
 
@@ -64,8 +68,8 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def check_model_name(service: Service, name: str | None) -> None:
-    """ApiError 404 for a model that this server does not have; None is the one that it has."""
-    if name not in (None, service.name):
+    """ApiError 404 for a model that this server does not have; None and the empty name are the one that it has."""
+    if name and name != service.name:
         message = f"the model {name!r} does not exist; this server has {service.name!r}"
         raise ApiError(404, message, code="model_not_found", param="model")
 

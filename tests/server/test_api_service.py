@@ -409,3 +409,61 @@ def test_a_full_queue_is_429_with_retry_after(model: GPT, tokenizer: Tokenizer) 
         assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
         assert client.post("/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
     engine.close(5)
+
+
+def test_head_answers_like_get_without_a_body(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(api_keys="k"), engine)) as client:
+        for path in (
+            "/",
+            "/client.js",
+            "/health",
+            "/livez",
+            "/readyz",
+            "/ping",
+            "/docs",
+            "/openapi.json",
+            "/v1/models",
+        ):
+            whole = client.get(path, headers={"X-API-Key": "k"})
+            head = client.head(path, headers={"X-API-Key": "k"})
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == whole.headers["content-type"]
+            if "uptime_s" not in whole.text:
+                assert head.headers["content-length"] == str(len(whole.content))
+        assert client.head("/v1/models").status_code == 401
+        assert client.head("/nowhere").status_code == 401
+        assert client.head("/generate", headers={"X-API-Key": "k"}).status_code == 405
+        metrics = client.get("/metrics", headers={"X-API-Key": "k"}).text
+        assert 'vlg_requests_total{method="HEAD",route="/livez",status="200"} 1.0' in metrics
+
+
+def test_open_paths_stay_open_under_a_proxys_prefix(engine: Engine) -> None:
+    app = api.create_app(settings(api_keys="k"), engine)
+    with TestClient(app, root_path="/writer") as client:
+        assert client.get("/writer/health").status_code == client.get("/writer/livez").status_code == 200
+        assert client.get("/writer/v1/models").status_code == 401
+
+
+def test_model_names_may_hold_slashes_and_may_be_left_empty(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(name="house/victorian:mini"), engine)) as client:
+        assert client.get("/v1/models/house/victorian:mini").json()["id"] == "house/victorian:mini"
+        assert client.get("/v1/models/house").status_code == 404
+        assert client.get("/v1/models/").json()["object"] == "list"
+        for given in ({}, {"model": ""}, {"model": None}, {"model": "house/victorian:mini"}):
+            body = {"prompt": PROMPT, "max_tokens": 1, **given}
+            assert client.post("/v1/completions", json=body).status_code == 200, given
+        assert client.post("/v1/completions", json={"prompt": PROMPT, "model": "house"}).status_code == 404
+
+
+def test_messages_about_a_request_speak_of_its_fields(client: TestClient) -> None:
+    for given, message in (
+        ({"stop": [str(number) for number in range(17)]}, "stop: at most 16 items are allowed, not 17"),
+        ({"top_k": "3"}, "top_k: must be an integer"),
+        ({"temperature": -1}, "temperature: must be 0 or more"),
+        ({"stream": "yes"}, "stream: must be true or false"),
+        ({"wings": 2}, "wings: there is no such field"),
+        ({"prompt": 3}, "prompt: must be a string"),
+    ):
+        error = client.post("/generate", json={"prompt": "x", **given}).json()["error"]
+        assert error["message"] == message
+    assert client.post("/generate", json={}).json()["error"]["message"] == "prompt: is required"
