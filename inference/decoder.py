@@ -188,7 +188,10 @@ class Text:
         """Draw the next token from logits [N]; the events that follow from it, the last of them `done` at the end."""
         token = sample(logits, self.params, self.generator, self.seen.tensor() if self.seen else None)
         if token == self.tokenizer.eot:
-            return [self.finish("stop")]
+            event = self.finish("stop")
+            if self.logprobs is not None:
+                event.logprob, event.top = self._likelihoods(logits, token)
+            return [event]
         self.ids.append(token)
         for reading in self.readings:
             reading.unread = [token]
@@ -197,13 +200,17 @@ class Text:
         text, stopped = self.stopper.feed(self.stream.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
-            event.logprob, others = likelihoods(logits, token, self.logprobs)
-            event.top = [(id, self.tokenizer.decode([id]), value) for id, value in others]
+            event.logprob, event.top = self._likelihoods(logits, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
         if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
             return [event, self.finish("length")]
         return [event]
+
+    def _likelihoods(self, logits: Tensor, token: int) -> tuple[float, list[tuple[int, str, float]]]:
+        """Log-probability of `token`, and the alternatives asked for as (id, text, log-probability)."""
+        logprob, others = likelihoods(logits, token, self.logprobs or 0)
+        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
 
     def finish(self, reason: str, flush: bool = True) -> Event:
         """The closing event, with the text that was held back."""

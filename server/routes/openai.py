@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from server import schemas
-from server.completions import Completion, Echo, echo_of
+from server.completions import Completion, prompt_part
 from server.disconnect import cancelled_on_disconnect
 from server.errors import ApiError
 from server.generation import finish_all
@@ -81,13 +81,13 @@ async def complete(service: Service, request: Request, body: schemas.CompletionB
     check_model_name(service, body.model)
     prompts, params = body.prompts(), body.params(settings)
     check_prompt_count(prompts, "prompt", settings.max_prompts)
-    echoes = [Echo() for _ in prompts]
-    if body.echo:
-        work = [echo_of(service, prompt, body.logprobs) for prompt in prompts]
-        echoes = list(await cancelled_on_disconnect(request, asyncio.gather(*work)))
+    for prompt in prompts:
+        service.check_prompt(prompt, "prompt")
+    work = [prompt_part(service, prompt, bool(body.echo), body.logprobs) for prompt in prompts]
+    parts = list(await cancelled_on_disconnect(request, asyncio.gather(*work)))
     generations = await service.start_all(prompts, params, request.state.request_id, "prompt", body.logprobs)
     id = f"cmpl-{uuid.uuid4().hex}"
-    answer = Completion(id, service.name, generations, body.logprobs, echoes, engine.tokenizer.decode)
+    answer = Completion(id, service.name, generations, body.logprobs, parts, engine.tokenizer)
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamResponse(answer.events(include_usage), generations, SSE_TYPE, settings.stall_s)
