@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from config import ROOT, read_toml
 from server.disconnect import ClientGone
 from server.errors import ApiError, from_faults
 from server.lifecycle import lifespan
@@ -34,7 +35,7 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     service = Service(settings, engine)
     app = FastAPI(
         title="Victorian Literature Generator",
-        version="0.1.0",
+        version=read_toml(ROOT / "pyproject.toml")["project"]["version"],
         description="Continues a prompt. Errors are `{error: {message, type, param, code}}` everywhere.",
         lifespan=partial(lifespan, service),
     )

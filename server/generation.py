@@ -18,7 +18,7 @@ from server.logs import LOG
 
 if TYPE_CHECKING:
     from config import GenerationParams
-    from inference.engine import Event, Job
+    from inference.engine import Event, GenerationRequest
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Generation:
     `close()` must be called when nobody wants the text any more; it calls `on_end` once.
     """
 
-    job: Job
+    job: GenerationRequest
     params: GenerationParams
     request_id: str
     on_first: Callable[[float], None] = lambda seconds: None

@@ -28,7 +28,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from config import GenerationParams
     from evaluation.originality import Index
-    from inference.engine import Engine, Job, TokenScore
+    from inference.engine import Engine, GenerationRequest, TokenScore
 
 LONG_PROMPT = 4096  # characters (or ids) from which tokenizing is done in a thread
 
@@ -204,10 +204,10 @@ class Service:
             return self.index
 
 
-async def in_thread(submit: Callable[[], Job]) -> Job:
-    """Run `submit` off the event loop: tokenizing a long prompt takes a while. A caller that gives up leaves no job."""
+async def in_thread(submit: Callable[[], GenerationRequest]) -> GenerationRequest:
+    """Run `submit` off the event loop: tokenizing a long prompt takes a while. A caller that gives up leaves no request."""
 
-    def abandon(done: asyncio.Future[Job]) -> None:
+    def abandon(done: asyncio.Future[GenerationRequest]) -> None:
         if done.exception() is None:
             done.result().cancel()
 

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import api
-from config import ConfigError, GenerationParams
+from config import SETTINGS, ConfigError, GenerationParams
 from inference.engine import Engine
 from model import GPT
 from server.service import Service
@@ -334,8 +334,10 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
         assert client.get(f"/{name}").status_code == 200
     script = client.get("/client.js").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
-    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
-    assert fields == set(GenerationParams.model_fields)
+    described = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
+    sliders = {name: setting.slider for name, setting in SETTINGS.items() if setting.slider}
+    assert {name: tuple(part["x-slider"]) for name, part in described.items() if "x-slider" in part} == sliders
+    assert described["top_p"]["x-label"] == "Top-p" and described["top_p"]["x-step"] == 0.01
     assert client.get("/../api.py").status_code == 404
 
 
