@@ -1,12 +1,13 @@
 """OpenAI's completions: the answer to `/v1/completions`, whole or as server-sent events, with logprobs and echo.
 
->>> answer = Completion("cmpl-1", "model", generations, logprobs=None, prompts=[PromptPart("The fog", 7)], tokenizer=tokenizer)
+>>> answer = Completion("cmpl-1", "model", generations, logprobs=None, prompts=[PromptPart("The fog", 7)], tokenizer=tokenizer, n=1)
 >>> answer.reply()
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -34,6 +35,7 @@ class Completion:
     logprobs: int | None  # alternatives for each token; None: no logprobs
     prompts: list[PromptPart]
     tokenizer: Tokenizer
+    n: int  # choices for each prompt, the best of its samples
     created: int = field(default_factory=lambda: int(time.time()))
 
     def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Completion:
         """The whole answer, once all generations are complete."""
         choices: list[dict[str, Any]] = []
         for generation, prompt in zip(self.generations, self.prompts, strict=True):
-            for sample in range(generation.params.n):
+            for sample in best_samples(generation, self.n):
                 written = self.logprobs_after(prompt)
                 for event in generation.records[sample]:
                     self.add_event(written, event)
@@ -132,6 +134,19 @@ async def prompt_part(service: Service, prompt: str | list[int], echo: bool, log
     for token in await service.score(prompt, logprobs, "prompt"):
         found.add(token.id, token.logprob, token.top)
     return PromptPart(text, len(text), found.take())
+
+
+def best_samples(generation: Generation, n: int) -> list[int]:
+    """The n samples with the highest mean log-probability of a token, the best first; all in order where n are all."""
+    samples = list(range(generation.params.n))
+    if n == len(samples):
+        return samples
+
+    def mean_logprob(sample: int) -> float:
+        values = [event.logprob for event in generation.records[sample] if event.logprob is not None]
+        return math.fsum(values) / len(values) if values else -math.inf
+
+    return sorted(samples, key=mean_logprob, reverse=True)[:n]
 
 
 def choice(index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from server import schemas
 from server.completions import Completion, prompt_part
 from server.disconnect import cancelled_on_disconnect
-from server.errors import ApiError
+from server.errors import ApiError, bad_value
 from server.generation import finish_all
 from server.limits import check_prompt_count
 from server.openapi import TEXT_EVENT, errors, streaming
@@ -74,20 +74,36 @@ def check_model_name(service: Service, name: str | None) -> None:
         raise ApiError(404, message, code="model_not_found", param="model")
 
 
+def check_best_of(best_of: int, n: int, stream: bool, max_n: int) -> None:
+    """ApiError 400 for a `best_of` that cannot be answered."""
+    if best_of < n:
+        raise bad_value(f"best_of: must be at least n, which is {n}", "best_of")
+    if best_of > max_n:
+        raise bad_value(f"best_of: this server allows at most {max_n}", "best_of", "limit_exceeded")
+    if stream:
+        message = "best_of: the best samples are known only at the end: leave out stream, or set best_of to n"
+        raise bad_value(message, "best_of")
+
+
 async def complete(service: Service, request: Request, body: schemas.CompletionBody) -> Response:
     """Answer `/v1/completions`."""
     settings = service.settings
     engine = service.ready()
     check_model_name(service, body.model)
     prompts, params = body.prompts(), body.params(settings)
+    n, logprobs = params.n, body.logprobs
+    if body.best_of is not None and body.best_of != n:
+        check_best_of(body.best_of, n, bool(body.stream), settings.max_n)
+        params = params.model_copy(update={"n": body.best_of})
+        logprobs = logprobs or 0  # by which the best are chosen
     check_prompt_count(prompts, "prompt", settings.max_prompts)
     for prompt in prompts:
         service.check_prompt(prompt, "prompt")
     work = [prompt_part(service, prompt, bool(body.echo), body.logprobs) for prompt in prompts]
     parts = list(await cancelled_on_disconnect(request, asyncio.gather(*work)))
-    generations = await service.start_all(prompts, params, request.state.request_id, "prompt", body.logprobs)
+    generations = await service.start_all(prompts, params, request.state.request_id, "prompt", logprobs)
     id = f"cmpl-{uuid.uuid4().hex}"
-    answer = Completion(id, service.name, generations, body.logprobs, parts, engine.tokenizer)
+    answer = Completion(id, service.name, generations, body.logprobs, parts, engine.tokenizer, n)
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamResponse(answer.events(include_usage), generations, SSE_TYPE, settings.stall_s)

@@ -128,3 +128,24 @@ def test_logprobs_do_not_change_the_text(client: TestClient) -> None:
         for more in ({}, {"logprobs": 5})
     )
     assert plain == scored
+
+
+def test_twenty_alternatives_can_be_asked_for(client: TestClient) -> None:
+    (found,) = logprobs_of(client, max_tokens=3, logprobs=20, temperature=0)
+    assert [len(top) for top in found["top_logprobs"]] == [20, 20, 20]
+
+
+def test_best_of_answers_the_samples_with_the_highest_mean_logprob(client: TestClient) -> None:
+    body = {"prompt": [PROMPT, "a"], "max_tokens": 8, "seed": 5}
+    every = client.post("/v1/completions", json={**body, "n": 6, "logprobs": 0}).json()["choices"]
+    for more in ({}, {"logprobs": 2}):
+        answer = client.post("/v1/completions", json={**body, "n": 2, "best_of": 6, **more}).json()
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        for first, choices in ((0, every[:6]), (2, every[6:])):
+            means = {choice["text"]: sum(choice["logprobs"]["token_logprobs"]) / 8 for choice in choices}
+            best = sorted(means, key=means.__getitem__, reverse=True)[:2]
+            assert [choice["text"] for choice in answer["choices"][first : first + 2]] == best
+        assert answer["usage"]["completion_tokens"] == 2 * 6 * 8
+        assert (answer["choices"][0]["logprobs"] is None) is (not more)
+    same = client.post("/v1/completions", json={**body, "n": 6, "best_of": 6}).json()["choices"]
+    assert [choice["text"] for choice in same] == [choice["text"] for choice in every]
