@@ -217,7 +217,7 @@ class Team:
         """The leader's value on every rank."""
         if self.size == 1:
             return value
-        box: list[Any] = [value]
+        box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

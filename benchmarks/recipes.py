@@ -66,7 +66,9 @@ def play(args: argparse.Namespace) -> None:
     model = GPT(shape)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = args.batch // args.block
-    source = training_batches(data.train, WindowSampler(len(data.train), args.block, 1337), batch_size=batch, grad_accum_steps=1)
+    source = training_batches(
+        data.train, WindowSampler(len(data.train), args.block, 1337), batch_size=batch, grad_accum_steps=1
+    )
     recipe = TrainConfig(max_steps=1, warmup_steps=1, **RECIPES[args.play])
     optimizer = Optimizer(model, recipe)
     total, step, spent = 0, 0, 0.0

@@ -96,7 +96,9 @@ def test_position_is_one_integer(counted: TokenStream) -> None:
     windows = WindowSampler(len(counted), 16, seed=5)
     whole = training_batches(counted, windows, batch_size=3, grad_accum_steps=2)
     later = [next(whole)[0] for _ in range(60)][42:]
-    resumed = training_batches(counted, WindowSampler(len(counted), 16, seed=5), batch_size=3, grad_accum_steps=2, first=42 * 3)
+    resumed = training_batches(
+        counted, WindowSampler(len(counted), 16, seed=5), batch_size=3, grad_accum_steps=2, first=42 * 3
+    )
     for expected in later:
         assert torch.equal(next(resumed)[0], expected)
 

@@ -83,12 +83,12 @@ def batches(count: int, rows: int, seed: int = 0):
         yield x[:, :-1], x[:, 1:]
 
 
-def gradients(model: GPT, source, micro: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(model: GPT, source, accumulate: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients a step hands to the optimizer, and the loss it reports."""
     caught: dict[str, torch.Tensor] = {}
     optimizer = Optimizer(model, settings)
     optimizer.parts[0].step = lambda: caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
+    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, accumulate, settings, "fp32", ALONE)
     return caught, loss
 
 
