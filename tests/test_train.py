@@ -620,6 +620,15 @@ def test_the_running_average() -> None:
     assert progress.running_loss == pytest.approx(2.0, abs=1e-3)
 
 
+def test_progress_keeps_its_keys_on_disk() -> None:
+    from training.checkpointing import Progress
+
+    progress = Progress(step=3, evals_since_best=2, losses=[1.5])
+    kept = progress.to_state()
+    assert kept["stale"] == 2 and "evals_since_best" not in kept
+    assert Progress.from_state(json.loads(json.dumps(kept))) == progress
+
+
 def test_a_preset_needs_no_flags_but_its_texts(tmp_path: Path) -> None:
     args, config = train.read_args(["--preset", "story-nano", "--train.max-steps", "3", "--model.n-layer=2"])
     assert isinstance(config, Config)
