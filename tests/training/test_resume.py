@@ -22,6 +22,7 @@ from dataset import TokenData, WindowSampler
 from support.helpers import ROOT, TINY_FLAGS, prepare_text
 from test_train import rows, run, same, weights
 from training import plan
+from training import state as training_state
 from training import step as training_step
 
 LONG = ["--train.max-steps", "20"]
@@ -91,7 +92,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_a_resumed_run_remembers_its_best(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(training_step, "validate", lambda *_: next(found))
+    monkeypatch.setattr(training_state, "validate", lambda *_: next(found))
     flags = ["--train.eval-interval", "5", "--train.max-steps"]
     assert run(tiny_data, tmp_path / "run", *flags, "10") == 0
     best = weights(tmp_path / "run", "best")
