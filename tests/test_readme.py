@@ -10,11 +10,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from support.forked import PYTHON
 from support.helpers import ROOT, nonsense
 
 SMALL = [
@@ -104,7 +104,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def execute(folder: Path, words: list[str], text: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=240
+        [*PYTHON, *words], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=240
     )
 
 
@@ -128,13 +128,15 @@ def test_the_command_runs(clone: Path, line: str) -> None:
             "torch.distributed.run",
             "--standalone",
             "--nproc_per_node=2",
+            "--no-python",
+            *PYTHON,
             *words[3:],
             "--data",
             "data/sample/tokens",
         ]
     else:
         words = words[1:]
-    script = next(word for word in words if word.endswith(".py"))
+    script = next(word for word in words if word.endswith(".py") and "/" not in word)
     if script == "train.py" and "--help" not in words:
         words += [*SMALL, "--resume"] if "--resume" in words else SMALL
     if "--resume" in words:
