@@ -47,8 +47,8 @@ class StyleError(TokenizerError):
     """A style that the model was not trained with; the message lists those that it has."""
 
 
-class TextStream:
-    """Decodes ids one at a time; a character split over several ids is held back until it is whole."""
+class IncrementalDetokenizer:
+    """Ids to text one at a time; a character split over several ids is held back until it is whole."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -59,7 +59,7 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.piece(token))
 
     def flush(self) -> str:
-        """What is still held back, as U+FFFD; the stream can then be used anew."""
+        """What is still held back, as U+FFFD; it can then be used for another text."""
         return self._decoder.decode(b"", True)
 
 
@@ -152,9 +152,9 @@ class Tokenizer:
             shares[self.styles[found[0]]] = shares.get(self.styles[found[0]], 0.0) + share
         return list(shares.items())
 
-    def stream(self) -> TextStream:
-        """A new incremental decoder; its pieces joined equal `decode` of all ids."""
-        return TextStream(self)
+    def detokenizer(self) -> IncrementalDetokenizer:
+        """For one text, id by id; its pieces joined equal `decode` of all ids."""
+        return IncrementalDetokenizer(self)
 
     def save(self, folder: Path) -> None:
         """Write the two FILES into `folder`, which must exist."""

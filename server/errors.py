@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from server.logs import LOG
 
 
 class ApiError(Exception):
-    """An answer that is not a text: an HTTP status and the error object of every surface."""
+    """A refused or failed request: HTTP status and error object."""
 
     def __init__(
         self,
@@ -60,3 +63,24 @@ def from_faults(faults: list[Any], skip: int = 0) -> ApiError:
         lines.append(f"{place}: {message}" if place else message)
     more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
     return bad_value("; ".join(lines[:5]) + more, first, faults[0]["type"] if faults else "invalid_value")
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", kind="unavailable_error", retry_after=5)
+
+
+def queue_full(retry_after: float) -> ApiError:
+    """429; retry_after: seconds after which another try makes sense."""
+    return ApiError(
+        429,
+        "the queue is full; try again later",
+        code="queue_full",
+        kind="rate_limit_error",
+        retry_after=max(1, min(120, math.ceil(retry_after))),
+    )
+
+
+def unexpected(where: str, request_id: str | None) -> ApiError:
+    """Log the exception being handled; the client learns only that there was one."""
+    LOG.exception(where, extra={"fields": {"request_id": request_id}})
+    return ApiError(500, "the server failed; the log says more", code="internal_error", kind="server_error")

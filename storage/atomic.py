@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, tensors and nested state without pickle, checksums.
+"""Folders that exist whole or not at all, exclusive locks, tensors and nested state without pickle, checksums.
 
     >>> with replacing("models/mine") as draft:                # the old folder stays until this block has ended well
     ...     write_tensors(draft / "model.safetensors", model.state_dict())
@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from config import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,6 +38,29 @@ _busy: set[Path] = set()  # what threads of this process are writing or exchangi
 
 class CheckpointError(ValueError):
     """A model folder or checkpoint that cannot be used or written; names the file and the remedy."""
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path` for the block, on Windows too; raises ConfigError(`refusal`) while another holds it.
+
+    The operating system releases the lock with the process, however that ends; the file is removed when the block ends.
+    Its folder is made where it is missing.
+    """
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError([refusal]) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file; there the release does it
+            path.unlink()
+        lock.release()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], hashed: bool = True) -> str:

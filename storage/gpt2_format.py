@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import ConfigError, GenerationParams, ModelConfig, build
+from config import SETTINGS, ConfigError, GenerationParams, ModelConfig, build
 from storage.atomic import FORMAT, CheckpointError, present, read_json, write_text
 
 if TYPE_CHECKING:
@@ -166,14 +166,17 @@ def gpt2_config(config: ModelConfig, tokenizer: Tokenizer, card: Mapping[str, An
 def generation_config(params: GenerationParams, eot: int | None, controls: Iterable[int] = ()) -> dict[str, Any]:
     """`generation_config.json`: how transformers and vLLM sample from this model unless told otherwise.
 
+    A filter that is off, as it is by default, is left out, and at temperature 0 all that have no effect there.
     transformers never writes the `controls`. vLLM does not look at `suppress_tokens`; it leaves them out of the text as
     special tokens, and training makes them improbable.
     """
     values: dict[str, Any] = {"max_new_tokens": max(1, params.max_tokens), "do_sample": params.temperature > 0}
-    if params.temperature > 0:
-        values |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
-        values |= {"min_p": params.min_p} if params.min_p else {}
-    values["repetition_penalty"] = params.repetition_penalty
+    given = params.model_dump(mode="json")
+    for name, setting in SETTINGS.items():
+        default = GenerationParams.model_fields[name].default
+        usual = getattr(params, name) == default and setting.off in (None, default)
+        if setting.hf and setting.manner and not usual and (params.temperature > 0 or setting.at_zero):
+            values[setting.hf] = given[name]
     values |= {"suppress_tokens": sorted(controls)} if controls else {}
     return values if eot is None else values | {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
 
@@ -342,10 +345,9 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
         held = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    ours = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = {name: held[name] for name in ours if held.get(name) is not None}
-    if held.get("max_new_tokens"):
-        found["max_tokens"] = held["max_new_tokens"]
+    found = {name: held[setting.hf] for name, setting in SETTINGS.items() if held.get(setting.hf) is not None}
+    if not found.get("max_tokens"):
+        found.pop("max_tokens", None)
     if held.get("do_sample") is False and "temperature" not in found:
         found["temperature"] = 0.0
     values: dict[str, Any] = {}

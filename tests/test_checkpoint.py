@@ -256,7 +256,7 @@ def test_fetch_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.M
     assert fetch_model("openai-community/gpt2") == fetch_model("gpt2-xl") == tmp_path / "cached"
     here = save(tmp_path / "mine" / "one", random_model(shape(tokenizer)), tokenizer)
     assert fetch_model(here) == here and fetch_model("mine/one") == Path("mine/one") and len(asked) == 2
-    for typo in ("runs/smaple", "mine/tow", "some/deep/path", "modle"):
+    for typo in ("runs/smaple", "mine/tow", "some/deep/path", "modle"):  # codespell:ignore
         with pytest.raises(CheckpointError, match="no model there"):
             fetch_model(typo)
     assert asked == ["openai-community/gpt2", "gpt2-xl"]

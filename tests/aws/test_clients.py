@@ -20,8 +20,8 @@ from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
 from local_stack import Quotas, Stack
 
 from config import GenerationParams, ModelConfig
-from conftest import ROOT
 from support.forked import PYTHON
+from support.helpers import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from server.settings import read_settings
 from storage.catalogue import Catalogue, author_of
 from support.helpers import nonsense
 from support.tiny_models import random_model, shape, tiny_tokenizer
-from ui.marks import STYLE, marked
+from ui.originality import STYLE, marked
 
 SYLLABLES = ["ka", "lo", "mi", "ter", "an", "ush", "wel", "dor", "ine", "sta", "bri", "gol", "fen", "ry", "pal", "ox"]
 SYLLABLES += [
@@ -327,7 +327,7 @@ def test_marks_are_readable_without_colour_and_text_is_never_html() -> None:
 
 def page_of_a_copied_story() -> None:
     from ui.backends import BackendError, Place
-    from ui.marks import draw_originality
+    from ui.originality import draw_originality
 
     class Reader:
         place, name = Place("local", "reader"), "reader"

@@ -1,4 +1,4 @@
-"""What stands around the routes: health, keys, origins, logs, metrics, settings, limits and the way out."""
+"""Health, model lifecycle, keys, origins, logs, metrics, settings, limits and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import api
-from config import ConfigError, GenerationParams
+from config import SETTINGS, ConfigError, GenerationParams
 from inference.engine import Engine
 from model import GPT
 from server.service import Service
+from server.shutdown import drain
 from support.api_support import (
     PROMPT,
     openai_client,
@@ -47,7 +48,7 @@ def loggers() -> Iterator[None]:
         log.setLevel(level)
 
 
-def test_health_tells_loading_from_ready_from_failed(
+def test_health_distinguishes_loading_ready_and_failed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gate = threading.Event()
@@ -89,7 +90,7 @@ def test_health_tells_loading_from_ready_from_failed(
         assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
 
 
-def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
+def test_fields_left_out_take_the_model_folders_recommended_values(
     model: GPT, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without settings the server writes what the terminal writes without settings; OpenAI's defaults stay OpenAI's."""
@@ -123,7 +124,7 @@ def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
         assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
 
 
-def test_keys_open_the_server_and_nothing_else_does(engine: Engine) -> None:
+def test_only_a_valid_key_opens_the_server(engine: Engine) -> None:
     with TestClient(api.create_app(settings(api_keys="first-key, second-key"), engine)) as client:
         for path in ("/health", "/livez", "/readyz", "/ping", "/", "/docs", "/openapi.json", "/client.js"):
             assert client.get(path).status_code == 200, path
@@ -213,7 +214,7 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
 
 
 def test_log_lines_are_json_and_hide_keys() -> None:
-    from server.service import HideQuery, JsonLog
+    from server.logs import HideQuery, JsonLog
 
     record = logging.LogRecord("api", logging.INFO, "", 0, "request", (), None)
     record.fields = {"status": 200}
@@ -266,8 +267,10 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
         assert client.get(f"/{name}").status_code == 200
     script = client.get("/client.js").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
-    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
-    assert fields == set(GenerationParams.model_fields)
+    described = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
+    sliders = {name: setting.slider for name, setting in SETTINGS.items() if setting.slider}
+    assert {name: tuple(part["x-slider"]) for name, part in described.items() if "x-slider" in part} == sliders
+    assert described["top_p"]["x-label"] == "Top-p" and described["top_p"]["x-step"] == 0.01
     assert client.get("/../api.py").status_code == 404
 
 
@@ -277,7 +280,7 @@ def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None
     done = []
 
     async def stop() -> None:
-        await service.drain(lambda: done.append(True))
+        await drain(service, lambda: done.append(True))
 
     with (
         running(app) as address,
@@ -297,9 +300,7 @@ def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None
     assert until(lambda: engine.stats()["running"] == 0)
 
 
-def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_cancelled_during_tokenization_leaves_no_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(settings(), engine)
     started, jobs = threading.Event(), []
     submit = engine.submit
@@ -313,7 +314,7 @@ def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
     monkeypatch.setattr(engine, "submit", slow)
 
     async def give_up() -> None:
-        task = asyncio.create_task(service.begin("fog " * 2000, GenerationParams(max_tokens=4000)))
+        task = asyncio.create_task(service.start("fog " * 2000, GenerationParams(max_tokens=4000)))
         await asyncio.to_thread(started.wait)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

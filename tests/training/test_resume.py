@@ -18,7 +18,7 @@ import torch
 import devices
 import train
 from checkpoint import load_training, newest_checkpoint
-from dataset import TokenData, Windows
+from dataset import TokenData, WindowSampler
 from support.forked import PYTHON
 from support.helpers import ROOT, TINY_FLAGS, prepare_text
 from test_train import rows, run, same, weights
@@ -58,7 +58,7 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, reque
 
 def per_epoch(data: Path) -> int:
     """Optimizer steps in an epoch of the tiny run, not a whole number of them."""
-    return Windows(len(TokenData.open(data).train), 16, 1337).per_epoch // 4
+    return WindowSampler(len(TokenData.open(data).train), 16, 1337).per_epoch // 4
 
 
 @pytest.mark.parametrize("place", ["first step", "mid-epoch", "epoch edge", "past the edge", "epoch 2", "last but one"])
@@ -205,7 +205,7 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
     assert run(tiny_data, out, *flags, "--train.sample-tokens", "5") == 1
     assert rows(out)[-1]["step"] == 3 and not (out / "last").exists()
     assert train.main(["--resume", "--out", str(out)]) == 0
-    assert f"no checkpoint in {out} yet: beginning anew" in capsys.readouterr().err
+    assert f"no checkpoint in {out} yet: starting from the beginning" in capsys.readouterr().err
     assert_equal_runs(whole, out)
     assert (whole / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
 
