@@ -1,4 +1,4 @@
-"""The training loop: what it optimises, what it leaves behind, when it stops (correctness 9, 12, 13, 16, 18, 21, 24, 25)."""
+"""The training loop: what it optimises, what it leaves behind, when it stops."""
 
 from __future__ import annotations
 
