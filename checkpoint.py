@@ -113,7 +113,9 @@ def _write(
     facts = {"parameters": core.num_parameters(), **card}
     texts = {
         "config.json": gpt2_config(core.config, tokenizer, facts),
-        "generation_config.json": generation_config(generation, tokenizer.eot, tokenizer.controls.values()),
+        "generation_config.json": generation_config(
+            generation, tokenizer.eot, tokenizer.controls.values(), context=core.config.block_size
+        ),
         "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
     }
     with replacing(folder, group=None if state is None else "last") as draft:

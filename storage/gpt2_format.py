@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from model import GPT
     from tokenizer import Tokenizer
 
-OURS = "victorian_gpt"  # our key in config.json
+OURS = "victorian_gpt"  # our key in config.json and generation_config.json
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DDP put into names
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] in GPT-2
 HEADS = ("wte.weight", "lm_head.weight")  # one row for each id
@@ -163,18 +163,23 @@ def gpt2_config(config: ModelConfig, tokenizer: Tokenizer, card: Mapping[str, An
     }
 
 
-def generation_config(params: GenerationParams, eot: int | None, controls: Iterable[int] = ()) -> dict[str, Any]:
+def generation_config(
+    params: GenerationParams, eot: int | None, controls: Iterable[int] = (), *, context: int
+) -> dict[str, Any]:
     """`generation_config.json`: how transformers and vLLM sample from this model unless told otherwise.
 
+    There a text ends where the `context` does: transformers raises IndexError at the first position beyond it, and
+    `max_new_tokens` takes no account of the prompt. Our own `max_tokens`, which may go beyond, is under our own key.
     transformers never writes the `controls`. vLLM does not look at `suppress_tokens`; it leaves them out of the text as
     special tokens, and training makes them improbable.
     """
-    values: dict[str, Any] = {"max_new_tokens": max(1, params.max_tokens), "do_sample": params.temperature > 0}
+    values: dict[str, Any] = {"max_length": context, "do_sample": params.temperature > 0}
     if params.temperature > 0:
         values |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         values |= {"min_p": params.min_p} if params.min_p else {}
     values["repetition_penalty"] = params.repetition_penalty
     values |= {"suppress_tokens": sorted(controls)} if controls else {}
+    values[OURS] = {"max_tokens": params.max_tokens}
     return values if eot is None else values | {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
 
 
@@ -344,8 +349,10 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
         return {}
     ours = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     found = {name: held[name] for name in ours if held.get(name) is not None}
-    if held.get("max_new_tokens"):
-        found["max_tokens"] = held["max_new_tokens"]
+    own = held.get(OURS)
+    max_tokens = own.get("max_tokens") if isinstance(own, dict) else held.get("max_new_tokens")
+    if max_tokens:
+        found["max_tokens"] = max_tokens
     if held.get("do_sample") is False and "temperature" not in found:
         found["temperature"] = 0.0
     values: dict[str, Any] = {}
