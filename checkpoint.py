@@ -89,7 +89,7 @@ IN_PICKLE = (
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2")
 
 
-def _title(folder: Path) -> str:
+def model_title(folder: Path) -> str:
     """The name to print on a model's card: the run's for `runs/NAME/best`, else the folder's own."""
     place = folder.absolute()
     return place.parent.name if place.name == "best" or CHECKPOINT_NAME.fullmatch(place.name) else place.name
@@ -113,8 +113,10 @@ def _write(
     facts = {"parameters": core.num_parameters(), **card}
     texts = {
         "config.json": gpt2_config(core.config, tokenizer, facts),
-        "generation_config.json": generation_config(generation, tokenizer.eot, tokenizer.controls.values()),
-        "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
+        "generation_config.json": generation_config(
+            generation, tokenizer.eot, tokenizer.controls.values(), context=core.config.block_size
+        ),
+        "README.md": model_card(model_title(Path(folder)), core.config, tokenizer, facts),
     }
     with replacing(folder, group=None if state is None else "last") as draft:
         sums = {WEIGHTS: write_tensors(draft / WEIGHTS, export_state(model, weights), hashed=state is not None)}
