@@ -255,8 +255,6 @@ def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> Non
         ("/v1/completions", {"prompt": [300]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": [["x"]]}, "prompt"),
-        ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
-        ("/v1/completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ("/v1/completions", {"prompt": "x", "best_of": 17}, "best_of"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1.0}}, "logit_bias"),
