@@ -1,0 +1,52 @@
+"""Each sampling filter against a plain reference, written from its definition, on random logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from config import SETTINGS, GenerationParams
+from sampling import FILTERS, History, candidates, filter_logits
+
+OFF = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
+Table = dict[int, float]  # logit of each id that may be drawn
+
+
+def random_logits(seed: int, size: int = 60, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def ours(logits: torch.Tensor, history: History | None = None, seed: int = 0, **values: Any) -> Table:
+    """What is left of `logits` with all other filters off."""
+    wanted = GenerationParams(**OFF | values)
+    left, ids = candidates(logits, wanted, history or History([]), torch.Generator().manual_seed(seed))
+    return dict(zip(ids.tolist(), left.tolist(), strict=True))
+
+
+def probabilities(logits: torch.Tensor) -> list[float]:
+    powers = [math.exp(value) for value in logits.tolist()]
+    return [power / sum(powers) for power in powers]
+
+
+def same(found: Table, expected: Table) -> bool:
+    return found.keys() == expected.keys() and all(
+        math.isclose(found[id], expected[id], rel_tol=1e-5, abs_tol=1e-5) for id in found
+    )
+
+
+def check_kept(reference: Callable[[torch.Tensor], set[int]], **values: Any) -> None:
+    """A filter that cuts off: the ids left are the reference's, with their own logits."""
+    for seed in range(20):
+        for logits in (random_logits(seed), random_logits(seed, 7, 1.0), random_logits(seed, 1)):
+            kept = reference(logits)
+            assert kept and same(ours(logits, **values), {id: float(logits[id]) for id in kept}), (seed, values)
+
+
+def test_every_filter_is_named_by_a_setting_with_a_value_that_switches_it_off() -> None:
+    assert all(SETTINGS[name].off is not None for name, _ in FILTERS)
+    logits = random_logits(1)
+    history = History([3, 4, 5, 3, 4, 5, 3], 2)
+    assert torch.equal(filter_logits(logits, GenerationParams(**OFF), history), logits)
