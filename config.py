@@ -374,6 +374,10 @@ class GenerationParams(Strict):
         0.0, ge=0.0, lt=1.0
     )
     """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    typical_p: Annotated[float, Setting("Typical-p", (0.05, 1), 0.01, off=1.0, hf="typical_p", rare=True)] = Field(
+        1.0, gt=0.0, le=1.0
+    )
+    """Keep the tokens whose surprise is nearest to the expected one, until p is reached (Meister et al. 2023); 1: all."""
     repetition_penalty: Annotated[
         float,
         Setting(

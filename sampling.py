@@ -186,6 +186,21 @@ def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_
     return logits[kept], ids[kept]
 
 
+def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """The smallest set of ids of probability `typical_p` whose surprise, -log p, is nearest to its mean, the entropy.
+
+    Locally typical sampling (Meister et al. 2023, https://arxiv.org/abs/2202.00666). Ids as near as the last one stay.
+    """
+    probs = softmax(logits)
+    surprise = -np.log(probs, where=probs > 0, out=np.full_like(probs, -np.inf))
+    entropy = (probs * np.where(probs > 0, surprise, 0)).sum()
+    distance = np.abs(surprise - entropy)
+    order = np.lexsort((ids, distance))
+    short = int((probs[order].cumsum() < np.float32(params.typical_p)).sum())
+    kept = distance <= distance[order[min(short, len(order) - 1)]]
+    return logits[kept], ids[kept]
+
+
 # In this order, as in transformers: penalties on the logits of all ids, temperature, then what cuts off the unlikely.
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
@@ -193,6 +208,7 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),
+    ("typical_p", keep_typical),
 )
 _STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
 

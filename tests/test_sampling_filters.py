@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from config import SETTINGS, GenerationParams
@@ -50,3 +51,32 @@ def test_every_filter_is_named_by_a_setting_with_a_value_that_switches_it_off() 
     logits = random_logits(1)
     history = History([3, 4, 5, 3, 4, 5, 3], 2)
     assert torch.equal(filter_logits(logits, GenerationParams(**OFF), history), logits)
+
+
+@pytest.mark.parametrize("mass", [1e-6, 0.2, 0.9, 0.999])
+def test_typical_p(mass: float) -> None:
+    def reference(logits: torch.Tensor) -> set[int]:
+        probs = probabilities(logits)
+        entropy = -sum(prob * math.log(prob) for prob in probs)
+        nearest = sorted(range(len(probs)), key=lambda id: abs(-math.log(probs[id]) - entropy))
+        kept: set[int] = set()
+        for id in nearest:
+            if sum(probs[id] for id in kept) >= mass:
+                break
+            kept.add(id)
+        return kept
+
+    check_kept(reference, typical_p=mass)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_typical_p_is_that_of_transformers(ties: bool) -> None:
+    from transformers.generation.logits_process import TypicalLogitsWarper
+
+    for seed in range(20):
+        logits = random_logits(seed, 3000)
+        logits = logits.round() if ties else logits
+        logits[7] = -math.inf  # never drawn
+        for mass in (0.1, 0.5, 0.95):
+            wanted = GenerationParams(**OFF | {"typical_p": mass})
+            assert torch.equal(filter_logits(logits, wanted), TypicalLogitsWarper(mass)(None, logits[None])[0])

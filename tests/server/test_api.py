@@ -94,14 +94,15 @@ def test_a_line_ends_only_where_it_should() -> None:
     assert json.loads(line)["text"] == "a\x85b\u2028c\u2029d\ne“"
 
 
-def surfaces(client: TestClient) -> dict[str, str]:
+def surfaces(client: TestClient, **more: Any) -> dict[str, str]:
     """The same request's text, on each surface of a server."""
-    body = {"prompt": PROMPT, **PARAMS}
+    wanted = PARAMS | more
+    body = {"prompt": PROMPT, **wanted}
     found = {
         "rest": client.post("/generate", json=body).json()["generated_text"],
         "events": texts(events(client.post("/generate", json={**body, "stream": True})))[0],
         "invocations": client.post("/invocations", json=body).json()["generated_text"],
-        "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **PARAMS}).json()["results"][1][
+        "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **wanted}).json()["results"][1][
             "generated_text"
         ],
     }
@@ -114,6 +115,16 @@ def surfaces(client: TestClient) -> dict[str, str]:
     with client.websocket_connect("/ws") as socket:
         found["socket"] = texts(socket_messages(socket, body))[0]
     return found
+
+
+FILTERED: dict[str, Any] = {"typical_p": 0.9}
+
+
+def test_one_seed_one_text_with_every_filter(client: TestClient, model: GPT, tokenizer: Tokenizer) -> None:
+    terminal = generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS | FILTERED))[0].text
+    found = surfaces(client, **FILTERED)
+    assert len(terminal) > 10 and found == dict.fromkeys(found, terminal)
+    assert terminal != generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
