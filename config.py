@@ -378,6 +378,10 @@ class GenerationParams(Strict):
         1.0, gt=0.0, le=1.0
     )
     """Keep the tokens whose surprise is nearest to the expected one, until p is reached (Meister et al. 2023); 1: all."""
+    top_n_sigma: Annotated[float, Setting("Top-n-sigma", (0, 5), 0.1, off=0.0, hf="top_n_sigma", rare=True)] = Field(
+        0.0, ge=0.0, le=20.0
+    )
+    """Keep tokens whose logit is within this many standard deviations of the largest (Tang et al. 2024); 0: all."""
     repetition_penalty: Annotated[
         float,
         Setting(

@@ -126,7 +126,7 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
-# neither array in place. Filters before the temperature get all N ids: there the logit of id i is logits[i].
+# neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
 Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
 
@@ -141,6 +141,18 @@ def penalise_repetition(
     held, logits = logits[seen], logits.copy()
     logits[seen] = np.where(held < 0, held * penalty, held / penalty)
     return logits, ids
+
+
+def keep_top_n_sigma(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Ids whose logit is at least the largest minus `top_n_sigma` standard deviations of all finite logits.
+
+    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it stands before the temperature, on which the set
+    does not depend; the deviation is the population's, as in llama.cpp.
+    """
+    top = logits.max()
+    _check(top)
+    kept = logits >= top - np.float32(params.top_n_sigma) * logits[np.isfinite(logits)].std()
+    return logits[kept], ids[kept]
 
 
 def apply_temperature(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -205,6 +217,7 @@ def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, 
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
+    ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),

@@ -80,3 +80,23 @@ def test_typical_p_is_that_of_transformers(ties: bool) -> None:
         for mass in (0.1, 0.5, 0.95):
             wanted = GenerationParams(**OFF | {"typical_p": mass})
             assert torch.equal(filter_logits(logits, wanted), TypicalLogitsWarper(mass)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("n", [1e-6, 0.5, 1.0, 3.0])
+def test_top_n_sigma(n: float) -> None:
+    def reference(logits: torch.Tensor) -> set[int]:
+        values = logits.tolist()
+        mean = sum(values) / len(values)
+        sigma = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        return {id for id, value in enumerate(values) if value >= max(values) - n * sigma}
+
+    check_kept(reference, top_n_sigma=n)
+
+
+def test_top_n_sigma_looks_at_all_logits_that_can_be_drawn_before_temperature_and_top_k() -> None:
+    logits = random_logits(3, 500)
+    kept = set(ours(logits, top_n_sigma=1.0))
+    assert set(ours(logits, top_n_sigma=1.0, temperature=2.0)) == kept
+    assert set(ours(logits, top_n_sigma=1.0, top_k=5)) == set(logits.topk(5).indices.tolist()) & kept
+    banned = torch.cat((logits, torch.full((50,), -math.inf)))
+    assert set(ours(banned, top_n_sigma=1.0)) == kept
