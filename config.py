@@ -382,6 +382,14 @@ class GenerationParams(Strict):
         0.0, ge=0.0, le=20.0
     )
     """Keep tokens whose logit is within this many standard deviations of the largest (Tang et al. 2024); 0: all."""
+    xtc_probability: Annotated[
+        float, Setting("XTC probability", (0, 1), 0.05, off=0.0, hf="xtc_probability", rare=True)
+    ] = Field(0.0, ge=0.0, le=1.0)
+    """How often the top choices are excluded: all likelier than xtc_threshold but the least likely of them; 0: never."""
+    xtc_threshold: Annotated[float, Setting("XTC threshold", (0.01, 0.5), 0.01, hf="xtc_threshold", rare=True)] = Field(
+        0.1, gt=0.0, le=0.5
+    )
+    """Probability from which on a token is a top choice for XTC."""
     repetition_penalty: Annotated[
         float,
         Setting(

@@ -213,6 +213,25 @@ def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, 
     return logits[kept], ids[kept]
 
 
+def exclude_top_choices(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, generator: torch.Generator | None
+) -> Candidates:
+    """With probability `xtc_probability`, drop the ids of at least `xtc_threshold` except the least likely of them.
+
+    XTC, exclude top choices (P. E. Weidmann 2024, text-generation-webui pull request 6335). Of equally unlikely ones all
+    stay. It draws one number a token from the text's generator; without a generator, or with one candidate, it
+    changes nothing.
+    """
+    if generator is None or len(ids) == 1:
+        return logits, ids
+    if float(torch.rand((), generator=generator, dtype=torch.float64)) >= params.xtc_probability:
+        return logits, ids
+    probs = softmax(logits)
+    top = probs >= np.float32(params.xtc_threshold)
+    kept = ~top | (probs == probs[top].min(initial=np.inf))
+    return logits[kept], ids[kept]
+
+
 # In this order, as in transformers: penalties on the logits of all ids, temperature, then what cuts off the unlikely.
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
@@ -222,6 +241,7 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),
     ("typical_p", keep_typical),
+    ("xtc_probability", exclude_top_choices),
 )
 _STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
 
@@ -259,7 +279,7 @@ def filter_logits(
 
 
 def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
-    """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
+    """Draw an id from logits [N] (float32, CPU), taking one number from `generator` (with XTC two) unless temperature is 0."""
     values, ids = _candidates(logits, params, history, generator)
     if len(ids) == 1 and params.temperature < ZERO_TEMPERATURE:
         return int(ids[0])

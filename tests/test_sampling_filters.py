@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import SETTINGS, GenerationParams
-from sampling import FILTERS, History, candidates, filter_logits
+from sampling import FILTERS, History, candidates, filter_logits, sample
 
 OFF = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
 Table = dict[int, float]  # logit of each id that may be drawn
@@ -100,3 +100,37 @@ def test_top_n_sigma_looks_at_all_logits_that_can_be_drawn_before_temperature_an
     assert set(ours(logits, top_n_sigma=1.0, top_k=5)) == set(logits.topk(5).indices.tolist()) & kept
     banned = torch.cat((logits, torch.full((50,), -math.inf)))
     assert set(ours(banned, top_n_sigma=1.0)) == kept
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.5])
+def test_xtc_excludes_the_top_choices_but_the_least_likely(threshold: float) -> None:
+    def reference(logits: torch.Tensor) -> set[int]:
+        probs = probabilities(logits)
+        top = sorted((id for id in range(len(probs)) if probs[id] >= threshold), key=lambda id: probs[id])
+        return set(range(len(probs))) - set(top[1:])
+
+    check_kept(reference, xtc_probability=1.0, xtc_threshold=threshold)
+
+
+def test_xtc_acts_as_often_as_its_probability_says() -> None:
+    logits = torch.tensor([2.0, 1.9, 0.0])
+    acted = [set(ours(logits, seed=seed, xtc_probability=0.3)) == {1, 2} for seed in range(1000)]
+    assert 0.25 < sum(acted) / 1000 < 0.35
+    wanted = GenerationParams(**OFF | {"xtc_probability": 1.0})
+    assert torch.equal(filter_logits(logits, wanted), logits)  # without a generator
+
+
+def test_xtc_draws_a_number_only_when_it_is_on() -> None:
+    logits = random_logits(1)
+
+    def drawn(**values: Any) -> int:
+        """How many numbers a sample takes from its generator."""
+        generator, numbers = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+        sample(logits, GenerationParams(**OFF | values), generator)
+        for count in range(5):
+            if torch.equal(generator.get_state(), numbers.get_state()):
+                return count
+            torch.rand((), generator=numbers, dtype=torch.float64)
+        raise AssertionError("more than four")
+
+    assert (drawn(), drawn(xtc_probability=0.5), drawn(temperature=0.0, xtc_probability=0.5)) == (1, 2, 0)
