@@ -390,6 +390,22 @@ class GenerationParams(Strict):
         0.1, gt=0.0, le=0.5
     )
     """Probability from which on a token is a top choice for XTC."""
+    dry_multiplier: Annotated[
+        float, Setting("DRY multiplier", (0, 3), 0.05, off=0.0, hf="dry_multiplier", at_zero=True, rare=True)
+    ] = Field(0.0, ge=0.0, le=10.0)
+    """Strength of DRY, which penalises tokens that would go on repeating an earlier passage; 0: none, 0.8 is usual."""
+    dry_base: Annotated[float, Setting("DRY base", (1, 4), 0.05, hf="dry_base", at_zero=True, rare=True)] = Field(
+        1.75, ge=1.0, le=8.0
+    )
+    """DRY's penalty is the multiplier times this to the power of the repeated tokens beyond dry_allowed_length."""
+    dry_allowed_length: Annotated[
+        int, Setting("DRY allowed length", (1, 20), hf="dry_allowed_length", at_zero=True, rare=True)
+    ] = Field(2, ge=1, le=1000)
+    """Tokens that may be repeated before DRY penalises the next one."""
+    dry_sequence_breakers: Annotated[
+        Phrases, Setting("DRY sequence breakers", hf="dry_sequence_breakers", at_zero=True, rare=True)
+    ] = ("\n", ":", '"', "*")
+    """Strings at which DRY's repeated passages end."""
     repetition_penalty: Annotated[
         float,
         Setting(

@@ -9,6 +9,7 @@ All of it runs on the CPU in float32, for one text at a time, so that a text doe
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 ZERO_TEMPERATURE = 1e-6  # temperatures below it are 0: the likeliest token
 BLOCK = 64  # logits of which `top_k` looks at the maximum first
+DRY_MOST = 1e6  # DRY's largest penalty: with it no token is drawn, however likely
+DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare: the penalty is enormous long before
 MASK = 2**64 - 1
 
 
@@ -74,6 +77,12 @@ class History:
         self.ids, self.prompt_tokens, self.tokenizer = ids, prompt_tokens, tokenizer
         self._known: set[int] = set()
         self._distinct, self._counted = GrowingArray(), 0
+        self._all = GrowingArray()
+
+    def array(self) -> np.ndarray:
+        """All ids in order."""
+        self._all.extend(self.ids[self._all.size :])
+        return self._all.array()
 
     def distinct(self) -> np.ndarray:
         """Each id of the text once, in no particular order."""
@@ -140,6 +149,55 @@ def penalise_repetition(
     seen, penalty = text.distinct(), np.float32(params.repetition_penalty)
     held, logits = logits[seen], logits.copy()
     logits[seen] = np.where(held < 0, held * penalty, held / penalty)
+    return logits, ids
+
+
+@lru_cache(maxsize=32)
+def breaker_ids(tokenizer: Tokenizer, breakers: tuple[str, ...]) -> np.ndarray:
+    """Ids, rising, whose bytes hold one of `breakers`; of a string that no single id holds, the last id it encodes to."""
+    found: set[int] = set()
+    for breaker in breakers:
+        ids = {id for id in range(tokenizer.vocab_size) if breaker.encode() in tokenizer.piece(id)}
+        if not ids:
+            with contextlib.suppress(ValueError):  # a small alphabet may lack its characters: it never occurs then
+                ids = set(tokenizer.encode(breaker)[-1:])
+        found |= ids
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def penalise_passages(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """DRY ("don't repeat yourself", P. E. Weidmann 2024, text-generation-webui pull request 5677).
+
+    For an id that followed, somewhere in the text, the same L ids with which the text now ends (the longest such L),
+    the logit falls by `dry_multiplier` x `dry_base` ^ (L - `dry_allowed_length`), if L is at least the allowed length;
+    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage goes across an id of `dry_sequence_breakers`, and none of these ids is
+    penalised.
+    """
+    whole = text.array()
+    none = np.empty(0, dtype=np.int64)
+    breakers = breaker_ids(text.tokenizer, params.dry_sequence_breakers) if text.tokenizer else none
+    broken = np.isin(whole, breakers)
+    end = len(whole) - 1
+    if end < 1 or broken[end]:
+        return logits, ids
+    ends = np.flatnonzero((whole[:end] == whole[end]) & ~broken[1:])  # where an earlier occurrence ends
+    allowed, base = params.dry_allowed_length, params.dry_base
+    penalties: dict[int, float] = {}
+    length = 1
+    while len(ends):
+        if length >= allowed:  # longer passages come later and overwrite the penalty
+            penalty = min(params.dry_multiplier * base ** (length - allowed), DRY_MOST)
+            penalties |= dict.fromkeys(whole[ends + 1].tolist(), penalty)
+        if length >= min(allowed + DRY_LONGEST, end) or broken[end - length]:
+            break
+        ends = ends[ends >= length]
+        ends = ends[whole[ends - length] == whole[end - length]]
+        length += 1
+    if penalties:
+        logits = logits.copy()
+        logits[list(penalties)] -= np.array(list(penalties.values()), dtype=np.float32)
     return logits, ids
 
 
@@ -236,6 +294,7 @@ def exclude_top_choices(
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
+    ("dry_multiplier", penalise_passages),
     ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),

@@ -199,6 +199,13 @@ RAGGED = [
     One("I", max_tokens=70, index=2),
     One("of", max_tokens=1),
     One("best", min_p=0.1, max_tokens=50),
+    One(
+        "It was the best of times, it was",
+        dry_multiplier=2.0,
+        dry_allowed_length=1,
+        repetition_penalty=1.0,
+        max_tokens=70,
+    ),
     One("times", xtc_probability=0.5, xtc_threshold=0.05, max_tokens=50),
     One("times", top_n_sigma=1.5, top_k=0, temperature=2.0, max_tokens=50),
     One("times", typical_p=0.5, top_k=0, max_tokens=50),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from config import SETTINGS, GenerationParams
-from sampling import FILTERS, History, candidates, filter_logits, sample
+from sampling import FILTERS, History, breaker_ids, candidates, filter_logits, sample
+from tokenizer import char_tokenizer, train_bpe
 
 OFF = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
 Table = dict[int, float]  # logit of each id that may be drawn
@@ -134,3 +136,52 @@ def test_xtc_draws_a_number_only_when_it_is_on() -> None:
         raise AssertionError("more than four")
 
     assert (drawn(), drawn(xtc_probability=0.5), drawn(temperature=0.0, xtc_probability=0.5)) == (1, 2, 0)
+
+
+def dry_reference(
+    logits: torch.Tensor, text: list[int], breakers: set[int], m: float, base: float, allowed: int
+) -> Table:
+    """Each earlier place is compared with the end of the text, id by id."""
+    lengths: dict[int, int] = {}
+    for follower in range(1, len(text)):
+        length = 0
+        while length < follower and text[follower - 1 - length] == text[-1 - length]:
+            if text[-1 - length] in breakers:
+                break
+            length += 1
+        if text[follower] not in breakers:
+            lengths[text[follower]] = max(length, lengths.get(text[follower], 0))
+    table = dict(enumerate(logits.tolist()))
+    for id, length in lengths.items():
+        if length >= allowed:
+            table[id] -= m * base ** (length - allowed)
+    return table
+
+
+@pytest.mark.parametrize(("m", "base", "allowed"), [(0.8, 1.75, 2), (0.5, 1.0, 1), (2.0, 4.0, 3), (1.0, 1.1, 9)])
+def test_dry(m: float, base: float, allowed: int) -> None:
+    tokenizer = char_tokenizer("abcdefgh:\n", 1)
+    breakers = set(tokenizer.encode(":\n"))
+    for seed in range(60):
+        rng = random.Random(seed)
+        text = rng.choices(tokenizer.encode("abc" if seed % 2 else "abcdefgh:\n"), k=rng.choice((0, 1, 2, 30, 80)))
+        logits = random_logits(seed, tokenizer.vocab_size)
+        for stops, wanted in ((breakers, (":", "\n")), (set[int](), ())):
+            values = dict(dry_multiplier=m, dry_base=base, dry_allowed_length=allowed, dry_sequence_breakers=wanted)
+            found = ours(logits, History(text, 0, tokenizer), **values)
+            assert same(found, dry_reference(logits, text, stops, m, base, allowed)), (seed, text)
+
+
+def test_drys_penalty_is_bounded_on_a_text_that_is_one_long_repetition() -> None:
+    logits = random_logits(1)
+    found = ours(logits, History([5] * 5000), dry_multiplier=1.0)
+    assert found[5] == pytest.approx(float(logits[5]) - 1e6) and found[6] == float(logits[6])
+
+
+def test_drys_breakers_are_the_ids_that_hold_them() -> None:
+    tokenizer = train_bpe(["one: two.\nthree: four.\n"] * 30, 280)
+    ids = breaker_ids(tokenizer, ("e", ":"))
+    spelled = {id for id in range(tokenizer.vocab_size) if any(mark in tokenizer.piece(id) for mark in (b"e", b":"))}
+    assert set(ids.tolist()) == spelled and len(spelled) > 2
+    assert breaker_ids(tokenizer, ("zq",)).tolist() == tokenizer.encode("zq")[-1:]
+    assert not len(breaker_ids(char_tokenizer("abc", 1), ("ß",)))

@@ -117,7 +117,13 @@ def surfaces(client: TestClient, **more: Any) -> dict[str, str]:
     return found
 
 
-FILTERED: dict[str, Any] = {"typical_p": 0.9, "top_n_sigma": 3.0, "xtc_probability": 0.5}
+FILTERED: dict[str, Any] = {
+    "typical_p": 0.9,
+    "top_n_sigma": 3.0,
+    "xtc_probability": 0.5,
+    "dry_multiplier": 0.8,
+    "dry_sequence_breakers": ["\n"],
+}
 
 
 def test_one_seed_one_text_with_every_filter(client: TestClient, model: GPT, tokenizer: Tokenizer) -> None:
