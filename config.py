@@ -406,6 +406,20 @@ class GenerationParams(Strict):
         Phrases, Setting("DRY sequence breakers", hf="dry_sequence_breakers", at_zero=True, rare=True)
     ] = ("\n", ":", '"', "*")
     """Strings at which DRY's repeated passages end."""
+    presence_penalty: Annotated[
+        float,
+        Setting(
+            "Presence penalty",
+            (-2, 2),
+            0.05,
+            off=0.0,
+            hf="presence_penalty",
+            openai="presence_penalty",
+            at_zero=True,
+            rare=True,
+        ),
+    ] = Field(0.0, ge=-2.0, le=2.0)
+    """Taken off the logits of tokens that have been written (OpenAI's); the prompt does not count; 0: none."""
     repetition_penalty: Annotated[
         float,
         Setting(

@@ -84,6 +84,10 @@ class History:
         self._all.extend(self.ids[self._all.size :])
         return self._all.array()
 
+    def written(self) -> np.ndarray:
+        """The ids after the prompt, in order."""
+        return self.array()[self.prompt_tokens :]
+
     def distinct(self) -> np.ndarray:
         """Each id of the text once, in no particular order."""
         if self._counted < len(self.ids):
@@ -149,6 +153,15 @@ def penalise_repetition(
     seen, penalty = text.distinct(), np.float32(params.repetition_penalty)
     held, logits = logits[seen], logits.copy()
     logits[seen] = np.where(held < 0, held * penalty, held / penalty)
+    return logits, ids
+
+
+def penalise_presence(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """Subtract `presence_penalty` from the logits of ids that were written at least once (OpenAI's API reference)."""
+    logits = logits.copy()
+    logits[np.unique(text.written())] -= np.float32(params.presence_penalty)
     return logits, ids
 
 
@@ -294,6 +307,7 @@ def exclude_top_choices(
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
+    ("presence_penalty", penalise_presence),
     ("dry_multiplier", penalise_passages),
     ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),

@@ -185,3 +185,14 @@ def test_drys_breakers_are_the_ids_that_hold_them() -> None:
     assert set(ids.tolist()) == spelled and len(spelled) > 2
     assert breaker_ids(tokenizer, ("zq",)).tolist() == tokenizer.encode("zq")[-1:]
     assert not len(breaker_ids(char_tokenizer("abc", 1), ("ß",)))
+
+
+@pytest.mark.parametrize("penalty", [-2.0, 0.5, 2.0])
+def test_presence_penalty_is_of_written_ids(penalty: float) -> None:
+    logits = random_logits(1)
+    text = [1, 2, 3, 3, 4, 4, 4]
+    expected = dict(enumerate(logits.tolist()))
+    for id in (3, 4):
+        expected[id] -= penalty
+    assert same(ours(logits, History(text, 3), presence_penalty=penalty), expected)
+    assert same(ours(logits, History(text, 7), presence_penalty=penalty), dict(enumerate(logits.tolist())))

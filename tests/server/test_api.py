@@ -122,6 +122,7 @@ FILTERED: dict[str, Any] = {
     "top_n_sigma": 3.0,
     "xtc_probability": 0.5,
     "dry_multiplier": 0.8,
+    "presence_penalty": 0.4,
     "dry_sequence_breakers": ["\n"],
 }
 
