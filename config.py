@@ -420,6 +420,20 @@ class GenerationParams(Strict):
         ),
     ] = Field(0.0, ge=-2.0, le=2.0)
     """Taken off the logits of tokens that have been written (OpenAI's); the prompt does not count; 0: none."""
+    frequency_penalty: Annotated[
+        float,
+        Setting(
+            "Frequency penalty",
+            (-2, 2),
+            0.05,
+            off=0.0,
+            hf="frequency_penalty",
+            openai="frequency_penalty",
+            at_zero=True,
+            rare=True,
+        ),
+    ] = Field(0.0, ge=-2.0, le=2.0)
+    """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
     repetition_penalty: Annotated[
         float,
         Setting(

@@ -156,6 +156,16 @@ def penalise_repetition(
     return logits, ids
 
 
+def penalise_frequency(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """Subtract `frequency_penalty` from an id's logit as often as it was written (OpenAI's API reference)."""
+    written, counts = np.unique(text.written(), return_counts=True)
+    logits = logits.copy()
+    logits[written] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    return logits, ids
+
+
 def penalise_presence(
     logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
 ) -> Candidates:
@@ -307,6 +317,7 @@ def exclude_top_choices(
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
+    ("frequency_penalty", penalise_frequency),
     ("presence_penalty", penalise_presence),
     ("dry_multiplier", penalise_passages),
     ("top_n_sigma", keep_top_n_sigma),

@@ -196,3 +196,15 @@ def test_presence_penalty_is_of_written_ids(penalty: float) -> None:
         expected[id] -= penalty
     assert same(ours(logits, History(text, 3), presence_penalty=penalty), expected)
     assert same(ours(logits, History(text, 7), presence_penalty=penalty), dict(enumerate(logits.tolist())))
+
+
+@pytest.mark.parametrize("penalty", [-2.0, 0.5, 2.0])
+def test_frequency_penalty_counts_written_ids(penalty: float) -> None:
+    logits = random_logits(1)
+    text = [1, 2, 3, 3, 4, 4, 4]
+    expected = dict(enumerate(logits.tolist()))
+    for id in text[3:]:
+        expected[id] -= penalty
+    assert same(ours(logits, History(text, 3), frequency_penalty=penalty), expected)
+    both = {id: value - 0.25 * (id in text[3:]) for id, value in expected.items()}
+    assert same(ours(logits, History(text, 3), frequency_penalty=penalty, presence_penalty=0.25), both)
