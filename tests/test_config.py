@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cli import bounds, flag_value, parse_flags, run_main
 from config import (
@@ -196,6 +196,15 @@ def test_flags_over_file_over_preset(tmp_path: Path) -> None:
     assert (config.train.lr, config.train.max_steps, config.model.n_embd) == (5e-4, 9, 128)
     flags = parse_flags(Flags, ["--model.n-layer", "3", "--train.max_steps", "4"], defaults={"model": {"n_head": 2}})
     assert (flags.model.n_layer, flags.model.n_head, flags.train.max_steps) == (3, 2, 4)
+
+
+def test_a_flag_can_be_a_mapping() -> None:
+    class Weighted(Strict):
+        weights: dict[int, float] = Field(default_factory=dict)
+
+    assert parse_flags(Weighted, []).weights == {}
+    assert parse_flags(Weighted, ["--weights", "5", "-1.5", "7", "2"]).weights == {5: -1.5, 7: 2.0}
+    assert parse_flags(Weighted, [], defaults={"weights": {"5": 1}}).weights == {5: 1.0}
 
 
 def test_flags_report_all_faults_and_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
