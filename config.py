@@ -10,6 +10,7 @@ a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import unicodedata
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    PlainSerializer,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -350,6 +352,28 @@ Phrases = Annotated[
 ]
 
 
+def _integer_keys(value: Any) -> Any:
+    """JSON and TOML have only strings as keys."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key: value[key] for key in value}
+
+
+BIASES = 1024  # ids in a logit_bias
+_BIAS_JSON = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": BIASES,
+}
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]],
+    BeforeValidator(_integer_keys),
+    PlainSerializer(lambda bias: {str(id): value for id, value in bias.items()}),
+    WithJsonSchema(_BIAS_JSON),
+]
+
+
 class GenerationParams(Strict):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
@@ -434,6 +458,10 @@ class GenerationParams(Strict):
         ),
     ] = Field(0.0, ge=-2.0, le=2.0)
     """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
+    logit_bias: Annotated[
+        LogitBias, Setting("Logit bias", off={}, openai="logit_bias", at_zero=True, manner=False, rare=True)
+    ] = Field({}, max_length=BIASES)
+    """Added to the logits of token ids: -100 forbids one, 100 all others. Ids that the model lacks change nothing."""
     repetition_penalty: Annotated[
         float,
         Setting(
@@ -561,6 +589,8 @@ def to_toml(config: BaseModel | dict[str, Any]) -> str:
             return _toml_string(item)
         if isinstance(item, (list, tuple)):
             return "[" + ", ".join(value(part) for part in item) + "]"
+        if isinstance(item, dict):
+            return "{" + ", ".join(f"{_toml_string(str(key))} = {value(part)}" for key, part in item.items()) + "}"
         if isinstance(item, float) and math.isinf(item):
             return "inf" if item > 0 else "-inf"
         return repr(item)

@@ -144,6 +144,14 @@ Candidates = tuple[np.ndarray, np.ndarray]
 Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
 
 
+def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Add the values of `logit_bias` to the logits of its ids (OpenAI's API reference); ids from N on are skipped."""
+    bias = {id: value for id, value in params.logit_bias.items() if id < len(logits)}
+    logits = logits.copy()
+    logits[list(bias)] += np.array(list(bias.values()), dtype=np.float32)
+    return logits, ids
+
+
 def penalise_repetition(
     logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
 ) -> Candidates:
@@ -316,6 +324,7 @@ def exclude_top_choices(
 # In this order, as in transformers: penalties on the logits of all ids, temperature, then what cuts off the unlikely.
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
+    ("logit_bias", add_bias),
     ("repetition_penalty", penalise_repetition),
     ("frequency_penalty", penalise_frequency),
     ("presence_penalty", penalise_presence),

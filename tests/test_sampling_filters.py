@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from config import SETTINGS, GenerationParams
+from cli import parse_flags
+from config import SETTINGS, GenerationParams, build, to_toml
 from sampling import FILTERS, History, breaker_ids, candidates, filter_logits, sample
 from tokenizer import char_tokenizer, train_bpe
 
@@ -208,3 +211,37 @@ def test_frequency_penalty_counts_written_ids(penalty: float) -> None:
     assert same(ours(logits, History(text, 3), frequency_penalty=penalty), expected)
     both = {id: value - 0.25 * (id in text[3:]) for id, value in expected.items()}
     assert same(ours(logits, History(text, 3), frequency_penalty=penalty, presence_penalty=0.25), both)
+
+
+def test_logit_bias() -> None:
+    logits = random_logits(1)
+    expected = dict(enumerate(logits.tolist()))
+    expected[0] -= 100
+    expected[59] += 2.5
+    assert same(ours(logits, logit_bias={0: -100, 59: 2.5, 60: 50, 10**8: 1}), expected)
+    for id in (7, 8):
+        assert set(ours(logits, logit_bias={id: 100}, temperature=0.0)) == {id}
+    banned = logits.index_fill(0, torch.tensor([4]), -math.inf)  # a control id stays out, whatever the bias
+    assert set(ours(banned, logit_bias={4: 100}, temperature=0.0)) == {
+        int(logits.index_fill(0, torch.tensor([4]), -99).argmax())
+    }
+
+
+def test_logit_bias_comes_from_json_toml_and_flags() -> None:
+    wanted = GenerationParams(logit_bias={50: -100.0, 7: 2.0})
+    assert GenerationParams.model_validate_json(wanted.model_dump_json()) == wanted
+    assert (
+        build(GenerationParams, tomllib.loads(to_toml({"g": wanted.model_dump(include={"logit_bias"})}))["g"]) == wanted
+    )
+    assert parse_flags(GenerationParams, ["--logit-bias", "50", "-100", "7", "2"]) == wanted
+    for wrong in (
+        {-1: 1.0},
+        {5: 101.0},
+        {5: -100.5},
+        {"x": 1.0},
+        {5: math.nan},
+        dict.fromkeys(range(1025), 1.0),
+        [[5, 1]],
+    ):
+        with pytest.raises(ValidationError):
+            GenerationParams(logit_bias=wrong)
