@@ -458,6 +458,10 @@ class GenerationParams(Strict):
         ),
     ] = Field(0.0, ge=-2.0, le=2.0)
     """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
+    penalty_last_n: Annotated[
+        int, Setting("Penalty window", (0, 1024), 16, hf="penalty_last_n", at_zero=True, rare=True)
+    ] = Field(0, ge=0, le=1_000_000)
+    """Newest tokens that repetition, presence, frequency penalty and DRY look at (llama.cpp's); 0: all of the text."""
     logit_bias: Annotated[
         LogitBias, Setting("Logit bias", off={}, openai="logit_bias", at_zero=True, manner=False, rare=True)
     ] = Field({}, max_length=BIASES)

@@ -79,17 +79,20 @@ class History:
         self._distinct, self._counted = GrowingArray(), 0
         self._all = GrowingArray()
 
-    def array(self) -> np.ndarray:
-        """All ids in order."""
+    def array(self, last: int = 0) -> np.ndarray:
+        """The last ids in order; 0: all of them."""
         self._all.extend(self.ids[self._all.size :])
-        return self._all.array()
+        return self._all.array()[-last:]
 
-    def written(self) -> np.ndarray:
-        """The ids after the prompt, in order."""
-        return self.array()[self.prompt_tokens :]
+    def written(self, last: int = 0) -> np.ndarray:
+        """Those of the `last` ids (0: of all) that come after the prompt, in order."""
+        whole = self.array()
+        return whole[max(self.prompt_tokens, len(whole) - last if last else 0) :]
 
-    def distinct(self) -> np.ndarray:
-        """Each id of the text once, in no particular order."""
+    def distinct(self, last: int = 0) -> np.ndarray:
+        """Each of the `last` ids (0: of all) once, in no particular order."""
+        if last:
+            return np.unique(self.array(last))
         if self._counted < len(self.ids):
             new = set(self.ids[self._counted :]) - self._known
             self._known |= new
@@ -158,7 +161,7 @@ def penalise_repetition(
     """Divide the logits of ids in the text by `repetition_penalty`, or multiply negative ones (Keskar et al. 2019)."""
     if not text.ids:
         return logits, ids
-    seen, penalty = text.distinct(), np.float32(params.repetition_penalty)
+    seen, penalty = text.distinct(params.penalty_last_n), np.float32(params.repetition_penalty)
     held, logits = logits[seen], logits.copy()
     logits[seen] = np.where(held < 0, held * penalty, held / penalty)
     return logits, ids
@@ -168,7 +171,7 @@ def penalise_frequency(
     logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
 ) -> Candidates:
     """Subtract `frequency_penalty` from an id's logit as often as it was written (OpenAI's API reference)."""
-    written, counts = np.unique(text.written(), return_counts=True)
+    written, counts = np.unique(text.written(params.penalty_last_n), return_counts=True)
     logits = logits.copy()
     logits[written] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     return logits, ids
@@ -179,7 +182,7 @@ def penalise_presence(
 ) -> Candidates:
     """Subtract `presence_penalty` from the logits of ids that were written at least once (OpenAI's API reference)."""
     logits = logits.copy()
-    logits[np.unique(text.written())] -= np.float32(params.presence_penalty)
+    logits[np.unique(text.written(params.penalty_last_n))] -= np.float32(params.presence_penalty)
     return logits, ids
 
 
@@ -206,7 +209,7 @@ def penalise_passages(
     that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage goes across an id of `dry_sequence_breakers`, and none of these ids is
     penalised.
     """
-    whole = text.array()
+    whole = text.array(params.penalty_last_n)
     none = np.empty(0, dtype=np.int64)
     breakers = breaker_ids(text.tokenizer, params.dry_sequence_breakers) if text.tokenizer else none
     broken = np.isin(whole, breakers)

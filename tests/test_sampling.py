@@ -199,6 +199,7 @@ RAGGED = [
     One("I", max_tokens=70, index=2),
     One("of", max_tokens=1),
     One("best", min_p=0.1, max_tokens=50),
+    One("times", penalty_last_n=4, frequency_penalty=0.7, repetition_penalty=1.6, max_tokens=50),
     One("times", logit_bias={5: 3.0, 9: -100}, max_tokens=50),
     One("times", frequency_penalty=0.7, max_tokens=50),
     One("times", presence_penalty=1.5, temperature=0.0, max_tokens=50),

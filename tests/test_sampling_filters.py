@@ -245,3 +245,20 @@ def test_logit_bias_comes_from_json_toml_and_flags() -> None:
     ):
         with pytest.raises(ValidationError):
             GenerationParams(logit_bias=wrong)
+
+
+@pytest.mark.parametrize("last", [1, 3, 6, 8, 100])
+@pytest.mark.parametrize(
+    "penalty",
+    [{"repetition_penalty": 1.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}, {"dry_multiplier": 1.0}],
+    ids=str,
+)
+def test_penalties_look_at_the_window_alone(penalty: dict[str, float], last: int) -> None:
+    """As with a text that is no longer than the window."""
+    text, prompt = [1, 2, 3, 1, 2, 3, 4, 1, 2, 3, 1, 2], 5
+    cut = max(0, len(text) - last)
+    logits = random_logits(1)
+    found = ours(logits, History(text, prompt), penalty_last_n=last, **penalty)
+    assert found == ours(logits, History(text[cut:], max(0, prompt - cut)), **penalty)
+    whole = ours(logits, History(text, prompt), **penalty)
+    assert found == whole if last == 100 else last > 3 or found != whole

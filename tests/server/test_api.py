@@ -123,6 +123,7 @@ FILTERED: dict[str, Any] = {
     "xtc_probability": 0.5,
     "dry_multiplier": 0.8,
     "presence_penalty": 0.4,
+    "penalty_last_n": 9,
     "logit_bias": {"5": 2.0},
     "frequency_penalty": 0.2,
     "dry_sequence_breakers": ["\n"],
