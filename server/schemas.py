@@ -192,12 +192,6 @@ class _OpenAIOnly(Body):
     """
     suffix: str | None = Field(None, max_length=0)
     """Not supported: the model only writes forwards."""
-    presence_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    frequency_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    """Not supported."""
 
 
 def _or_null(name: str) -> Any:
