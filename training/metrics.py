@@ -126,7 +126,7 @@ class Throughput:
 
     def pace(self) -> float:
         """Tokens per second to foretell the end with: `recent`, or at first the last step's."""
-        return self.recent() or self.tokens_per_step / self.last_s
+        return self.recent() or self.tokens_per_step / max(self.last_s, 1e-9)
 
 
 class RunLog:

@@ -255,11 +255,13 @@ def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> Non
         ("/v1/completions", {"prompt": [300]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": [["x"]]}, "prompt"),
-        ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "best_of": 17}, "best_of"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1.0}}, "logit_bias"),
         ("/v1/completions", {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
-        ("/v1/completions", {"prompt": "x", "logprobs": 6}, "logprobs"),
+        ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
         ("/v1/score", {"text": ""}, "text"),
     ):
         answer = client.post(path, json=body)
@@ -354,7 +356,7 @@ def test_the_openapi_document_states_this_servers_limits(engine: Engine) -> None
     assert document["components"]["schemas"]["BatchBody"]["properties"]["prompts"]["maxItems"] == 4
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     assert len(operations) == 13 and not any("422" in operation["responses"] for operation in operations)
-    assert document["security"] and not client.app.user_middleware[0].kwargs.get("allow_origins")  # type: ignore[attr-defined]
+    assert document["security"] and not client.app.state.service.origins.origins  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])

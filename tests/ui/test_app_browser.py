@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 import zipfile
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from config import load_config
+from support.forked import PYTHON
 from ui import training_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ class Process:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", *self.words], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+                [*PYTHON, "-m", *self.words], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
             )
         for _ in range(10 * PATIENCE_S):
             assert self.child.poll() is None, self.log.read_text()[-3000:]
@@ -79,6 +79,9 @@ class Process:
             self.child.send_signal(how)
             self.child.wait(20)
             self.child = None
+            with contextlib.suppress(ConnectionRefusedError):
+                while True:  # until the port is free
+                    socket.create_connection(("127.0.0.1", self.port), 2).close()
 
 
 @pytest.fixture(scope="module")
