@@ -23,9 +23,10 @@ demo: $(VENV)/base          ## train on the sample stories, then write one
 test: $(VENV)/dev           ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/dev           ## style and types
+lint: $(VENV)/dev           ## style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy $(wildcard *.py) $(ROOMS) $(wildcard benchmarks/*.py)
 
 format: $(VENV)/dev

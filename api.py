@@ -28,7 +28,7 @@ SAGEMAKER_MODEL = Path("/opt/ml/model")
 
 def create_app(settings: Settings | None = None, engine: Engine | None = None) -> FastAPI:
     """The ASGI application; settings from the environment and the model loaded at start-up unless they are given."""
-    from server.routes import build
+    from server.application import build
 
     return build(settings or environment_settings(), engine)
 
@@ -86,7 +86,7 @@ def serve(settings: Settings) -> int:
     """Run until a signal or a failure to load the model; returns the exit code."""
     import uvicorn
 
-    from server.service import set_up_logs
+    from server.logs import set_up_logs
 
     set_up_logs(settings.log_level)
     app = create_app(settings)

@@ -1,4 +1,4 @@
-"""A place to write: the model's words on a page of your own, in the browser.
+"""The app: write stories with the model in the browser, look inside it, compare settings, train.
 
 streamlit run app.py                                            # with the newest run's model, else one of models/
 streamlit run app.py -- --model runs/sample/best
@@ -30,10 +30,10 @@ def main() -> None:
     from ui.history import HistoryError
 
     st.set_page_config(page_title="Victorian Literature Generator", page_icon=HERE / "ui" / "icon.svg", layout="wide")
-    st.html(HERE / "ui" / "look.css")
+    st.html(HERE / "ui" / "style.css")
     try:
         state.flags()
-        state.desks()
+        state.open_stories()
     except (ConfigError, HistoryError) as error:
         st.error("The app cannot start with these settings.")
         st.text(str(error))

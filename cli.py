@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -76,7 +77,7 @@ def parse_flags(
     checked = build(kind, defaults or {}).model_dump()
     parsed = tyro.cli(
         flags,
-        args=list(sys.argv[1:] if argv is None else argv),
+        args=_with_bare_values(kind, sys.argv[1:] if argv is None else argv),
         default=_filled(flags, checked),
         description=description or kind.__doc__,
         config=(tyro.conf.AvoidSubcommands,),
@@ -84,13 +85,34 @@ def parse_flags(
     return build(kind, dataclasses.asdict(parsed))
 
 
+def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """`argv`, in which a flag without its value gets the one that its field's `json_schema_extra` names as `bare`."""
+    words = list(argv)
+    for name, field in kind.model_fields.items():
+        extra, flag = field.json_schema_extra, f"--{name.replace('_', '-')}"
+        if isinstance(extra, dict) and "bare" in extra and flag in words:
+            at = words.index(flag) + 1
+            if at == len(words) or words[at].startswith("-"):
+                words.insert(at, str(extra["bare"]))
+    return words
+
+
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE` in `argv`, before any other flag is parsed; `_` is as good as `-`."""
-    for at, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == f"--{name}" and (equals or at + 1 < len(argv)):
-            return value if equals else argv[at + 1]
-    return None
+    """The value of `--name` in `argv`, for what the other flags' defaults depend on; None where it is not given."""
+    return cast("str | None", _one_flag(argv, name, nargs="?"))
+
+
+def flag_given(argv: Sequence[str], name: str) -> bool:
+    """Whether the switch `--name` is in `argv`, for what the other flags' defaults depend on."""
+    return cast(bool, _one_flag(argv, name, action="store_true"))
+
+
+def _one_flag(argv: Sequence[str], name: str, **kind: Any) -> Any:
+    """One flag of `argv` by itself, before the others can be read; `_` in its name is as good as `-`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+    parser.add_argument(*spellings, dest="value", **kind)
+    return parser.parse_known_args(argv)[0].value
 
 
 def run_main(body: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""Configuration: what a model is, how it is trained, how it writes.
+"""Configuration: the shape of a model, how it is trained, how it writes.
 
 Every script takes its flags from the models below. Values are laid over each other in this order:
 a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
@@ -13,10 +13,24 @@ import math
 import tomllib
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import tomli_w
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
@@ -39,7 +53,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def raise_faults(settings: Any) -> Any:
+class Checked(Protocol):
+    """Settings that can list what is wrong with them."""
+
+    def faults(self) -> list[str]:
+        """Every fault in one line each; empty if there is none."""
+
+
+C = TypeVar("C", bound=Checked)
+
+
+def raise_faults(settings: C) -> C:
     """For validators: the settings themselves, or a ValueError with all their faults."""
     found = settings.faults()
     if found:
@@ -59,15 +83,15 @@ class ModelConfig(Strict):
     block_size: int = Field(256, ge=8, le=131072)
     """Context length in tokens."""
     vocab_size: int = Field(0, ge=0, le=1_000_000)
-    """Rows of the token embedding; 0 takes the tokenizer's size. Rows beyond the tokenizer only pad."""
+    """Rows of the token embedding; 0: as many as the tokenizer has ids. Rows beyond those only pad the matrix."""
     vocab_used: int = Field(0, ge=0, le=1_000_000)
-    """Ids the tokenizer has; set from the data. Ids at or above it can never be produced."""
+    """Ids the tokenizer has, set from the data; the model never writes an id at or above it."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of activations zeroed in training (embeddings, attention weights, both residual branches)."""
+    """Fraction of activations set to zero in training (embeddings, attention weights, both residual branches)."""
     bias: bool = True
     """Biases in linear layers and LayerNorms (never in the head)."""
     positions: Literal["learned", "sinusoidal"] = "learned"
-    """Learned position table (GPT-2), or the fixed one of Vaswani et al. 2017, section 3.5."""
+    """learned: a trained position table (GPT-2); sinusoidal: the fixed one of Vaswani et al. 2017, section 3.5."""
     tied_head: bool = True
     """The output head shares the token embedding's weights."""
 
@@ -85,7 +109,7 @@ class ModelConfig(Strict):
         return self.vocab_used or self.vocab_size
 
     def faults(self) -> list[str]:
-        """Every fault of this shape, each naming the flag, the value and the remedy."""
+        """Every fault of this shape; each names the flag, the value and the remedy."""
         found = []
         if self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
@@ -107,34 +131,34 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """What `prepare_data.py` does with the texts of this preset, and where they come from."""
+    """Where the texts of a preset come from, and what `prepare_data.py` does with them."""
 
     source: str = ""
-    """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, files like `data/*.txt`, or empty: --input says."""
+    """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, or files like `data/*.txt`; empty: what --input names."""
     years: str = Field("", pattern=r"^(\d{1,4}-\d{1,4})?$")
-    """Only books published then, like 1837-1901 (pg19, and parquet files with a publication_date); empty: all."""
+    """Only books published in these years, like 1837-1901 (pg19, parquet files with a publication_date); empty: all."""
     tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
-    """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts themselves; char: one id a character."""
+    """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts; char: one id for each character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
-    """Ids of a vocabulary trained on the texts; as a flag it implies --tokenizer bpe."""
+    """Ids of the bpe vocabulary; as a flag it implies --tokenizer bpe."""
     val_fraction: float = Field(0.1, gt=0.0, lt=1.0)
-    """Share of documents (of a single document: its end) held out for validation."""
+    """Fraction of the documents (of a single document: its end) held out for validation."""
     shard_tokens: int = Field(100_000_000, ge=1024)
-    """Tokens a shard file."""
+    """Tokens per shard file."""
     unwrap: bool = True
     """Join hard-wrapped lines of Gutenberg-style texts into paragraphs."""
     strip_licence: bool = True
-    """Remove Project Gutenberg headers and licences where a text carries them."""
+    """Remove Project Gutenberg's headers and licences."""
     strip_notes: bool = True
     """Remove transcriber's notes from e-texts (licensed by Project Gutenberg, or hard-wrapped)."""
     strip_illustrations: bool = True
     """Remove [Illustration: …] from e-texts."""
     strip_italics: bool = True
-    """Write _words_ of e-texts as words."""
+    """Remove the underscores around _italics_ in e-texts."""
     fix_mojibake: bool = False
-    """Put right UTF-8 that was read as Windows-1252, like â€œ for “."""
+    """Repair UTF-8 that was decoded as Windows-1252, like â€œ for “."""
     drop_duplicates: bool = False
-    """Keep each text once; a copy of a validation text is dropped from training."""
+    """Keep each text once; copies of validation texts are dropped from training."""
     control: str = Field("", max_length=1000)
     """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see styles.py)."""
 
@@ -143,9 +167,9 @@ class TrainConfig(Strict):
     """How the weights are fitted. Every interval is in optimizer steps; 0 switches it off."""
 
     batch_size: int = Field(16, ge=0)
-    """Sequences in one forward pass on one device (micro-batch); 0 finds the largest that fits."""
+    """Sequences in one forward pass on one device (micro-batch); 0: the most that fit into memory."""
     tokens_per_step: int = Field(0, ge=0)
-    """Tokens in one optimizer step over all devices, by gradient accumulation; 0: one micro-batch a device."""
+    """Tokens in one optimizer step over all devices, by gradient accumulation; 0: one micro-batch on each device."""
     max_steps: int = Field(0, ge=0)
     """Optimizer steps; 0: given by epochs or max_tokens."""
     epochs: float = Field(0.0, ge=0.0)
@@ -153,7 +177,7 @@ class TrainConfig(Strict):
     max_tokens: int = Field(0, ge=0)
     """Training tokens; 0: given by max_steps or epochs."""
     max_minutes: float = Field(0.0, ge=0.0)
-    """Stop and save after this much wall-clock time; alone with wsd: decay so as to end then; 0: no limit."""
+    """Stop and save after this much wall-clock time; as the only end of a wsd run, the decay ends then; 0: no limit."""
     lr: float = Field(1e-3, gt=0.0, le=10.0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0.0)
@@ -161,29 +185,29 @@ class TrainConfig(Strict):
     warmup_steps: int = Field(100, ge=0)
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "onecycle", "wsd", "constant"] = "cosine"
-    """Shape of the learning rate; wsd: warm up, hold, then decay linearly over the last decay_fraction."""
+    """Learning-rate schedule; wsd: warm up, hold, then decay linearly over the last decay_fraction of the steps."""
     decay_fraction: float = Field(0.4, gt=0.0, le=1.0)
-    """Share of the steps that wsd spends decaying."""
+    """Fraction of the steps over which wsd decays."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon on the hidden matrices, AdamW on the rest."""
+    """muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the rest."""
     muon_lr: float = Field(0.02, gt=0.0)
-    """Peak learning rate of Muon's matrices."""
+    """Peak learning rate of the matrices that Muon updates."""
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """AdamW's first decay rate."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """AdamW's second decay rate."""
+    """Decay rate of AdamW's second moment."""
     eps: float = Field(1e-8, gt=0.0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.1, ge=0.0)
     """Decoupled weight decay of matrices; biases and LayerNorms are not decayed."""
     grad_clip: float = Field(1.0, ge=0.0)
-    """Largest gradient norm; 0: no clipping."""
+    """Gradients are clipped to this norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the processor multiplies it natively, else fp16 on older GPUs, else fp32."""
+    """auto: bf16 where the hardware multiplies it, else fp16 on NVIDIA GPUs, else fp32."""
     seed: int = Field(1337, ge=0)
     """Seed of initialisation, data order and dropout."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA, and elsewhere off."""
+    """torch.compile; auto: on for CUDA, off elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps or xla."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
@@ -193,25 +217,25 @@ class TrainConfig(Strict):
     eval_interval: int = Field(250, ge=0)
     """Steps between validation passes."""
     eval_tokens: int = Field(0, ge=0)
-    """Validation tokens a pass, always the same windows, spread evenly; 0: all of them."""
+    """Tokens in a validation pass, always the same windows, evenly spread; 0: the whole validation text."""
     sample_interval: int = Field(0, ge=0)
     """Steps between samples."""
     each_epoch: bool = False
     """Also evaluate, sample and report the average loss at the end of every epoch."""
     sample_prompt: str = ""
-    """What samples start from."""
+    """Prompt of the samples."""
     sample_tokens: int = Field(120, ge=1)
-    """Tokens a sample."""
+    """Tokens in a sample."""
     checkpoint_interval: int = Field(0, ge=0)
-    """Steps between checkpoints, besides those on the timer."""
+    """Steps between checkpoints, in addition to those by checkpoint_minutes."""
     checkpoint_minutes: float = Field(10.0, ge=0.0)
-    """Minutes between checkpoints; 0: no timer."""
+    """Minutes between checkpoints; 0: none by the clock."""
     keep_last: int = Field(1, ge=1)
-    """Checkpoints kept besides the best one."""
+    """Checkpoints kept in addition to best/."""
     patience: int = Field(0, ge=0)
     """Stop after this many validation passes without improvement; 0: never."""
     min_improvement: float = Field(0.0, ge=0.0)
-    """Smallest fall of the validation loss, in nats, that counts as an improvement for patience."""
+    """Decrease of the validation loss, in nats, that patience counts as an improvement."""
     target_loss: float = Field(0.0, ge=0.0)
     """Stop when the running average of the training loss falls below this; 0: never."""
     skip_bad_steps: int = Field(0, ge=0)
@@ -226,7 +250,7 @@ class TrainConfig(Strict):
         return raise_faults(self)
 
     def faults(self) -> list[str]:
-        """Every fault among these values, each naming the flag, the value and the remedy."""
+        """Every fault among these values; each names the flag, the value and the remedy."""
         found = []
         if not (self.max_steps or self.epochs or self.max_tokens or self.max_minutes):
             found.append(
@@ -281,46 +305,126 @@ def _blendable(text: str) -> str:
 StyleText = Annotated[str, AfterValidator(_blendable)]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a sampling setting is shown, and what other programs call it; metadata of a field of GenerationParams.
+
+    All surfaces read it: sliders of the app and of the web page (as `x-label`, `x-step` ... in the OpenAPI document), the
+    gateway's limits, `/v1/completions`, generation_config.json and the requests to vLLM.
+    """
+
+    label: str
+    """Name beside its control."""
+    slider: tuple[float, float] | None = None
+    """Ends of its slider: the useful part of what is allowed; none: no slider."""
+    step: float = 1
+    """Between two positions of the slider."""
+    off: Any = None
+    """The value that switches it off, which is also its default in `/v1/completions`; none: it cannot be off."""
+    hf: str = ""
+    """Name in generation_config.json; empty: not written there. Programs skip names that they do not know."""
+    openai: str = ""
+    """Name in requests to OpenAI and vLLM; empty: neither has it."""
+    at_zero: bool = False
+    """Changes the choice at temperature 0 as well."""
+    manner: bool = True
+    """Says how tokens are chosen, so that named presets hold it; False: it belongs to one request."""
+    rare: bool = False
+    """Shown among the rarely used."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        shown = handler(schema) | {"x-label": self.label}
+        if self.slider is not None:
+            shown |= {"x-slider": list(self.slider), "x-step": self.step}
+        return shown | ({"x-rare": True} if self.rare else {})
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def unicode_text(text: str) -> str:
+    """For validators: `text`, without lone surrogates, which JSON can hold and no text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+PHRASES, PHRASE_CHARACTERS = 16, 1000  # strings in a list of phrases, and their length
+_PHRASE_JSON = {"type": "string", "minLength": 1, "maxLength": PHRASE_CHARACTERS}
+_PHRASES_JSON = {"anyOf": [_PHRASE_JSON, {"type": "array", "items": _PHRASE_JSON, "maxItems": PHRASES}]}
+Phrase = Annotated[str, Field(min_length=1, max_length=PHRASE_CHARACTERS), AfterValidator(unicode_text)]
+Phrases = Annotated[
+    tuple[Phrase, ...], Field(max_length=PHRASES), BeforeValidator(_as_tuple), WithJsonSchema(_PHRASES_JSON)
+]
+
+
 class GenerationParams(Strict):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
-    Order of application: repetition penalty over prompt and output, temperature, top-k, top-p, min-p
-    (as `transformers` does).
+    `sampling.FILTERS` says in which order the settings are applied.
     """
 
-    max_tokens: int = Field(200, ge=0, le=100_000)
+    max_tokens: Annotated[
+        int, Setting("Length", (10, 1000), 10, hf="max_new_tokens", openai="max_tokens", manner=False)
+    ] = Field(200, ge=0, le=100_000)
     """New tokens at most."""
-    temperature: float = Field(1.3, ge=0.0, le=2.0)
+    temperature: Annotated[
+        float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
+    ] = Field(1.3, ge=0.0, le=2.0)
     """Below 1 safer, above 1 more surprising; 0 always takes the likeliest token."""
-    top_k: int = Field(50, ge=0, le=100)
+    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
     """Keep only the k likeliest tokens; 0: all."""
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
+        0.95, gt=0.0, le=1.0
+    )
     """Keep the smallest set of tokens whose probabilities sum to p (Holtzman et al. 2020); 1: all."""
-    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    min_p: Annotated[float, Setting("Min-p", (0, 0.5), 0.01, off=0.0, hf="min_p", openai="min_p")] = Field(
+        0.0, ge=0.0, lt=1.0
+    )
     """Keep tokens at least this share as likely as the likeliest; 0: all."""
-    repetition_penalty: float = Field(1.2, gt=0.0, le=10.0)
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            "Repetition penalty",
+            (1, 2),
+            0.05,
+            off=1.0,
+            hf="repetition_penalty",
+            openai="repetition_penalty",
+            at_zero=True,
+        ),
+    ] = Field(1.2, ge=0.01, le=10.0)
     """Divide (or multiply, below zero) the logits of tokens already seen (Keskar et al. 2019); 1: none."""
-    n: int = Field(1, ge=1, le=128)
+    n: Annotated[int, Setting("Versions at once", (1, 6), openai="n", manner=False)] = Field(1, ge=1, le=128)
     """Samples of the same prompt."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int | None, Setting("Seed", openai="seed", manner=False)] = Field(None, ge=0, lt=2**63)
     """Makes the text reproducible; none: a new one each time."""
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field((), max_length=16)
+    stop: Annotated[Phrases, Setting("End before", openai="stop", manner=False)] = ()
     """Strings that end the text; they are not part of it."""
-    keep: int = Field(0, ge=0)
+    keep: Annotated[int, Setting("Keep in view", (0, 256), manner=False)] = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
-    style: StyleText = Field("", max_length=200)
+    style: Annotated[StyleText, Setting("Style", manner=False)] = Field("", max_length=200)
     """Manner of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; empty: none."""
 
 
+SETTINGS: dict[str, Setting] = {
+    name: next(part for part in field.metadata if isinstance(part, Setting))
+    for name, field in GenerationParams.model_fields.items()
+}
+
+
 class Config(Strict):
-    """One preset: everything needed to prepare data, train and sample."""
+    """One preset: everything needed to prepare data, train and write."""
 
     description: str = ""
     """One line for tables and --help."""
     data_folder: str = ""
-    """In a run's config.toml: the prepared texts it was trained on."""
+    """In a run's config.toml: the folder of prepared texts it was trained on."""
     init_from: str = ""
-    """In a run's config.toml: the model whose weights it began with."""
+    """In a run's config.toml: the model whose weights it started from."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)
@@ -400,30 +504,10 @@ def load_config(preset: str = "sample", *files: Path | str, values: dict[str, An
 
 def to_toml(config: BaseModel | dict[str, Any]) -> str:
     """The settings as TOML that `read_toml` and `--config` accept; None values are left out."""
-
-    def value(item: Any) -> str:
-        if isinstance(item, bool):
-            return "true" if item else "false"
-        if isinstance(item, str):
-            return _toml_string(item)
-        if isinstance(item, (list, tuple)):
-            return "[" + ", ".join(value(part) for part in item) + "]"
-        if isinstance(item, float) and math.isinf(item):
-            return "inf" if item > 0 else "-inf"
-        return repr(item)
-
-    plain, tables = [], []
-    for key, item in (config if isinstance(config, dict) else config.model_dump()).items():
-        if isinstance(item, dict):
-            rows = [f"{name} = {value(part)}" for name, part in item.items() if part is not None]
-            tables.append(f"\n[{key}]\n" + "\n".join(rows) + "\n")
-        elif item is not None:
-            plain.append(f"{key} = {value(item)}\n")
-    return "".join(plain + tables)
+    return tomli_w.dumps(_without_none(config if isinstance(config, dict) else config.model_dump()))
 
 
-def _toml_string(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    for raw, code in (("\n", "\\n"), ("\t", "\\t"), ("\r", "\\r")):
-        escaped = escaped.replace(raw, code)
-    return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """The table and its tables without the keys whose value is None, which TOML cannot write."""
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -1,7 +1,7 @@
 """Token shards on disk -> batches for the model, in an order that depends on nothing but a seed.
 
     data = TokenData.open(Path("data/novels"))
-    sampler = Windows(len(data.train), block_size=256, seed=1337)
+    sampler = WindowSampler(len(data.train), block_size=256, seed=1337)
     x, y = data.train.batch(sampler.starts(first=0, count=16), 256)     # each [16, 256] int64
 
 The position in the data is one integer, the number of windows used so far: window number `i` of a run is always the
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from storage.shards import Manifest, Split
 
-REMAP_BYTES = 32 << 20  # a mapping is dropped after this much reading, so that read pages do not pile up in memory
+REMAP_BYTES = 32 << 20  # mappings are renewed after this much reading, so that pages read do not fill the memory
 
 
 class DataError(ValueError):
@@ -33,15 +33,16 @@ class DataError(ValueError):
 
 
 def plain_windows(starts: np.ndarray) -> np.ndarray:
-    """Which training windows, bool [len(starts)], are read without styles: an eighth of them, told by where they start.
+    """Which training windows, bool [len(starts)], are read without styles: an eighth of them, by a hash of their start.
 
     From those the model learns to write in no style in particular (Ho & Salimans 2021, section 3.2).
     """
-    return (starts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(61) == 0
+    plain: np.ndarray = (starts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(61) == 0
+    return plain
 
 
 class Documents:
-    """Where the documents of a stream begin, and the control id of each one's style; read once, a second a GB."""
+    """Where the documents of a stream begin, and the control id of each one's style; found in one pass, a second per GB."""
 
     def __init__(self, stream: TokenStream, lowest: int, eot: int | None):
         """lowest: the first control id; all ids from there on are styles."""
@@ -116,7 +117,7 @@ class TokenStream:
         return out
 
     def plain(self, start: int, length: int, lowest: int) -> np.ndarray:
-        """`length` tokens below `lowest` from `start` on, or where the stream ends before, up to its end."""
+        """`length` tokens below `lowest` from `start` on, or, where the stream ends too soon, the last ones before its end."""
         stop = start + length
         while True:
             row = self.read(start, stop)
@@ -129,9 +130,9 @@ class TokenStream:
     def batch(self, starts: np.ndarray, block_size: int, plain: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x.
 
-        Where there are styles, the first token of a window is the control id of the style that its document has: a
-        window is a piece out of a document, and the id before that is far away. plain: windows that are read without
-        any control id, bool [len(starts)]; none if not given.
+        Where there are styles, the first token of a window is replaced by the control id of its document's style, as the
+        one at the document's beginning is usually far away. plain: windows to be read without any control id, bool
+        [len(starts)]; None: no window.
         """
         rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
         for row, start in zip(rows, np.asarray(starts).tolist(), strict=True):
@@ -196,12 +197,12 @@ class TokenData:
         return TokenStream(files, [shard.tokens for shard in split.shards], manifest.dtype)
 
 
-class Windows:
+class WindowSampler:
     """Shuffled windows of block_size + 1 tokens without replacement: each epoch covers the whole text.
 
-    An epoch's windows lie block_size apart from a random phase, the first and last moved to the ends of the text, and
-    are visited in a random order; both are drawn from (seed, epoch) alone. Window `i` of a run is the
-    `i % per_epoch`-th of epoch `i // per_epoch`, so any rank can compute its own without talking to others.
+    In an epoch the windows start block_size apart from a random offset, the first and last moved to the ends of the text,
+    and come in random order; offset and order depend on (seed, epoch) alone. Window `i` of a run is the
+    `i % per_epoch`-th of epoch `i // per_epoch`, so a rank finds its own without asking the others.
     """
 
     def __init__(self, tokens: int, block_size: int, seed: int):
@@ -238,10 +239,10 @@ class Windows:
 
 def training_batches(
     stream: TokenStream,
-    windows: Windows,
+    sampler: WindowSampler,
     *,
     batch_size: int,
-    micro_steps: int,
+    grad_accum_steps: int,
     first: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -249,20 +250,20 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless micro-batches (x, y), each [batch_size, T], of this rank, from window number `first` on.
 
-    An optimizer step takes `world * micro_steps * batch_size` windows; rank r takes the r-th run of
-    `micro_steps * batch_size` of them, so the ranks' windows are disjoint and together are those of one process.
+    An optimizer step takes `world * grad_accum_steps * batch_size` windows; rank r takes the r-th run of
+    `grad_accum_steps * batch_size` of them, so the ranks' windows are disjoint and together are those of one process.
     On CUDA a thread reads ahead into pinned memory and the transfer overlaps with computing.
     """
-    share = micro_steps * batch_size
+    per_rank = grad_accum_steps * batch_size  # windows of one rank in one step
 
     def read() -> Iterator[tuple[Tensor, Tensor]]:
         step_first = first
         while True:
-            for micro in range(micro_steps):
-                at = step_first + rank * share + micro * batch_size
-                starts = windows.starts(at, batch_size)
-                yield stream.batch(starts, windows.block_size, plain_windows(starts))
-            step_first += world * share
+            for micro_batch in range(grad_accum_steps):
+                at = step_first + rank * per_rank + micro_batch * batch_size
+                starts = sampler.starts(at, batch_size)
+                yield stream.batch(starts, sampler.block_size, plain_windows(starts))
+            step_first += world * per_rank
 
     if device is None or device.type != "cuda":
         for x, y in read():
@@ -274,7 +275,7 @@ def training_batches(
 
 
 def pinned(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The pair in page-locked memory, whole: columns of a wider matrix would be copied through ordinary memory again."""
+    """The pair in page-locked memory, contiguous: slices would pass through ordinary memory once more on their way."""
     x, y = pair
     return x.contiguous().pin_memory(), y.contiguous().pin_memory()
 
@@ -332,8 +333,8 @@ def validation_batches(
     """The fixed validation pass: windows side by side, every token predicted once.
 
     x and y are [<= batch_size, T]; the last window is shorter and comes alone. `limit` keeps the pass to that many
-    predicted tokens (0: all), in windows spread evenly, so that every book has its say. Ranks take every world-th batch;
-    their sums add up to the same pass.
+    predicted tokens (0: all), in windows spread evenly over the text. Ranks take every world-th batch; their sums add up
+    to the same pass.
     """
     last = len(stream) - 1
     if last < 1:

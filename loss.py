@@ -25,35 +25,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         """x [M, C], weight [V, C], targets [M]; `used` is N. Returns the summed loss, float32."""
         train = any(ctx.needs_input_grad[:2])
         rows = weight if weight.is_cuda else weight[:used]  # GPUs want the aligned matrix, CPUs the smaller one
-        narrow, table = x.to(dtype), rows.to(dtype)
+        x_lowp, weight_lowp = x.to(dtype), rows.to(dtype)
         total = torch.zeros((), device=x.device, dtype=torch.float32)
-        grad_x = torch.empty_like(narrow) if train else None
+        grad_x = torch.empty_like(x_lowp) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        # asked on CPUs only: the host would wait for a GPU in the middle of every step, and a compiled graph would end here
-        ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        whole = ask and bool((targets != IGNORE).all())
-        buffer = torch.empty(min(chunk, x.size(0)), table.size(0), dtype=dtype, device=x.device)
+        # looked at on CPUs only: reading a GPU's answer would stall every step, and would split a compiled graph
+        look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        none_ignored = look and bool((targets != IGNORE).all())
+        buffer = torch.empty(min(chunk, x.size(0)), weight_lowp.size(0), dtype=dtype, device=x.device)
         for start in range(0, x.size(0), chunk):
-            part, wanted = narrow[start : start + chunk], targets[start : start + chunk]
-            logits = torch.mm(part, table.t(), out=buffer[: len(part)])[:, :used]  # [chunk, N]
-            index = wanted.clamp(min=0)[:, None]
-            top, own = logits.amax(-1).float(), logits.gather(1, index)[:, 0].float()
-            slope = logits.softmax(dim=-1, dtype=torch.float32)
-            losses = top - slope.amax(-1).log() - own  # the largest share is never too small to tell
-            total += losses.sum() if whole else losses.masked_fill(wanted == IGNORE, 0.0).sum()
+            x_chunk, target = x_lowp[start : start + chunk], targets[start : start + chunk]
+            logits = torch.mm(x_chunk, weight_lowp.t(), out=buffer[: len(x_chunk)])[:, :used]  # [chunk, N]
+            index = target.clamp(min=0)[:, None]
+            max_logit, target_logit = logits.amax(-1).float(), logits.gather(1, index)[:, 0].float()
+            probs = logits.softmax(dim=-1, dtype=torch.float32)
+            # -log softmax(target) = max + log(sum exp(logit - max)) - target, and that sum is 1 / the largest probability
+            losses = max_logit - probs.amax(-1).log() - target_logit
+            total += losses.sum() if none_ignored else losses.masked_fill(target == IGNORE, 0.0).sum()
             if grad_x is None or grad_weight is None:
                 continue
-            slope.scatter_add_(1, index, torch.full_like(slope[:, :1], -1.0))  # softmax minus one-hot
-            thin, into = slope.to(dtype), grad_x[start : start + chunk]
-            torch.mm(thin, table[:used], out=into)
-            if not whole:
-                counts = (wanted != IGNORE)[:, None]
-                into *= counts
-                part = part * counts
+            # the gradient of cross-entropy by its logits: probabilities minus one-hot targets, in place of `probs`
+            dlogits = probs.scatter_add_(1, index, torch.full_like(probs[:, :1], -1.0)).to(dtype)
+            grad_x_chunk = grad_x[start : start + chunk]
+            torch.mm(dlogits, weight_lowp[:used], out=grad_x_chunk)
+            if not none_ignored:
+                counts = (target != IGNORE)[:, None]
+                grad_x_chunk *= counts
+                x_chunk = x_chunk * counts
             if dtype == torch.float32:
-                grad_weight[:used].addmm_(thin.t(), part)
+                grad_weight[:used].addmm_(dlogits.t(), x_chunk)
             else:
-                grad_weight[:used] += thin.t() @ part
+                grad_weight[:used] += dlogits.t() @ x_chunk
         if train:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype

@@ -26,8 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from config import ModelConfig
 from loss import IGNORE, LinearCrossEntropy, chunk_rows
 
-LONG = 512  # tokens from which attention weights are not kept for the backward pass where no fused kernel avoids them
-HELD = 1 << 23  # attention weights held at once there
+# On CPUs torch has no fused attention with dropout, so the [T, T] weights exist. From this context on they are computed
+# again in the backward pass instead of being kept, this many numbers at a time.
+RECOMPUTE_FROM = 512  # tokens
+RECOMPUTE_AT_ONCE = 1 << 23  # attention weights
 
 
 def sinusoids(length: int, channels: int) -> Tensor:
@@ -43,54 +45,56 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     q, k, v are [B, H, T, D]; returns [B, H, T, D]. Holds the whole [B, H, T, T] matrix in memory.
     """
     T = q.size(-2)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [B, H, T, T]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [B, H, T, T], scaled so that softmax keeps a slope
+    # a token may look at itself and at what came before: the upper triangle gets probability 0
     scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
-    return cast(Tensor, weights @ v)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # each row sums to 1
+    return weights @ v  # [B, H, T, D]: a weighted mean of the values
 
 
 def heads_at_once(batch: int, length: int, heads: int, dropout: float, device: str) -> int:
-    """Heads whose weights [B, heads, T, T] attention holds at once, forming them a second time for the backward pass.
+    """Heads whose attention weights [B, heads, T, T] exist at once, to be recomputed in the backward pass; 0: no recomputing.
 
-    0 where it holds none, or so few that it keeps them. On CPUs torch's fused attention has no dropout: the weights and
-    masks of every layer would take 9 GB at 124M parameters and T = 2048.
+    Nothing is recomputed where a fused kernel needs no weights, or where they are few enough to keep. The weights and
+    dropout masks of every layer would take 9 GB on a CPU at 124M parameters and T = 2048.
     """
-    if device != "cpu" or not dropout or length < LONG:
+    if device != "cpu" or not dropout or length < RECOMPUTE_FROM:
         return 0
-    return min(heads, max(1, HELD // (batch * length**2)))
+    return min(heads, max(1, RECOMPUTE_AT_ONCE // (batch * length**2)))
 
 
 class KVCache:
-    """Keys and values of what each slot has read, for writing one token a step.
+    """Keys and values of the tokens each slot has read, so that a step of writing computes only the newest token.
 
-    `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once. `length[slot]` tokens of a slot count.
+    `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once. Of a slot the first `length[slot]` tokens
+    are valid.
     """
 
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (slots, 2, config.n_head, config.block_size, config.head_size)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.stores = [layer.unsqueeze(2).unbind() for layer in self.layers]  # by slot [2, 1, H, block_size, D]
+        self.stores = [layer.unsqueeze(2).unbind() for layer in self.layers]  # views by slot, [2, 1, H, block_size, D]
         self.length = [0] * slots
 
     def reset(self, slot: int) -> None:
         """Forget what the slot has read."""
         self.length[slot] = 0
 
-    def copy(self, source: int, target: int, held: int | None = None) -> None:
-        """Let `target` continue from the first `held` tokens (None: all) of `source`: samples share a prefill."""
-        held = self.length[source] if held is None else held
+    def copy(self, source: int, target: int, tokens: int | None = None) -> None:
+        """Let `target` continue from the first `tokens` (None: all) of `source`: samples share a prefill."""
+        tokens = self.length[source] if tokens is None else tokens
         for layer in self.layers:
-            layer[target, :, :, :held] = layer[source, :, :, :held]
-        self.length[target] = held
+            layer[target, :, :, :tokens] = layer[source, :, :, :tokens]
+        self.length[target] = tokens
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before."""
+    """Multi-head attention in which a position sees itself and the positions before it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes the heads' results
         self.n_head, self.head_size, self.dropout = config.n_head, config.head_size, config.dropout
         self.plain = False  # the reference implementation, for comparison
 
@@ -102,37 +106,37 @@ class CausalSelfAttention(nn.Module):
             y = plain_attention(q, k, v, dropout)
         elif heads := heads_at_once(B, T, self.n_head, dropout, x.device.type):
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
-            attend = F.scaled_dot_product_attention
+            attend = F.scaled_dot_product_attention  # a few heads at a time, each time without keeping the weights
             y = torch.cat([checkpoint(attend, *part, None, dropout, True, use_reentrant=False) for part in parts], 1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
-    def prefill(self, x: Tensor, store: Tensor, held: int, mask: Tensor | None) -> Tensor:
-        """x [T, C] after `held` tokens of one slot, whose keys and values [2, H, block_size, D] are extended.
+    def prefill(self, x: Tensor, store: Tensor, past: int, mask: Tensor | None) -> Tensor:
+        """x [T, C] after the `past` tokens of one slot, whose keys and values [2, H, block_size, D] are extended.
 
-        mask [T, held + T]: None if nothing is held, as is_causal aligns its triangle at the top left.
+        mask [T, past + T]: None if nothing came before, as is_causal aligns its triangle at the top left.
         """
         T, C = x.shape
         q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
-        store[0, :, held : held + T], store[1, :, held : held + T] = k, v
-        past = store[:, None, :, : held + T]  # [2, 1, H, held + T, D]
-        y = F.scaled_dot_product_attention(q[None], past[0], past[1], attn_mask=mask, is_causal=mask is None)
+        store[0, :, past : past + T], store[1, :, past : past + T] = k, v
+        read = store[:, None, :, : past + T]  # [2, 1, H, past + T, D]
+        y = F.scaled_dot_product_attention(q[None], read[0], read[1], attn_mask=mask, is_causal=mask is None)
         return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
 
     def decode(self, x: Tensor, stores: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         """x [R, C], one new token for each of `stores`, the slots' keys and values, each [2, 1, H, block_size, D].
 
-        Rows beyond the slots only pad. Attention goes row by row: a row's result may not depend on the lengths of its
-        neighbours. Few, plain operations: with one token a step, calling them costs as much as computing.
+        Rows beyond the slots only pad. Attention goes row by row, so that a row's result does not depend on how long its
+        neighbours are. The operations are few and plain: at one token a step, calling them costs as much as computing.
         """
         R, C = x.shape
         rows = []
         qkv = self.c_attn.forward(x).view(R, 3, 1, self.n_head, 1, self.head_size).unbind()  # each [3, 1, H, 1, D]
-        for new, store, held in zip(qkv, stores, lengths, strict=False):
-            store.narrow(3, held, 1).copy_(new.narrow(0, 1, 2))
-            k, v = store.narrow(3, 0, held + 1).unbind()  # each [1, H, held + 1, D]
+        for new, store, past in zip(qkv, stores, lengths, strict=False):
+            store.narrow(3, past, 1).copy_(new.narrow(0, 1, 2))  # the new token's key and value, behind the others
+            k, v = store.narrow(3, 0, past + 1).unbind()  # each [1, H, past + 1, D]
             rows.append(F.scaled_dot_product_attention(new[0], k, v))
         if R > len(rows):
             rows.append(x.new_zeros(R - len(rows), self.n_head, 1, self.head_size))
@@ -146,8 +150,8 @@ class CausalSelfAttention(nn.Module):
         R, C = x.shape
         q, k, v = self.c_attn(x).view(R, 3, self.n_head, self.head_size).unbind(1)  # each [R, H, D]
         layer[slots, 0, :, positions], layer[slots, 1, :, positions] = k, v
-        past = layer[:, :, :, : mask.size(-1)].index_select(0, slots)  # [R, 2, H, span, D]
-        y = F.scaled_dot_product_attention(q[:, :, None], past[:, 0], past[:, 1], attn_mask=mask)  # [R, H, 1, D]
+        read = layer[:, :, :, : mask.size(-1)].index_select(0, slots)  # [R, 2, H, span, D]
+        y = F.scaled_dot_product_attention(q[:, :, None], read[:, 0], read[:, 1], attn_mask=mask)  # [R, H, 1, D]
         return cast(Tensor, self.c_proj(y.reshape(R, C)))
 
 
@@ -161,7 +165,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # [B, T, 4C] inside
         return F.dropout(x, self.dropout) if self.training else x
 
 
@@ -176,17 +180,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        # each half adds to the residual stream, which gradients pass unchanged; its input alone is normalised
         x = x + self.attn(self.ln_1(x))
         return cast(Tensor, x + self.mlp(self.ln_2(x)))
 
     def decode(self, x: Tensor, stores: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         """One new token a row, x [R, C] -> [R, C]; see CausalSelfAttention.decode."""
         x = x + self.attn.decode(self.ln_1.forward(x), stores, lengths)
-        return cast(Tensor, x + self.mlp.forward(self.ln_2.forward(x)))
+        return x + self.mlp.forward(self.ln_2.forward(x))
 
 
 class TiedHead(nn.Module):
-    """The output head of a tied model: it owns nothing and reads the embedding's weight, so the tie cannot break."""
+    """The output head of a tied model: it has no weight of its own and reads the embedding's, so the tie cannot break."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
@@ -201,7 +206,7 @@ class TiedHead(nn.Module):
 
 
 def embedding(rows: int, channels: int) -> nn.Embedding:
-    """A table of `rows`; without numbers to draw on the meta device, where that alone loads torch's compiler (1.6 s)."""
+    """An embedding [rows, channels]; on the meta device without drawing numbers, which would load torch's compiler (1.6 s)."""
     weight = torch.empty(rows, channels)
     return nn.Embedding(rows, channels, _weight=weight if weight.is_meta else None)
 
@@ -231,6 +236,7 @@ class GPT(nn.Module):
         """GPT-2's initialisation: N(0, 0.02), residual projections N(0, 0.02/sqrt(2 n_layer)), padding rows zero."""
         if self.wte.weight.is_meta:
             return
+        # every block adds two projections to the residual stream: the smaller they start, the deeper the model may be
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -239,19 +245,20 @@ class GPT(nn.Module):
                 nn.init.constant_(parameter, 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)
         if self.config.positions == "sinusoidal":
             self.positions = sinusoids(self.config.block_size, self.config.n_embd).to(self.wte.weight.device)
+        # rows beyond the tokenizer's ids only pad the matrices; a tied weight appears once
         for matrix in {id(w): w for w in (self.wte.weight, cast(Tensor, self.lm_head.weight))}.values():
             matrix[self.config.tokens :] = 0.0
 
     def _positions(self, start: int, stop: int) -> Tensor:
-        table = self.wpe.weight if self.config.positions == "learned" else cast(Tensor, self.positions)
+        table = self.wpe.weight if self.config.positions == "learned" else self.positions
         return table[start:stop]
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> float32 logits [..., N]: ids that only pad the vocabulary do not appear at all."""
-        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # prepared for writing by quantize.py
+        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # int8, by inference/quantize.py
             return cast(Tensor, self.lm_head(x)).float()
-        weight = cast(Tensor, self.lm_head.weight)
-        rows = weight if weight.is_cuda else weight[: self.config.tokens]
+        weight = self.lm_head.weight
+        rows = weight if weight.is_cuda else weight[: self.config.tokens]  # GPUs multiply the padded matrix faster
         return F.linear(x, rows)[..., : self.config.tokens].float()
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -262,18 +269,20 @@ class GPT(nn.Module):
         B, T = ids.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}: pass fewer")
+        # what each token is, plus where it stands
         x = F.dropout(self.wte(ids) + self._positions(0, T), self.config.dropout, self.training)  # [B, T, C]
         for block in self.h:
-            x = block(x)
+            x = block(x)  # [B, T, C]: every block adds what it has found to the stream
         x = self.ln_f(x)
         if targets is None:
             return self._logits(x)
+        # head and loss in one, in the number format of autocast: the logits of the whole batch never exist at once
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
         weight = cast(Tensor, self.lm_head.weight)
         total = LinearCrossEntropy.apply(x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows)
-        return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))
+        return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
 
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `slots` texts at once: 2 * n_layer * slots * block_size * n_embd numbers."""
@@ -281,29 +290,30 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int, every: bool = False) -> Tensor:
-        """Read T tokens into a slot behind what it holds; returns the logits [N] after the last one, or [T, N]."""
-        held, T = cache.length[slot], len(ids)
-        if not T or held + T > self.config.block_size:
-            raise ValueError(f"{held} + {T} tokens do not fit 1..{self.config.block_size}: pass the end of the text")
-        x = self.wte(torch.as_tensor(ids, device=self.wte.weight.device)) + self._positions(held, held + T)  # [T, C]
-        mask = torch.full((T, held + T), float("-inf"), dtype=x.dtype, device=x.device).triu(held + 1) if held else None
+        """Read T tokens into a slot after those it has; returns the logits [N] after the last one, or [T, N]."""
+        past, T = cache.length[slot], len(ids)
+        if not T or past + T > self.config.block_size:
+            raise ValueError(f"{past} + {T} tokens do not fit 1..{self.config.block_size}: pass the end of the text")
+        x = self.wte(torch.as_tensor(ids, device=self.wte.weight.device)) + self._positions(past, past + T)  # [T, C]
+        # [T, past + T]: a new token sees all past ones, and of the new ones those up to itself
+        mask = torch.full((T, past + T), float("-inf"), dtype=x.dtype, device=x.device).triu(past + 1) if past else None
         for store, block in zip(cache.layers, cast(Sequence[Block], self.h), strict=True):
-            x = x + block.attn.prefill(block.ln_1(x), store[slot], held, mask)
+            x = x + block.attn.prefill(block.ln_1(x), store[slot], past, mask)
             x = x + block.mlp(block.ln_2(x))
-        cache.length[slot] = held + T
+        cache.length[slot] = past + T
         return self._logits(self.ln_f(x)) if every else self._logits(self.ln_f(x[-1:]))[0]
 
     @torch.inference_mode()
     def decode(self, ids: Sequence[int], cache: KVCache, slots: Sequence[int], rows: int = 0) -> Tensor:
         """One new token for each of `slots`; returns logits [len(slots), N].
 
-        rows: pad the batch to so many rows, on which the last bits of a product may depend (quantize.row_counts).
+        rows: pad the batch to this many, as the last bits of a matrix product may depend on it (quantize.row_counts).
         """
         lengths = [cache.length[slot] for slot in slots]
         if max(lengths) >= self.config.block_size:
-            raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text anew")
+            raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text again")
         device = self.wte.weight.device
-        table = self._positions(0, self.config.block_size)
+        table = self._positions(0, self.config.block_size)  # rows stand at different positions
         padding = [0] * (rows - len(slots))
         x = self.wte(torch.tensor([*ids, *padding], device=device))  # [R, C]
         x = x + table[torch.tensor([*lengths, *padding], device=device)]
@@ -358,7 +368,10 @@ class GPT(nn.Module):
         return [*rows, ("total", sum(row[1] for row in rows), sum(row[2] for row in rows))]
 
     def flops_per_token(self) -> float:
-        """Training cost of a token in FLOPs: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B), embeddings looked up free."""
+        """Training cost of a token in FLOPs: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
+
+        Looking up an embedding costs nothing, so N leaves out tables that are only looked up.
+        """
         c = self.config
         matrices = self.num_parameters() - (c.block_size * c.n_embd if c.positions == "learned" else 0)
         matrices -= 0 if c.tied_head else c.vocab_size * c.n_embd

@@ -5,7 +5,7 @@
     cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
 
 The folder holds `train_000000.bin` …, `val_000000.bin` … (little-endian uint16, or uint32 beyond 65,536 ids), the
-tokenizer and `manifest.json`. It appears whole or not at all; an interrupted preparation goes on where it was.
+tokenizer and `manifest.json`. It appears whole or not at all; an interrupted preparation continues where it was.
 """
 
 from __future__ import annotations
@@ -17,10 +17,27 @@ from pathlib import Path
 from cli import flag_value, parse_flags, run_main
 from config import ROOT, ConfigError, load_config
 from corpus import sources
-from corpus.preparation import OURS, PrepareFlags, default_out, join_parts, prepare
+from corpus.preparation import PREPARED_FILES, PrepareFlags, default_out, join_parts, prepare
 
 
-def _refuse_another_vocabulary(given: Sequence[str], size: str) -> None:
+def read_flags(given: Sequence[str]) -> PrepareFlags:
+    """The flags over the defaults of the preset and of the source that they name. Raises ConfigError."""
+    preset, hub = flag_value(given, "preset"), flag_value(given, "hub")
+    defaults = load_config(preset).data.model_dump() if preset else {}
+    if named := hub or flag_value(given, "source"):
+        defaults |= sources.defaults(named) | {"source": named}
+    if size := flag_value(given, "vocab-size"):
+        refuse_another_vocabulary(given, size)
+        defaults["tokenizer"] = "bpe"
+    flags = parse_flags(PrepareFlags, given, defaults=defaults, description=__doc__)
+    if hub and flags.source != hub:
+        raise ConfigError([f"--hub {hub} and --source {flags.source}: give one of them"])
+    if flags.join and not flags.out:
+        raise ConfigError(["--join needs --out FOLDER"])
+    return flags
+
+
+def refuse_another_vocabulary(given: Sequence[str], size: str) -> None:
     """Raise ConfigError where the flags ask for a new vocabulary of `size` ids and for one that exists."""
     kind, folder = flag_value(given, "tokenizer"), flag_value(given, "tokenizer-from")
     if folder or kind not in (None, "bpe"):
@@ -28,26 +45,22 @@ def _refuse_another_vocabulary(given: Sequence[str], size: str) -> None:
         raise ConfigError([f"--vocab-size {size} asks for a new vocabulary, but {other} has its own: give one of them"])
 
 
+def out_folder(flags: PrepareFlags) -> Path:
+    """--out, else data/ and the name of the preset or of the first input."""
+    if flags.out:
+        return flags.out
+    if flags.preset:
+        return default_out(flags.preset)
+    first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or (flags.source,))[0]).stem
+    return ROOT / "data" / (first or "mine")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; see the module's first lines. Returns the exit code."""
 
     def body() -> int:
-        given = list(sys.argv[1:] if argv is None else argv)
-        preset = flag_value(given, "preset")
-        hub = flag_value(given, "hub")
-        values = load_config(preset).data.model_dump() if preset else {}
-        if named := hub or flag_value(given, "source"):
-            values |= sources.defaults(named) | {"source": named}
-        if size := flag_value(given, "vocab-size"):
-            _refuse_another_vocabulary(given, size)
-            values["tokenizer"] = "bpe"
-        flags = parse_flags(PrepareFlags, given, defaults=values, description=__doc__)
-        if hub and flags.source != hub:
-            raise ConfigError([f"--hub {hub} and --source {flags.source}: give one of them"])
-        first = "stdin" if flags.input[:1] == ("-",) else Path((flags.input or (flags.source,))[0]).stem
-        if flags.join and not flags.out:
-            raise ConfigError(["--join needs --out FOLDER"])
-        out = flags.out or (default_out(flags.preset) if flags.preset else ROOT / "data" / (first or "mine"))
+        flags = read_flags(sys.argv[1:] if argv is None else argv)
+        out = out_folder(flags)
         if flags.join:
             join_parts(flags.join, out)
         else:
@@ -59,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.s3_output:
             from storage.s3 import upload_folder
 
-            upload_folder(out, flags.s3_output, keep=lambda name: OURS.fullmatch(name) is not None)
+            upload_folder(out, flags.s3_output, keep=lambda name: PREPARED_FILES.fullmatch(name) is not None)
         return 0
 
     return run_main(body)

@@ -1,41 +1,31 @@
-"""From logits to text: filters, seeds, stop strings, and the loop that every surface writes with.
+"""From logits to the next token: filters, seeds and stop strings.
 
-    >>> values, ids = candidates(logits, GenerationParams(top_k=40), seen=None)    # what may still be drawn
-    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), seen)
-    >>> writer = Writer(model, slots=4)
-    >>> writer.add(Text(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
-    >>> while writer.texts: print(writer.step())
+    >>> history = History(prompt_ids, len(prompt_ids), tokenizer)       # the caller appends to its list of ids
+    >>> values, ids = candidates(logits, GenerationParams(top_k=40), history)     # what may still be drawn
+    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), history)
 
-One seed, one text. Whether a text is written alone or beside others, by `generate.py` or by the server, its bits are the
-same, because nothing about it depends on its neighbours:
-- A prompt is read alone, in chunks of CHUNK tokens counted from the start of its window. What one text has read may be
-  copied for another that begins with the same chunks: reading them again would give the same bits.
-- Then all texts take a step together. The matrices see one of the row counts that `quantize.row_counts` found to
-  agree bit for bit; attention goes text by text.
-- Each text draws from its own generator, on the CPU in float32, one number a token.
-- When a text has filled its context, its window is read anew: a rule of its own tokens only (`Text.roll`).
-- A text in a style has the style's control id in front of every window. In a blend of styles it is read in several slots,
-  one a style, and drawn from the mixture of their logits (`Text.mixture`).
+All of it runs on the CPU in float32, for one text at a time, so that a text does not depend on what is written beside it.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import GenerationParams
+from config import SETTINGS, GenerationParams
 
 if TYPE_CHECKING:
-    pass
+    from tokenizer import Tokenizer
 
-COLD = 1e-6  # temperatures below it are 0: the likeliest token
-BLOCK = 64  # logits of which `largest` looks at the maximum first
+ZERO_TEMPERATURE = 1e-6  # temperatures below it are 0: the likeliest token
+BLOCK = 64  # logits of which `top_k` looks at the maximum first
 MASK = 2**64 - 1
 
 
@@ -56,14 +46,59 @@ def seed_of(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def penalised(logits: np.ndarray, penalty: float, seen: Tensor | None) -> np.ndarray:
-    """logits [N] with those of the ids `seen` divided by `penalty`, or multiplied where negative (Keskar et al. 2019)."""
-    if penalty == 1.0 or seen is None or not len(seen):
-        return logits
-    ids = seen.numpy()
-    held, logits = logits[ids], logits.copy()
-    logits[ids] = np.where(held < 0, held * np.float32(penalty), held / np.float32(penalty))
-    return logits
+class GrowingArray:
+    """Ids in an int64 array that grows at its end without being copied each time."""
+
+    def __init__(self) -> None:
+        self.store, self.size = np.empty(64, dtype=np.int64), 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        end = self.size + len(ids)
+        if end > len(self.store):
+            self.store = np.concatenate((self.store[: self.size], np.empty(end, dtype=np.int64)))
+        self.store[self.size : end] = ids
+        self.size = end
+
+    def array(self) -> np.ndarray:
+        return self.store[: self.size]
+
+
+class History:
+    """The ids of one text so far, as the filters need them. `ids` is the caller's list, which grows at its end.
+
+    prompt_tokens: how many of them are the prompt's; the rest are written. tokenizer: for filters that look at what
+    the ids spell.
+    """
+
+    def __init__(self, ids: list[int], prompt_tokens: int = 0, tokenizer: Tokenizer | None = None):
+        self.ids, self.prompt_tokens, self.tokenizer = ids, prompt_tokens, tokenizer
+        self._known: set[int] = set()
+        self._distinct, self._counted = GrowingArray(), 0
+
+    def distinct(self) -> np.ndarray:
+        """Each id of the text once, in no particular order."""
+        if self._counted < len(self.ids):
+            new = set(self.ids[self._counted :]) - self._known
+            self._known |= new
+            self._distinct.extend(sorted(new))
+            self._counted = len(self.ids)
+        return self._distinct.array()
+
+
+NOTHING = History([])
+
+
+@lru_cache(maxsize=8)
+def _all_ids(count: int) -> np.ndarray:
+    ids = np.arange(count)
+    ids.setflags(write=False)
+    return ids
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities [M] of logits [M], float32."""
+    powers = np.exp(logits - logits.max())
+    return cast(np.ndarray, powers / powers.sum())
 
 
 def _check(top: np.ndarray) -> None:
@@ -75,84 +110,131 @@ def _check(top: np.ndarray) -> None:
         )
 
 
-def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values [count], ids [count]) of the largest of logits [N], falling, NaN first; in less than half of topk's time.
+def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(values [k], places [k]) of the largest of logits [M], falling, NaN first; in less than half of torch.topk's time.
 
-    Of blocks of BLOCK logits, `count` have maxima of at least the count-th largest: what lies below it is not looked at.
+    Of blocks of BLOCK logits, k have maxima of at least the k-th largest: what lies below it is not looked at.
     """
     whole = len(logits) // BLOCK * BLOCK
     maxima = logits
-    if whole >= 4 * count * BLOCK:
+    if whole >= 4 * k * BLOCK:
         maxima = torch.from_numpy(logits[:whole]).view(-1, BLOCK).amax(1).numpy()
-    least = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
-    ids = np.flatnonzero(~(logits < least))
-    ids = ids[logits[ids].argsort(kind="stable")[::-1][:count]]
-    return logits[ids], ids
+    least = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    places = np.flatnonzero(~(logits < least))
+    places = places[logits[places].argsort(kind="stable")[::-1][:k]]
+    return logits[places], places
 
 
-def candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(logits [M], ids [M]) of the tokens that may be drawn from logits [N], after temperature; greedy leaves one.
+# A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
+# neither array in place. Filters before the temperature get all N ids: there the logit of id i is logits[i].
+Candidates = tuple[np.ndarray, np.ndarray]
+Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
 
-    The same set and the same values as transformers' processors in the order repetition penalty, temperature, top-k,
-    top-p, min-p; of equal logits at the edge of top-p those with larger ids stay (there it is left open). Raises
+
+def penalise_repetition(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """Divide the logits of ids in the text by `repetition_penalty`, or multiply negative ones (Keskar et al. 2019)."""
+    if not text.ids:
+        return logits, ids
+    seen, penalty = text.distinct(), np.float32(params.repetition_penalty)
+    held, logits = logits[seen], logits.copy()
+    logits[seen] = np.where(held < 0, held * penalty, held / penalty)
+    return logits, ids
+
+
+def apply_temperature(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Divide by the temperature and keep the `top_k` largest, with all that equal the last; temperature 0 keeps one.
+
+    The two are one filter because it is much cheaper to look for the largest first and to divide k numbers. Raises
     LogitsError where the logits hold NaN or plus infinity.
     """
-    values, ids = _candidates(logits, params, seen)
-    return torch.from_numpy(values), torch.from_numpy(ids)
+    if params.temperature < ZERO_TEMPERATURE:
+        best = np.argmax(logits, keepdims=True)
+        _check(logits[best[0]])
+        return logits[best], ids[best]
+    k, temperature = params.top_k, np.float32(params.temperature)
+    if not 0 < k < len(logits):
+        _check(logits.max())
+        return logits / temperature, ids
+    largest, places = top_k(logits, k + 1)  # one more, to see whether the last place is shared
+    _check(largest[0])
+    scaled = largest / temperature
+    if scaled[-1] == scaled[-2]:
+        logits = logits / temperature
+        places = np.flatnonzero(logits >= scaled[-2])
+        return logits[places], ids[places]
+    return scaled[:-1], ids[places[:-1]]
 
 
-def _candidates(logits: Tensor, params: GenerationParams, seen: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """`candidates` in NumPy, whose calls cost a fifth of torch's: with top-k, what follows works on k numbers."""
-    values = penalised(logits.numpy(), params.repetition_penalty, seen)
-    N, temperature = len(values), np.float32(params.temperature)
-    if params.temperature < COLD:
-        best = np.argmax(values, keepdims=True)
-        _check(values[best[0]])
-        return values[best], best
-    if 0 < params.top_k < N:
-        top, ids = largest(values, params.top_k + 1)  # one more, to see whether the last place is shared
-        _check(top[0])
-        scaled = top / temperature
-        if scaled[-1] == scaled[-2]:
-            least, values = scaled[-2], values / temperature
-            ids = np.flatnonzero(values >= least)
-            values = values[ids]
-        else:
-            values, ids = scaled[:-1], ids[:-1]
-    else:
-        _check(values.max())
-        values, ids = values / temperature, np.arange(N)
-    if params.top_p < 1:
-        order = np.lexsort((ids, values))
-        values, ids = values[order], ids[order]
-        kept = shares(values).cumsum() > np.float32(1 - params.top_p)
-        kept[-1] = True
-        values, ids = values[kept], ids[kept]
-    if params.min_p > 0:
-        likely = shares(values)
-        kept = likely >= np.float32(params.min_p) * likely.max()
-        values, ids = values[kept], ids[kept]
+def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """The smallest set of likeliest ids whose probabilities sum to `top_p` (Holtzman et al. 2020, nucleus sampling).
+
+    Of equal logits at the edge those with larger ids stay, which transformers leaves open.
+    """
+    order = np.lexsort((ids, logits))
+    logits, ids = logits[order], ids[order]
+    kept = softmax(logits).cumsum() > np.float32(1 - params.top_p)
+    kept[-1] = True
+    return logits[kept], ids[kept]
+
+
+def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Ids at least `min_p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    probs = softmax(logits)
+    kept = probs >= np.float32(params.min_p) * probs.max()
+    return logits[kept], ids[kept]
+
+
+# In this order, as in transformers: penalties on the logits of all ids, temperature, then what cuts off the unlikely.
+# A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
+FILTERS: tuple[tuple[str, Filter], ...] = (
+    ("repetition_penalty", penalise_repetition),
+    ("temperature", apply_temperature),
+    ("top_p", keep_top_p),
+    ("min_p", keep_min_p),
+)
+_STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
+
+
+def _candidates(
+    logits: Tensor, params: GenerationParams, history: History, generator: torch.Generator | None
+) -> Candidates:
+    """All ids of logits [N] through FILTERS; in NumPy, whose calls cost a fifth of torch's."""
+    values = logits.numpy()
+    ids = _all_ids(len(values))
+    for name, off, function in _STEPS:
+        if getattr(params, name) != off:
+            values, ids = function(values, ids, params, history, generator)
     return values, ids
 
 
-def shares(values: np.ndarray) -> np.ndarray:
-    """softmax of values [M], float32"""
-    powers = np.exp(values - values.max())
-    return cast(np.ndarray, powers / powers.sum())
+def candidates(
+    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logits [M], ids [M]) of the tokens that may be drawn from logits [N] after all FILTERS; at temperature 0 one.
+
+    The same set and the same values as transformers' processors leave. Raises LogitsError where the logits hold NaN or
+    plus infinity.
+    """
+    values, ids = _candidates(logits, params, history, generator)
+    return torch.from_numpy(values), torch.from_numpy(np.array(ids))
 
 
-def filter_logits(logits: Tensor, params: GenerationParams, seen: Tensor | None = None) -> Tensor:
-    """logits [N] after penalty and temperature, -inf where a token may not be drawn; for comparison and display."""
-    values, ids = candidates(logits, params, seen)
+def filter_logits(
+    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+) -> Tensor:
+    """logits [N] after all FILTERS, -inf where a token may not be drawn; for comparison and display."""
+    values, ids = candidates(logits, params, history, generator)
     return torch.full_like(logits, float("-inf")).index_put((ids,), values)
 
 
-def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, seen: Tensor | None = None) -> int:
+def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
-    values, ids = _candidates(logits, params, seen)
-    if len(ids) == 1 and params.temperature < COLD:
+    values, ids = _candidates(logits, params, history, generator)
+    if len(ids) == 1 and params.temperature < ZERO_TEMPERATURE:
         return int(ids[0])
-    summed = shares(values).cumsum(dtype=np.float64)
+    summed = softmax(values).cumsum(dtype=np.float64)
     drawn = float(torch.rand((), generator=generator, dtype=torch.float64)) * summed[-1]
     return int(ids[min(int(summed.searchsorted(drawn, side="right")), len(ids) - 1)])
 

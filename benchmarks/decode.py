@@ -53,42 +53,42 @@ def random_folder(folder: Path) -> Path:
 
 
 def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn, Callable[[], float]]:
-    """(turn, time to the first token of a long prompt) with our decode core, `streams` texts side by side."""
+    """(turn, time to the first token of a long prompt) with our decoder, `streams` texts side by side."""
     from config import GenerationParams
-    from inference.decoder import Text, Writer
+    from inference import decoder
     from inference.quantize import load_for_writing
 
     model, tokenizer, _ = load_for_writing(folder, device=device, dtype=dtype)
     tokenizer.eot = None  # no text ends before its time
-    writer = Writer(model, streams)
+    batch = decoder.BatchDecoder(model, streams)
     count = [0]
 
-    def text(length: int, tokens: int) -> Text:
+    def text(length: int, tokens: int) -> decoder.Sequence:
         count[0] += 1
         ids = [(count[0] * 7919 + at * 31) % model.config.tokens for at in range(length)]
         params = GenerationParams(max_tokens=tokens, repetition_penalty=1.2)
-        made = Text(tokenizer, ids, params, seed=count[0], index=0, context=model.config.block_size)
-        writer.add(made)
+        made = decoder.Sequence(tokenizer, ids, params, seed=count[0], index=0, context=model.config.block_size)
+        batch.add(made)
         return made
 
     def turn(tokens: int) -> list[float]:
         for _ in range(streams):
-            text(PROMPT, tokens + streams + 1)  # the first ones write while the others are read
-        while any(one.reading for one in writer.texts):
-            writer.step()
+            text(PROMPT, tokens + streams + 1)  # the first ones write while the others are prefilled
+        while any(one.prefilling for one in batch.sequences):
+            batch.step()
         moments = [time.perf_counter()]
         for _ in range(tokens):
-            writer.step()
+            batch.step()
             moments.append(time.perf_counter())
-        for one in list(writer.texts):
-            writer.remove(one)
+        for one in list(batch.sequences):
+            batch.remove(one)
         return gaps(moments)
 
     def first() -> float:
         begun = time.perf_counter()
         made = text(min(FIRST, model.config.block_size // 2), 1)
-        while made in writer.texts:
-            writer.step()
+        while made in batch.sequences:
+            batch.step()
         return time.perf_counter() - begun
 
     return turn, first

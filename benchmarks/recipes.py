@@ -50,7 +50,7 @@ def play(args: argparse.Namespace) -> None:
     import torch
 
     from config import ModelConfig, TrainConfig
-    from dataset import TokenData, Windows, training_batches
+    from dataset import TokenData, WindowSampler, training_batches
     from devices import Team, keep_memory
     from model import GPT
     from training.optimizer import Optimizer, lr_scale
@@ -66,7 +66,9 @@ def play(args: argparse.Namespace) -> None:
     model = GPT(shape)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = args.batch // args.block
-    source = training_batches(data.train, Windows(len(data.train), args.block, 1337), batch_size=batch, micro_steps=1)
+    source = training_batches(
+        data.train, WindowSampler(len(data.train), args.block, 1337), batch_size=batch, grad_accum_steps=1
+    )
     recipe = TrainConfig(max_steps=1, warmup_steps=1, **RECIPES[args.play])
     optimizer = Optimizer(model, recipe)
     total, step, spent = 0, 0, 0.0

@@ -1,8 +1,8 @@
 """Cleaning of plain texts: line ends, Project Gutenberg's licences and markup, hard-wrapped lines, broken encodings, and
 where a long text may be cut.
 
-Everything works on a piece of a text at a time, at several hundred MB/s. What concerns the markup of e-texts (notes,
-illustrations, italics) is meant for texts whose `Layout` says `book`: elsewhere brackets and underscores may mean
+Every function works on a chunk of a text at a time, at several hundred MB/s. Those that remove the markup of e-texts
+(notes, illustrations, italics) are for texts whose `Layout` says `book`: elsewhere brackets and underscores may mean
 something else.
 
     python -c "from corpus import cleaning; print(cleaning.find_layout(open('book.txt', 'rb').read()))"
@@ -18,10 +18,11 @@ from itertools import pairwise
 import numpy as np
 
 TAB, NEWLINE, SPACE, QUOTE, APOSTROPHE, DASH, SMALL_A, SMALL_Z = b"\t\n \"'-az"
-MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+CHUNK_BYTES = 1 << 20  # bytes of one chunk of a long text, and what one process holds of it at a time
 LICENCE_WINDOW = 65536  # bytes at either end of a file that may hold licence text
-WORD = 24  # longer words are taken as this long
-LAYOUT_SAMPLE = 1 << 17  # bytes of a text that its layout is judged by
+LONGEST_WORD = 24  # characters; longer words count as this long
+LAYOUT_SAMPLE = 1 << 17  # bytes at the start of a text from which its layout is found
 
 HEADER = re.compile(
     rb"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT).{0,400}?\*\*\*[^\n]*\n", re.DOTALL | re.IGNORECASE
@@ -57,14 +58,14 @@ LOST_QUOTE = re.compile(f"â€(?![{LATER}])")  # a closing quotation mark whose
 
 @dataclass(frozen=True)
 class Layout:
-    """How a text's lines are broken. width 0: not wrapped, or not so that joining is safe."""
+    """How a text's lines are broken. width 0: not hard-wrapped, or not so that joining lines is safe."""
 
     width: int = 0
     """Characters that a full line holds."""
     blocks: bool = True
-    """Blank lines part the paragraphs; otherwise only a line that ends early does."""
+    """Blank lines separate the paragraphs; if false, only a short last line does."""
     book: bool = False
-    """An e-text like Project Gutenberg's, so that its markup is known."""
+    """An e-text with Project Gutenberg's markup."""
 
 
 def normalise_newlines(data: bytes) -> bytes:
@@ -73,10 +74,10 @@ def normalise_newlines(data: bytes) -> bytes:
 
 
 def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
-    """Where a text of `size` bytes begins and ends without Project Gutenberg's header and licence.
+    """Start and stop of a text of `size` bytes without Project Gutenberg's header and licence; (0, size) where it has none.
 
-    `head` and `tail` are its first and last LICENCE_WINDOW bytes. (0, size) where it carries none. Knows the START and
-    END OF THE PROJECT GUTENBERG EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
+    `head` and `tail` are its first and last LICENCE_WINDOW bytes. Recognises the START and END OF THE PROJECT GUTENBERG
+    EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
     """
     small = (head.lower(), tail.lower())
     if not any(word in end for end in small for word in (b"gutenberg", b"small print")):
@@ -100,10 +101,10 @@ def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
 
 
 def find_layout(sample: bytes) -> Layout:
-    """The layout of a text, judged by its first LAYOUT_SAMPLE bytes.
+    """The layout of a text, found from its first LAYOUT_SAMPLE bytes.
 
-    Wrapped prose has mostly full lines, and lines inside a paragraph mostly begin with a small letter. Verse, plays,
-    lists and texts with one line a paragraph fail one or the other, and so do texts of fewer than 20 lines.
+    In hard-wrapped prose most lines are full, and most lines inside a paragraph begin with a small letter. Verse, plays,
+    lists and texts with one line a paragraph fail one of the two tests, and so do texts of fewer than 20 lines.
     """
     if sample.count(b"\n") + sample.count(b"\r") < 20:
         return Layout()
@@ -124,11 +125,11 @@ def find_layout(sample: bytes) -> Layout:
 
 
 def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
-    """Join the hard-wrapped lines of `data` (LF line ends) into paragraphs; also how many line breaks went.
+    """Join the hard-wrapped lines of `data` (LF line ends) into paragraphs; also returns how many line breaks were removed.
 
-    Where blank lines part paragraphs, all lines of one are joined if three in four are long; short lines (verse,
-    addresses, lists) and indented ones stay. Otherwise two lines are joined where the second one's first word would not
-    have fit on the first. A line that ends in a dash or hyphen is joined without a space.
+    Where blank lines separate paragraphs, all lines of a paragraph are joined if three in four are long; short lines
+    (verse, addresses, lists) and indented ones stay. Otherwise two lines are joined where the second one's first word would
+    not have fit on the first. A line that ends in a dash or hyphen is joined without a space.
     """
     if not layout.width:
         return data, 0
@@ -145,10 +146,10 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
         turn = ((last == QUOTE) | (last == APOSTROPHE)) & ((first == QUOTE) | (first == APOSTROPHE))
         small = (first >= SMALL_A) & (first <= SMALL_Z) & (lengths[:-1] >= 0.6 * layout.width)
         joined = may_join & small
-        unsure = np.flatnonzero(may_join & ~small & ~turn & (lengths[:-1] + WORD >= layout.width))
-        ahead = buffer[np.minimum(starts[1:][unsure, None] + np.arange(WORD + 1), len(buffer) - 1)]
+        unsure = np.flatnonzero(may_join & ~small & ~turn & (lengths[:-1] + LONGEST_WORD >= layout.width))
+        ahead = buffer[np.minimum(starts[1:][unsure, None] + np.arange(LONGEST_WORD + 1), len(buffer) - 1)]
         word = np.argmax((ahead == SPACE) | (ahead == NEWLINE), axis=1)
-        joined[unsure] = lengths[unsure] + 1 + np.where(word, word, WORD) > layout.width
+        joined[unsure] = lengths[unsure] + 1 + np.where(word, word, LONGEST_WORD) > layout.width
     at = stops[:-1][joined]
     buffer[at] = SPACE
     before, before2 = buffer[at - 1], buffer[np.maximum(at - 2, 0)]
@@ -161,22 +162,22 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
 
 
 def strip_illustrations(data: bytes) -> tuple[bytes, int]:
-    """`data` (LF line ends) without `[Illustration]` and `[Illustration: caption]`; also how many went."""
+    """`data` (LF line ends) without `[Illustration]` and `[Illustration: caption]`; also returns how many were removed."""
     if b"[" not in data or not (b"[Illustration" in data or b"[ILLUSTRATION" in data):
         return data, 0
-    return _drop(data, ILLUSTRATION, CAPTION_LIMIT)
+    return _remove(data, ILLUSTRATION, CAPTION_LIMIT)
 
 
 def strip_notes(data: bytes, last: bool = True) -> tuple[bytes, int]:
-    """`data` (LF line ends) without the transcriber's notes; also how many went. last: the text ends with `data`.
+    """`data` (LF line ends) without the transcriber's notes; also returns how many were removed.
 
-    Knows `[Transcriber's note: …]` anywhere, and, near either end, a line that begins with "Transcriber's Note": it goes up to
-    the lower edge of its box, to two blank lines, or, near the end of the text, to the end. Where none of these is near,
-    only the paragraph goes that the line begins.
+    last: the text ends with `data`. Removes `[Transcriber's note: …]` anywhere. A note without brackets begins with a line
+    "Transcriber's Note" near either end of the text, and extends to the lower edge of its box, to two blank lines, or, near
+    the end of the text, to the end. Where none of these is near, only the paragraph that the line begins is removed.
     """
     count = 0
     if b"[" in data and (b"[Transcriber" in data or b"[TRANSCRIBER" in data):
-        data, count = _drop(data, BRACKET_NOTE, NOTE_LIMIT)
+        data, count = _remove(data, BRACKET_NOTE, NOTE_LIMIT)
     ends = (data[:NOTE_WINDOW], data[-NOTE_WINDOW:])
     if not any(word in end for end in ends for word in (b"ranscriber", b"TRANSCRIBER")):
         return data, count
@@ -192,9 +193,9 @@ def strip_notes(data: bytes, last: bool = True) -> tuple[bytes, int]:
 
 
 def strip_italics(text: str) -> tuple[str, int]:
-    """`text` with `_these words_` as these words; also how many went.
+    """`text` with `_these words_` as these words; also returns how many pairs of underscores were removed.
 
-    Underscores inside a word, beside other underscores or before white space stay, and no pair reaches over a blank line.
+    Underscores inside a word, beside other underscores or before white space stay, and no pair spans a blank line.
     """
     count = 0
 
@@ -210,9 +211,9 @@ def strip_italics(text: str) -> tuple[str, int]:
 
 
 def fix_mojibake(text: str) -> str:
-    """`text` with UTF-8 that was read as Windows-1252 or Latin-1 (`â€œhiâ€`, `Ã©`) put right, by ftfy.
+    """`text` with UTF-8 that was read as Windows-1252 or Latin-1 (`â€œhiâ€`, `Ã©`) repaired by ftfy.
 
-    Quotation marks, ligatures and accents that are what they should be stay as they are.
+    Correct quotation marks, ligatures and accents stay as they are.
     """
     if text.isascii() or not (MOJIBAKE.search(text) or LOST_QUOTE.search(text)):
         return text
@@ -222,10 +223,10 @@ def fix_mojibake(text: str) -> str:
 
 
 def cut_after(window: bytes, layout: Layout) -> int | None:
-    """Where in `window` a long text may be cut so that its pieces, cleaned and encoded apart, give what the whole gives.
+    """Where in `window` a long text may be cut so that its chunks, cleaned and encoded apart, give what the whole text gives.
 
-    GPT-2's pre-tokenizer always splits between white space and what stands before it; wrapped lines and markup need the
-    end of a paragraph besides. None where `window` has no such place.
+    GPT-2's pre-tokenizer always splits before white space; wrapped lines and markup require the end of a paragraph as
+    well. None where `window` has no such place.
     """
     for found in (PARAGRAPH_END if layout.width or layout.book else WORD_END).finditer(window):
         before = window[max(0, found.start() - 4) : found.start()].decode("utf-8", "ignore")[-1:]
@@ -234,9 +235,11 @@ def cut_after(window: bytes, layout: Layout) -> int | None:
     return None
 
 
-def _drop(data: bytes, pattern: re.Pattern[bytes], limit: int) -> tuple[bytes, int]:
-    """`data` without what `pattern` finds in at most `limit` bytes, and how many went. One that fills whole lines takes them
-    along, and the blank lines after it where there are some before it."""
+def _remove(data: bytes, pattern: re.Pattern[bytes], limit: int) -> tuple[bytes, int]:
+    """`data` without the matches of `pattern` of at most `limit` bytes; also returns how many were removed.
+
+    With a match that fills whole lines, these lines go, and the blank lines after it if there are blank lines before it.
+    """
     parts, at = [], 0
     for found in pattern.finditer(data):
         start, stop = found.span()
@@ -255,7 +258,7 @@ def _drop(data: bytes, pattern: re.Pattern[bytes], limit: int) -> tuple[bytes, i
 
 
 def _lines(data: bytes) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
-    """`data` without blanks before line ends; start and stop of each line in bytes, and its length in characters."""
+    """(`data` without white space at line ends, start and stop of each line in bytes, length of each line in characters)."""
     buffer = np.frombuffer(data, dtype=np.uint8)
     ends = np.flatnonzero(buffer == NEWLINE)
     before = buffer[ends[1:] - 1] if len(ends) and not ends[0] else buffer[ends - 1]

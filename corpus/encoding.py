@@ -1,7 +1,8 @@
-"""Which documents train and which validate, and their tokens: the work that prepare_data.py spreads over processes.
+"""Which documents train and which validate, and their tokens: the work that is spread over processes.
 
-python -c "from corpus import encoding; print(encoding.__doc__)"
-python prepare_data.py --preset story-small --drop-duplicates --workers 8
+`corpus/preparation.py` makes an `EncodingPlan`; its batches go to the workers, each of which calls `encode`:
+
+    for encoded in pool.map(encode, ((b.chunks, options, tokenizer, b.roles, b.cut, b.styles) for b in plan.batches())): ...
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus.documents import Corpus, DocumentError, File, Options, Task
+from corpus.documents import Chunk, DocumentError, Options, SourceFile
+from corpus.finder import Corpus
 from storage.shards import SPLITS
 from tokenizer import Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
 
-TRAIN, VAL, DROP = 0, 1, 2  # what becomes of a document; the first two are the places of their names in SPLITS
-GROUP = 1 << 18  # bytes of small tasks that a worker takes together
-BPE_BYTES = 1 << 28  # a vocabulary is trained on about this much, spread evenly; more does not change it noticeably
+TRAIN, VAL, DROP = 0, 1, 2  # the role of a document; TRAIN and VAL index SPLITS
+BATCH_BYTES = 1 << 18  # bytes of chunks that a worker takes together
+VOCABULARY_BYTES = 1 << 28  # a vocabulary is learned from about this much text, taken evenly; more hardly changes it
 
 
 @dataclass
-class Encoded:
-    """What a worker made of some tasks, by split."""
+class EncodedBatch:
+    """The tokens of some chunks, by split, and what was counted on the way."""
 
     tokens: dict[str, np.ndarray]
     bytes: Counter[str] = field(default_factory=Counter)
@@ -37,7 +39,7 @@ class Encoded:
     counts: Counter[str] = field(default_factory=Counter)
     size: int = 0
     dropped: list[int] = field(default_factory=list)
-    """Documents without text of their own."""
+    """Documents that are in no split: duplicates, and those without text."""
 
 
 def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
@@ -59,90 +61,90 @@ def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | Non
     return chosen
 
 
-def share(tasks: Iterable[Task], part: int, parts: int) -> Iterator[Task]:
-    """The tasks of every `parts`-th document (of a table: group of rows), beginning with number `part`."""
+def chunks_of_part(chunks: Iterable[Chunk], part: int, parts: int) -> Iterator[Chunk]:
+    """The chunks of every `parts`-th document (of a table: group of rows), beginning with number `part`."""
     number, document = -1, -1
-    for task in tasks:
-        number += task.document != document
-        document = task.document
+    for chunk in chunks:
+        number += chunk.document != document
+        document = chunk.document
         if number % parts == part:
-            yield task
+            yield chunk
 
 
-def batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Tasks in groups of about GROUP bytes, the same whatever the workers."""
-    group: list[Task] = []
+def batched_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks in groups of about BATCH_BYTES, the same for any number of workers."""
+    batch: list[Chunk] = []
     size = 0
-    for task in tasks:
-        group.append(task)
-        size += task.size + 64
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    for chunk in chunks:
+        batch.append(chunk)
+        size += chunk.size + 64
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def encode(
-    tasks: list[Task],
+    chunks: list[Chunk],
     options: Options,
     tokenizer: tuple[str, str],
     roles: np.ndarray,
     cut: int | None,
     styles: np.ndarray | None = None,
-) -> Encoded:
-    """The tokens of `tasks`, end-of-text after each document and before it the control id of its style. Runs in a worker.
+) -> EncodedBatch:
+    """The tokens of `chunks`: each document after the control id of its style, before end-of-text. Runs in a worker.
 
-    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint. roles: of their documents, from the first on,
-    TRAIN, VAL or DROP. styles: a control id for each that begins here and has a style, else -1. cut: where training ends, in characters from the first task's begin, when one document is split
-    by position. Raises DocumentError for a text that cannot be read or holds characters the tokenizer lacks.
+    tokenizer: "gpt2" or the folder of a saved one, and its fingerprint.
+    roles: TRAIN, VAL or DROP for each document from the first chunk's on.
+    cut: where training ends, in characters from the start of the first chunk, when one document is split by position.
+    styles: for each document, the control id if it has a style and begins here, else -1.
+    Raises DocumentError for a text that cannot be read or holds characters that the tokenizer lacks.
     """
-    coder = _tokenizer(*tokenizer)
-    end = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
-    parts: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
-    made = Encoded({}, size=sum(task.size for task in tasks))
-    first, begun = tasks[0].document, -1
-    for task in tasks:
-        for piece in task.read(options):
-            role = roles[piece.document - first]
-            if role == DROP:
+    coder = _load_tokenizer(*tokenizer)
+    end_of_text = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
+    tokens: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
+    made = EncodedBatch({}, size=sum(chunk.size for chunk in chunks))
+    first, begun = chunks[0].document, -1
+    for chunk in chunks:
+        for piece in chunk.read(options):
+            at = piece.document - first
+            if roles[at] == DROP:
                 made.counts["duplicate_documents"] += piece.last
                 made.dropped += [piece.document] if piece.last else []
                 continue
             made.counts.update(piece.counts)
             if cut is None:
-                pairs = [(SPLITS[role], piece.text)]
+                parts = [(SPLITS[roles[at]], piece.text)]
             else:
-                at = min(max(cut, 0), len(piece.text))
+                before_cut = min(max(cut, 0), len(piece.text))
                 cut -= len(piece.text)
-                pairs = [("train", piece.text[:at]), ("val", piece.text[at:])]
-            for name, text in pairs:
+                parts = [("train", piece.text[:before_cut]), ("val", piece.text[before_cut:])]
+            for name, text in parts:
                 if text:
-                    if styles is not None and piece.document != begun and styles[piece.document - first] >= 0:
-                        parts[name].append(
-                            styles[piece.document - first : piece.document - first + 1].astype(coder.dtype)
-                        )
+                    if styles is not None and piece.document != begun and styles[at] >= 0:
+                        tokens[name].append(styles[at : at + 1].astype(coder.dtype))
                     begun = piece.document
                     try:
-                        parts[name].append(coder.encode_array(text))
+                        tokens[name].append(coder.encode_array(text))
                     except TokenizerError as error:
-                        raise DocumentError(f"{task.place}: {error}") from None
-                    made.bytes[name] += piece.bytes if len(pairs) == 1 else len(text.encode())
+                        raise DocumentError(f"{chunk.path}: {error}") from None
+                    made.bytes[name] += piece.bytes if cut is None else len(text.encode())
             if piece.last and not piece.text:
                 made.dropped.append(piece.document)
-            if piece.text and piece.last:
-                parts[pairs[-1][0]].append(end)
-                made.documents.update(name for name, _ in pairs)
-    made.tokens = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+            elif piece.last:
+                tokens[parts[-1][0]].append(end_of_text)
+                made.documents.update(name for name, _ in parts)
+    made.tokens = {name: np.concatenate(arrays) for name, arrays in tokens.items()}
     return made
 
 
-def digests(file: File, options: Options) -> np.ndarray:
-    """A number for each document's clean text without blanks around it, uint64 [documents]; 0 where there is no text."""
+def document_digests(file: SourceFile, options: Options) -> np.ndarray:
+    """A digest of each document's clean text without surrounding white space, uint64 [documents]; 0 where there is no text."""
     found = np.zeros(file.documents, dtype=np.uint64)
     digest = hashlib.blake2b(digest_size=8)
-    for task in file.tasks(0):
-        for piece in task.read(options):
+    for chunk in file.chunks(0):
+        for piece in chunk.read(options):
             text = piece.text.strip() if piece.last else piece.text
             digest.update(text.encode())
             if piece.last:
@@ -151,9 +153,12 @@ def digests(file: File, options: Options) -> np.ndarray:
     return found
 
 
-def find_duplicates(corpus: Corpus, numbers: Sequence[np.ndarray]) -> np.ndarray:
-    """Which documents to drop, bool [documents]: those whose number, of `digests`, a validation text or an earlier one has."""
-    flat = np.concatenate(numbers)
+def find_duplicates(corpus: Corpus, digests: Sequence[np.ndarray]) -> np.ndarray:
+    """Which documents to drop, bool [documents]: those with the text of a validation document or of an earlier one.
+
+    digests: `document_digests` of each file.
+    """
+    flat = np.concatenate(digests)
     trains = np.concatenate([np.full(file.documents, file.split != "val") for file in corpus.files])
     order = np.argsort(trains, kind="stable")  # validation first, else in the order of the documents
     dropped = np.ones(len(flat), dtype=bool)
@@ -161,37 +166,38 @@ def find_duplicates(corpus: Corpus, numbers: Sequence[np.ndarray]) -> np.ndarray
     return dropped & (flat != 0)
 
 
-def measure(tasks: list[Task], options: Options) -> int:
-    """Characters of the clean text of `tasks`."""
-    return sum(len(piece.text) for task in tasks for piece in task.read(options))
+def count_characters(chunks: list[Chunk], options: Options) -> int:
+    """Characters in the clean text of `chunks`."""
+    return sum(len(piece.text) for chunk in chunks for piece in chunk.read(options))
 
 
-def alphabet(tasks: list[Task], options: Options) -> str:
-    """The distinct characters of the clean text of `tasks`, in order."""
+def distinct_characters(chunks: list[Chunk], options: Options) -> str:
+    """The distinct characters in the clean text of `chunks`, by code point."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    for task in tasks:
-        for piece in task.read(options):
+    for chunk in chunks:
+        for piece in chunk.read(options):
             seen[np.frombuffer(piece.text.encode("utf-32-le"), dtype="<u4")] = True
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(where: str, fingerprint: str) -> Tokenizer:
+def _load_tokenizer(where: str, fingerprint: str) -> Tokenizer:
+    """A worker's tokenizer; `fingerprint` tells one saved in the same folder later from the one in the cache."""
     return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
 
 
 class Batch(NamedTuple):
-    """What a worker encodes at a time."""
+    """What a worker encodes at a time: the arguments of `encode` that differ from batch to batch."""
 
-    tasks: list[Task]
+    chunks: list[Chunk]
     roles: np.ndarray
     cut: int | None
     styles: np.ndarray | None
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is to be written: the documents, how they are read, and which of them validate."""
+class EncodingPlan:
+    """What is to be encoded: the documents, how they are read, and the role and style of each."""
 
     corpus: Corpus
     options: Options
@@ -203,27 +209,27 @@ class Work:
     """The control id of each document's style, -1 for none, int64 [documents]; None: no styles."""
 
     def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """Each batch with its part of `roles`, its cut and its styles. part: (i, n) takes the i-th of n parts, from 0."""
-        before = -1
-        for number, tasks in enumerate(batches(share(self.corpus.tasks(), *part))):
-            first, last = tasks[0].document, tasks[-1]
-            stop = last.document + last.documents
+        """All batches in order. part: (i, n) takes those of the i-th of n parts, from 0."""
+        last_before = -1
+        for number, chunks in enumerate(batched_chunks(chunks_of_part(self.corpus.chunks(), *part))):
+            first = chunks[0].document
+            stop = chunks[-1].document + chunks[-1].documents
             styles = None
             if self.styles is not None:
                 styles = self.styles[first:stop].copy()
-                if first == before:
-                    styles[0] = -1  # it has begun in the batch before
-            yield Batch(tasks, self.roles[first:stop], self.cuts[number] if self.cuts else None, styles)
-            before = last.document + last.documents - 1
+                if first == last_before:
+                    styles[0] = -1  # this document began in the batch before
+            yield Batch(chunks, self.roles[first:stop], self.cuts[number] if self.cuts else None, styles)
+            last_before = stop - 1
 
     def training_texts(self) -> Iterator[str]:
-        """The text that trains, or BPE_BYTES of it taken evenly, read in this process."""
-        step = max(1, round(self.corpus.size / BPE_BYTES))
-        for tasks, roles, cut, _ in islice(self.batches(), 0, None, step):
-            for task in tasks:
-                for piece in task.read(self.options):
+        """The text that trains, or VOCABULARY_BYTES of it taken evenly, read in this process."""
+        step = max(1, round(self.corpus.size / VOCABULARY_BYTES))
+        for chunks, roles, cut, _ in islice(self.batches(), 0, None, step):
+            for chunk in chunks:
+                for piece in chunk.read(self.options):
                     if cut is not None:
                         yield piece.text[: max(cut, 0)]
                         cut -= len(piece.text)
-                    elif roles[piece.document - tasks[0].document] == TRAIN:
+                    elif roles[piece.document - chunks[0].document] == TRAIN:
                         yield piece.text

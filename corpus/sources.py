@@ -1,11 +1,11 @@
-"""Named corpora and where they come from: PG-19, TinyStories, Tiny Shakespeare, any text data set of the Hugging Face hub.
+"""Named corpora and where they come from: PG-19, TinyStories, Tiny Shakespeare, any text data set on the Hugging Face hub.
 
     python prepare_data.py --preset victorian --years 1837-1901       # PG-19's Victorian books
     python prepare_data.py --hub OWNER/NAME --text-field story --out data/stories
-    python -m corpus.sources --corpus tinystories                            # fetch only; prints the files
+    python -m corpus.sources --corpus tinystories                     # fetch only; prints the files
 
-Files are fetched whole into the hub's cache (`HF_HOME`), with retries, a broken download going on where it stopped. With
-`HF_HUB_OFFLINE=1`, or while the hub cannot be reached, what is in the cache is used. `HF_ENDPOINT` names another hub.
+Files are fetched whole into the hub's cache (`HF_HOME`), with retries that continue a broken download. With
+`HF_HUB_OFFLINE=1`, or while the hub cannot be reached, the cached files are used. `HF_ENDPOINT` names another hub.
 """
 
 from __future__ import annotations
@@ -24,40 +24,45 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, Strict
-from corpus.documents import SUFFIXES
+from corpus.readers.jsonl import JsonlFile
+from corpus.readers.parquet import ParquetFile
+from corpus.readers.text import TextFile
 from corpus.workers import Progress
 
 T = TypeVar("T")
-TRIES = 4
-WAIT = 1.0  # seconds before the second try, then twice as long each time
+ATTEMPTS = 4
+FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 TIMEOUT = 30.0  # seconds without a byte
+HUB_FORMATS = (ParquetFile, JsonlFile, TextFile)  # what data sets on the hub consist of, best first
 PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps its own parquet copy of other formats
-SPLIT = re.compile(r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|testing)(?=[/_.-]|$)", re.IGNORECASE)
-COUNTED = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(.*)$")
-HUB_NAME = re.compile(r"^(train|validation|test)-\d{5}-of-\d{5}.*\.parquet$")
-PLAIN_FOLDERS = {"", "data", "train", "validation", "valid", "test"}  # folders that name no configuration
-Part = Literal["validation", "test"]
+SPLIT_NAME = re.compile(
+    r"(?:^|[/_.-])(train|training|validation|valid|val|dev|test|testing)(?=[/_.-]|$)", re.IGNORECASE
+)
+SHARD_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(.*)$")
+HUB_FILE_NAME = re.compile(r"^(train|validation|test)-\d{5}-of-\d{5}.*\.parquet$")
+SPLIT_FOLDERS = {"", "data", "train", "validation", "valid", "test"}  # folders that are no configuration
+SplitName = Literal["validation", "test"]
 
 
 class SourceError(RuntimeError):
     """A corpus that cannot be fetched; the message names the flag, the address and the remedy."""
 
 
-class Input(NamedTuple):
+class InputFile(NamedTuple):
     """One local file of texts."""
 
     path: Path
     name: str
-    """What it is known by, wherever it lies."""
+    """Its name in the corpus, independent of the folder it is in."""
     split: str = ""
     """`train` or `val` where the source says so."""
     version: str = ""
-    """What tells it from another with its name; empty: its size and time of change do."""
+    """Tells it from another file of the same name; empty: its size and time of change do."""
 
 
 @dataclass(frozen=True)
-class HubSet:
-    """A data set of the hub, and the settings that suit its texts."""
+class HubDataset:
+    """A data set on the hub, and the settings that suit its texts."""
 
     repository: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +73,7 @@ class HubSet:
 
 @dataclass(frozen=True)
 class WebFile:
-    """One text with its size and checksum."""
+    """One text on the web, with its size in bytes and checksum."""
 
     url: str
     name: str
@@ -78,9 +83,9 @@ class WebFile:
     books: bool = False
 
 
-NAMED: dict[str, HubSet | WebFile] = {
-    "pg19": HubSet("emozilla/pg19", books=True),
-    "tinystories": HubSet("roneneldan/TinyStories", {"fix_mojibake": True, "drop_duplicates": True}),
+NAMED: dict[str, HubDataset | WebFile] = {
+    "pg19": HubDataset("emozilla/pg19", books=True),
+    "tinystories": HubDataset("roneneldan/TinyStories", {"fix_mojibake": True, "drop_duplicates": True}),
     "tinyshakespeare": WebFile(
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "tinyshakespeare.txt",
@@ -91,29 +96,29 @@ NAMED: dict[str, HubSet | WebFile] = {
 }
 
 
-class Place(Strict):
-    """Which part of a hub's data set is meant."""
+class HubSelection(Strict):
+    """Which files of a data set on the hub to fetch."""
 
     config: str = ""
     """Configuration of a data set that has several."""
     revision: str = "main"
     """Branch, tag or commit."""
-    validate_on: Part = "validation"
-    """The part that becomes the validation split; the other of the two is left out."""
+    validate_on: SplitName = "validation"
+    """The hub's split that becomes the validation split; the other of the two is left out."""
 
 
 def is_corpus(source: str) -> bool:
-    """Whether `source` is a named corpus or a data set of the hub."""
+    """Whether `source` is a named corpus or looks like a data set on the hub."""
     return source in NAMED or re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
 
 
 def defaults(source: str) -> dict[str, Any]:
-    """The data settings that suit this corpus where nothing else is said."""
+    """The data settings that suit this corpus, as defaults."""
     return dict(NAMED[source].data) if source in NAMED else {}
 
 
 @dataclass(frozen=True)
-class Listing:
+class DatasetFiles:
     """The text files of one revision of a data set, with their sizes in bytes."""
 
     repository: str
@@ -121,51 +126,53 @@ class Listing:
     commit: str
     files: dict[str, int]
     folder: Path | None = None
-    """Where they lie, when only the cache was asked."""
+    """The folder of the cache that holds them; None: they are to be fetched."""
 
 
-def fetch(source: str, place: Place) -> list[Input]:
-    """The files of a corpus, on this machine, validation first. Raises ConfigError, SourceError."""
-    known = NAMED.get(source) or HubSet(source)
+def fetch(source: str, selection: HubSelection) -> list[InputFile]:
+    """The files of a corpus, downloaded where needed, validation first. Raises ConfigError, SourceError."""
+    known = NAMED.get(source) or HubDataset(source)
     if isinstance(known, WebFile):
-        return [Input(_web_file(source, known), known.name, version=known.sha256)]
+        return [InputFile(_web_file(source, known), known.name, version=known.sha256)]
     flag = f"--source {source}" if source in NAMED else f"--hub {source}"
     _quiet_hub()
-    listing = _listing(flag, known.repository, place.revision)
+    listing = _list_files(flag, known.repository, selection.revision)
     parts: dict[str, list[str]] = {}
-    for name in _of_configuration(flag, sorted(listing.files), place.config):
-        parts.setdefault(part_of(name), []).append(name)
+    for name in _in_configuration(flag, sorted(listing.files), selection.config):
+        parts.setdefault(split_of(name), []).append(name)
     if not parts.get("train"):
         raise ConfigError([f"{flag}: no training files (it has {', '.join(list(listing.files)[:8])})"])
-    if place.validate_on not in ("validation", *parts):
-        raise ConfigError([f"--validate-on {place.validate_on}: this data set has {', '.join(sorted(parts))} only"])
-    wanted = [(name, "val") for name in parts.get(place.validate_on, [])] + [(name, "train") for name in parts["train"]]
+    if selection.validate_on not in ("validation", *parts):
+        raise ConfigError([f"--validate-on {selection.validate_on}: this data set has {', '.join(sorted(parts))} only"])
+    wanted = [(name, "val") for name in parts.get(selection.validate_on, [])] + [
+        (name, "train") for name in parts["train"]
+    ]
     inputs = []
     with Progress("fetching", sum(listing.files[name] for name, _ in wanted)) as progress:
         for name, split in wanted:
             path = listing.folder / name if listing.folder else _hub_file(flag, listing, name)
-            inputs.append(Input(path, name, split, f"{known.repository}@{listing.commit}"))
+            inputs.append(InputFile(path, name, split, f"{known.repository}@{listing.commit}"))
             progress.add(listing.files[name])
     return inputs
 
 
-def part_of(name: str) -> str:
-    """`train`, `validation` or `test`: what a data file's name, else its folder, says; `train` where neither does."""
+def split_of(name: str) -> str:
+    """`train`, `validation` or `test`, by a data file's name, else by its folder's; `train` where neither says."""
     path = PurePosixPath(name)
     for text in (path.name.removesuffix(path.suffix), *reversed(path.parts[:-1])):
-        if found := SPLIT.search(text):
+        if found := SPLIT_NAME.search(text):
             return "validation" if found[1][0] in "vVdD" else found[1].lower().removesuffix("ing")
     return "train"
 
 
-def given(found: Iterable[tuple[Path, str]], validate_on: str) -> list[Input]:
-    """Files of one's own as inputs. Those named as the hub names them (`test-00000-of-00001.parquet`) keep their part, and
-    those of a part that is neither `train` nor `validate_on` are left out."""
+def label_splits(found: Iterable[tuple[Path, str]], validate_on: str) -> list[InputFile]:
+    """The user's own files. Those named as the hub names its files (`test-00000-of-00001.parquet`) keep their split, and
+    those of a split that is neither `train` nor `validate_on` are left out, with a message."""
     inputs = []
     for path, name in found:
-        part = part_of(path.name) if HUB_NAME.match(path.name) else ""
+        part = split_of(path.name) if HUB_FILE_NAME.match(path.name) else ""
         if part in ("", "train", validate_on):
-            inputs.append(Input(path, name, {"": "", validate_on: "val"}.get(part, "train")))
+            inputs.append(InputFile(path, name, {"": "", validate_on: "val"}.get(part, "train")))
         else:
             print(f"{path}: left out, being of the part `{part}`; see --validate-on", file=sys.stderr)
     return inputs
@@ -176,22 +183,22 @@ def is_books(source: str) -> bool:
     return source in NAMED and NAMED[source].books
 
 
-def _listing(flag: str, repository: str, revision: str) -> Listing:
-    """What the hub has, or, where it may not or cannot be asked, what its cache has."""
+def _list_files(flag: str, repository: str, revision: str) -> DatasetFiles:
+    """The hub's files; the cached ones when offline or when the hub cannot be reached. Raises ConfigError, SourceError."""
     from huggingface_hub import HfApi, constants
 
-    def ask(branch: str) -> Listing | None:
-        info = _try(
+    def ask(branch: str) -> DatasetFiles | None:
+        info = _with_retries(
             flag,
             lambda: HfApi(endpoint=_endpoint()).dataset_info(
                 repository, revision=branch, files_metadata=True, timeout=TIMEOUT
             ),
         )
-        files = _texts({item.rfilename: int(item.size or 0) for item in info.siblings or []})
-        return Listing(repository, branch, str(info.sha), files) if files else None
+        files = _best_format({item.rfilename: int(item.size or 0) for item in info.siblings or []})
+        return DatasetFiles(repository, branch, str(info.sha), files) if files else None
 
     if constants.HF_HUB_OFFLINE:
-        if listing := _cached(repository, revision):
+        if listing := _cached_files(repository, revision):
             return listing
         raise SourceError(
             f"{flag}: HF_HUB_OFFLINE is set and {repository} is not, or not whole, in {constants.HF_HUB_CACHE}: run once "
@@ -204,50 +211,51 @@ def _listing(flag: str, repository: str, revision: str) -> Listing:
             if revision == "main" and (listing := ask(PARQUET_BRANCH)):
                 return listing
     except SourceError as error:
-        if listing := _cached(repository, revision):
+        if listing := _cached_files(repository, revision):
             print(f"{error}\n{flag}: going on with what is in {listing.folder}", file=sys.stderr)
             return listing
         raise
-    raise ConfigError([f"{flag}: no {', '.join(SUFFIXES)} files at {_endpoint()}/datasets/{repository}"])
+    suffixes = [suffix for reader in reversed(HUB_FORMATS) for suffix in reader.suffixes]
+    raise ConfigError([f"{flag}: no {', '.join(suffixes)} files at {_endpoint()}/datasets/{repository}"])
 
 
-def _cached(repository: str, revision: str) -> Listing | None:
-    """What the hub's cache holds of a data set; none where files are known to be missing."""
+def _cached_files(repository: str, revision: str) -> DatasetFiles | None:
+    """The files of a data set in the hub's cache; None where files are known to be missing."""
     from huggingface_hub import snapshot_download
 
     for branch in (revision, *([PARQUET_BRANCH] if revision == "main" else [])):
         with contextlib.suppress(OSError, ValueError):
             folder = Path(snapshot_download(repository, repo_type="dataset", revision=branch, local_files_only=True))
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            files = _texts({name: (folder / name).stat().st_size for name in names})
-            if files and not _missing(files):
-                return Listing(repository, branch, folder.name, files, folder)
+            files = _best_format({name: (folder / name).stat().st_size for name in names})
+            if files and not _incomplete(files):
+                return DatasetFiles(repository, branch, folder.name, files, folder)
     return None
 
 
-def _missing(names: Iterable[str]) -> bool:
-    """Whether a series like `train-00000-of-00004` lacks members."""
+def _incomplete(names: Iterable[str]) -> bool:
+    """Whether a series like `train-00000-of-00004` lacks files."""
     series: dict[tuple[str, str], int] = {}
     for name in names:
-        if found := COUNTED.match(name):
+        if found := SHARD_NAME.match(name):
             series[found[1], found[3]] = series.get((found[1], found[3]), 0) + 1
     return any(count != int(total) for (_, total), count in series.items())
 
 
-def _texts(files: dict[str, int]) -> dict[str, int]:
+def _best_format(files: dict[str, int]) -> dict[str, int]:
     """Of a data set's files those of its best format: parquet, else JSON lines, else plain text."""
-    for suffix in (".parquet", ".jsonl", ".txt"):
-        if found := {name: size for name, size in files.items() if name.lower().endswith(suffix)}:
+    for reader in HUB_FORMATS:
+        if found := {name: size for name, size in files.items() if name.lower().endswith(reader.suffixes)}:
             return found
     return {}
 
 
-def _of_configuration(flag: str, names: list[str], wanted: str) -> list[str]:
-    """The files of one configuration: a folder that is not just named after a split."""
+def _in_configuration(flag: str, names: list[str], wanted: str) -> list[str]:
+    """The files of one configuration: those in its folder. A folder named after a split is no configuration."""
     folders: dict[str, list[str]] = {}
     for name in names:
         first = name.split("/")[0] if "/" in name else ""
-        folders.setdefault("" if first.lower() in PLAIN_FOLDERS else first, []).append(name)
+        folders.setdefault("" if first.lower() in SPLIT_FOLDERS else first, []).append(name)
     if wanted and wanted not in folders:
         raise ConfigError([f"--hub-config {wanted}: {flag} has {', '.join(filter(None, folders)) or 'only one'}"])
     if not wanted and len(folders) > 1 and "default" not in folders:
@@ -255,8 +263,8 @@ def _of_configuration(flag: str, names: list[str], wanted: str) -> list[str]:
     return folders[wanted] if wanted else folders.get("default") or names
 
 
-def _hub_file(flag: str, listing: Listing, name: str) -> Path:
-    """One file of the data set in the cache, downloaded if it is not there."""
+def _hub_file(flag: str, listing: DatasetFiles, name: str) -> Path:
+    """Path of one file of the data set in the cache, downloaded if it is not there."""
     from huggingface_hub import hf_hub_download
 
     def download() -> str:
@@ -269,7 +277,7 @@ def _hub_file(flag: str, listing: Listing, name: str) -> Path:
             etag_timeout=TIMEOUT,
         )
 
-    path = Path(_try(flag, download))
+    path = Path(_with_retries(flag, download))
     if listing.commit not in path.parts:
         raise SourceError(f"{flag}: the data set was changed while it was fetched: run the same command again")
     if path.stat().st_size != listing.files[name]:
@@ -280,7 +288,7 @@ def _hub_file(flag: str, listing: Listing, name: str) -> Path:
 
 
 def _web_file(source: str, file: WebFile) -> Path:
-    """The file in data/.cache/, downloaded if it is not there whole."""
+    """Path of the file in data/.cache/, downloaded if it is missing or its checksum differs."""
     import httpx2
 
     path = ROOT / "data" / ".cache" / file.name
@@ -297,7 +305,7 @@ def _web_file(source: str, file: WebFile) -> Path:
             )
         return data
 
-    data = _try(f"--source {source}", download, file.url, remedy)
+    data = _with_retries(f"--source {source}", download, file.url, remedy)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.write_bytes(data)
@@ -305,14 +313,14 @@ def _web_file(source: str, file: WebFile) -> Path:
     return path
 
 
-def _try(flag: str, call: Callable[[], T], address: str = "", remedy: str = "") -> T:
-    """`call()`, again after a while where the network or the server fails. Raises ConfigError, SourceError."""
+def _with_retries(flag: str, call: Callable[[], T], address: str = "", remedy: str = "") -> T:
+    """The result of `call()`, repeated after a wait if the network or the server fails. Raises ConfigError, SourceError."""
     import httpx2
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     address = address or _endpoint()
     remedy = remedy or "set HF_ENDPOINT to a mirror, or fetch the files elsewhere and give --input PATH"
-    for number in range(TRIES):
+    for number in range(ATTEMPTS):
         try:
             return call()
         except GatedRepoError:
@@ -331,10 +339,10 @@ def _try(flag: str, call: Callable[[], T], address: str = "", remedy: str = "") 
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if number == TRIES - 1 or (status < 500 and status not in (408, 429)):
+            if number == ATTEMPTS - 1 or (status < 500 and status not in (408, 429)):
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise SourceError(f"{flag}: cannot fetch it from {address} ({reason}): connect, {remedy}") from None
-            wait = WAIT * 2**number
+            wait = FIRST_WAIT * 2**number
             print(f"{flag}: {type(error).__name__} from {address}, trying again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError("unreachable")
@@ -347,7 +355,7 @@ def _endpoint() -> str:
 
 
 def _quiet_hub() -> None:
-    """No bars of the hub's own: there is one for all files."""
+    """Switch off the hub's own progress bars: one bar shows the progress over all files."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
@@ -363,8 +371,8 @@ class FetchFlags(Strict):
     """Configuration of a data set that has several."""
     hub_revision: str = "main"
     """Branch, tag or commit."""
-    validate_on: Part = "validation"
-    """Part fetched besides `train`."""
+    validate_on: SplitName = "validation"
+    """Split fetched besides `train`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -374,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(FetchFlags, argv, description=__doc__)
         if not is_corpus(flags.corpus):
             raise ConfigError([f"{flags.corpus}: give {', '.join(NAMED)} or OWNER/NAME"])
-        place = Place(config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on)
-        for item in fetch(flags.corpus, place):
+        selection = HubSelection(config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on)
+        for item in fetch(flags.corpus, selection):
             print(item.path, item.split, sep="\t")
         return 0
 

@@ -1,4 +1,4 @@
-"""Work spread over processes with its results in order, and progress that can be read anywhere.
+"""A pool of processes whose results come in order, and progress on a terminal or in a log.
 
 with Pool(0) as pool:                                       # one process a core
     for result in pool.map(function, [(1,), (2,)]): ...     # function(1), function(2), in this order
@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 R = TypeVar("R")
-AHEAD = 3  # calls a worker that may be waiting or done: enough to keep all busy, few enough to keep memory flat
+CALLS_PER_WORKER = 3  # calls sent ahead: enough to keep all workers busy, few enough to keep memory flat
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -30,10 +30,10 @@ def cores() -> int:
 
 
 class Pool:
-    """Calls functions in `workers` processes (0: one a core; 1: in this one).
+    """Calls functions in `workers` processes (0: one a core; 1: in this process).
 
-    On Linux the processes are forked, so that they start with what this one has loaded. They leave Ctrl-C to this
-    process and end when it ends, however it does.
+    On Linux the workers are forked, so they start with everything that this process has loaded. They leave Ctrl-C to this
+    process, and end when it ends or is killed.
     """
 
     def __init__(self, workers: int):
@@ -53,7 +53,7 @@ class Pool:
     def map(self, function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) -> Iterator[R]:
         """function(*a) for each `a` of `arguments`, in their order; `arguments` is read only a little ahead.
 
-        What the function raises is raised here; RuntimeError when a process was killed.
+        Exceptions of the function are raised here; RuntimeError when a worker was killed.
         """
         if self._executor is None:
             yield from (function(*given) for given in arguments)
@@ -62,7 +62,7 @@ class Pool:
         try:
             for given in arguments:
                 waiting.append(self._executor.submit(function, *given))
-                if len(waiting) >= AHEAD * self.workers:
+                if len(waiting) >= CALLS_PER_WORKER * self.workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -77,7 +77,7 @@ class Pool:
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it has gone: a pool's workers otherwise wait for work for ever."""
+    """Leave Ctrl-C to the parent process, and end when it ends: a pool's workers would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -90,7 +90,7 @@ def _follow_parent() -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line every LINE_SECONDS."""
+    """Progress in bytes on standard error: a bar on a terminal, elsewhere a plain line every LINE_SECONDS."""
 
     def __init__(self, what: str, total: int, done: int = 0):
         self.what, self.total, self.done = what, max(total, 1), done
@@ -111,7 +111,7 @@ class Progress:
             self._bar.close()
 
     def add(self, size: int) -> None:
-        """`size` more bytes are done."""
+        """Count `size` more bytes as done."""
         self.done += size
         now = time.monotonic()
         if self._bar is not None:

@@ -1,7 +1,7 @@
-"""The measures of `evaluate.py`: sums over scored tokens, and what can be counted on generated texts.
+"""The metrics of `evaluate.py`: sums over scored tokens, and what can be counted on generated texts.
 
 python -c "from evaluation import metrics; print(metrics.distinct(['the cat and the hat'], 1))"
->>> tally = Tally(); tally.add(nats, confidence, right, among_five)
+>>> tally = Tally(); tally.add(nats, confidence, top1, top5)
 >>> tally.figures()["bits_per_byte"], tally.calibration()["error"]
 """
 
@@ -15,6 +15,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from sacrebleu import sentence_bleu
+from sacrebleu.metrics import BLEU
 
 BINS = 15  # of the reliability table, as in Guo et al. 2017
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -31,31 +33,33 @@ class Tally:
     """UTF-8 bytes of the scored tokens."""
     words: int = 0
     """Words of the text, cut at white space."""
-    first: int = 0
+    top1: int = 0
     """Tokens that the model found likeliest."""
-    five: int = 0
+    top5: int = 0
     """Tokens among its five likeliest."""
     bins: np.ndarray = field(default_factory=lambda: np.zeros((BINS, 3)))
     """[BINS, 3] by the probability of the likeliest token: tokens, sum of that probability, how often it was right."""
 
-    def add(self, nats: np.ndarray, confidence: np.ndarray, right: np.ndarray, five: np.ndarray) -> None:
-        """Take in scored tokens, each array [n]: nats, the likeliest token's probability, whether it or one of five came."""
+    def add(self, nats: np.ndarray, confidence: np.ndarray, top1: np.ndarray, top5: np.ndarray) -> None:
+        """Add scored tokens, each array [n]: the loss, the likeliest token's probability, whether the text goes on with it
+        and whether with one of the five likeliest.
+        """
         self.tokens += len(nats)
         self.nats += math.fsum(nats.tolist())
-        self.first += int(right.sum())
-        self.five += int(five.sum())
+        self.top1 += int(top1.sum())
+        self.top5 += int(top5.sum())
         number = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        for column, weights in enumerate((None, confidence, right.astype(np.float64))):
+        for column, weights in enumerate((None, confidence, top1.astype(np.float64))):
             self.bins[:, column] += np.bincount(number, weights, minlength=BINS)
 
     def __iadd__(self, other: Tally) -> Tally:
-        for name in ("documents", "tokens", "nats", "bytes", "words", "first", "five"):
+        for name in ("documents", "tokens", "nats", "bytes", "words", "top1", "top5"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bins = self.bins + other.bins
         return self
 
     def figures(self) -> dict[str, Any]:
-        """The measures, by name.
+        """The metrics, by name.
 
         loss: nats a token; perplexity: its exponential. bits_per_byte: nats / (ln 2 · bytes). word_perplexity:
         exp(nats / words), the measure of PG-19 (Rae et al. 2020, "Compressive Transformers", section 4), which
@@ -71,8 +75,8 @@ class Tally:
             "perplexity": _exp(self.nats / count),
             "bits_per_byte": self.nats / (math.log(2) * max(self.bytes, 1)),
             "word_perplexity": _exp(self.nats / words),
-            "top1": self.first / count,
-            "top5": self.five / count,
+            "top1": self.top1 / count,
+            "top5": self.top5 / count,
         }
 
     def calibration(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class Tally:
 
 
 def _exp(value: float) -> float | None:
-    """exp, or None where it is beyond any number (JSON has no infinity)."""
+    """exp, or None where it overflows (JSON has no infinity)."""
     return math.exp(value) if value < 700 else None
 
 
@@ -96,26 +100,24 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def grams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(items[at : at + n]) for at in range(len(items) - n + 1)]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Share of different n-grams of words among all n-grams of the texts (Li et al. 2016, "distinct-n")."""
-    found = list(chain.from_iterable(grams(words(text), n) for text in texts))
+    found = list(chain.from_iterable(ngrams(words(text), n) for text in texts))
     return len(set(found)) / len(found) if found else 0.0
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of a text's n-grams of words that stood in it before (Welleck et al. 2020, "seq-rep-n")."""
-    found = grams(words(text), n)
+    """Share of a text's n-grams of words that occur in it before (Welleck et al. 2020, "seq-rep-n")."""
+    found = ngrams(words(text), n)
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
     """Mean BLEU of each text against all others, 0 to 100 (Zhu et al. 2018): higher is more alike. None below two texts."""
-    from sacrebleu import sentence_bleu
-
     if len(texts) < 2:
         return None
     scores = [sentence_bleu(text, [*texts[:at], *texts[at + 1 :]]).score for at, text in enumerate(texts)]
@@ -124,8 +126,6 @@ def self_bleu(texts: Sequence[str]) -> float | None:
 
 def bleu(written: Sequence[str], real: Sequence[str]) -> dict[str, Any] | None:
     """sacrebleu's BLEU, 0 to 100, of texts against the real ones, with its signature. None without texts."""
-    from sacrebleu.metrics import BLEU
-
     if not written:
         return None
     metric = BLEU()

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 BARS = 24  # authors or texts in the picture
 ROWS = 200  # texts in the table
 FIGURES = (
@@ -29,7 +32,7 @@ WRITTEN = (
 )
 
 
-def shown(value: Any, form: str) -> str:
+def formatted(value: Any, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
@@ -51,9 +54,9 @@ def names(report: dict[str, Any]) -> list[str]:
 
 def grouped(report: dict[str, Any], kind: str, key: str) -> list[tuple[str, list[dict[str, Any] | None]]]:
     """(name, each model's figures) of every author or text, in the first model's order."""
-    held = [{row[key]: row for row in part[kind]} for part in report["models"]]
+    by_name = [{row[key]: row for row in part[kind]} for part in report["models"]]
     order = list(dict.fromkeys(row[key] for part in report["models"] for row in part[kind]))
-    return [(name, [rows.get(name) for rows in held]) for name in order]
+    return [(name, [rows.get(name) for rows in by_name]) for name in order]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -67,7 +70,7 @@ def markdown(report: dict[str, Any]) -> str:
         [label, *row] for label, row in zip(("parameters", "context", "stride"), zip(*facts, strict=True), strict=True)
     ]
     rows += [["tokenizer", *kinds], ["tokens scored", *(f"{part['total']['tokens']:,}" for part in models)]]
-    rows += [[label, *(shown(part["total"][key], form) for part in models)] for key, label, form in FIGURES]
+    rows += [[label, *(formatted(part["total"][key], form) for part in models)] for key, label, form in FIGURES]
     rows += [["calibration error", *(f"{part['calibration']['error']:.4f}" for part in models)]]
     lines += table(["", *names(report)], rows)
     authors = grouped(report, "authors", "author")
@@ -77,10 +80,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["## By text", "", *_by(report, "text", texts[:ROWS])]
     if len(texts) > ROWS:
         lines += [f"… and {len(texts) - ROWS:,} more in the JSON report.", ""]
-    lines += ["## How sure, and how often right", "", *_calibration(report)]
+    lines += ["## Calibration: how sure it is, and how often right", "", *_calibration(report)]
     for name, part in zip(names(report), models, strict=True):
         if part.get("dial"):
-            lines += _dial(name, part["dial"])
+            lines += _style_section(name, part["dial"])
     if "written" in models[0]:
         lines += _written(report)
     return "\n".join(lines).rstrip() + "\n"
@@ -97,7 +100,7 @@ def _by(report: dict[str, Any], what: str, groups: Sequence[tuple[str, list[dict
     for name, figures in groups:
         row = [name or "(not named)", next(f"{one['words']:,}" for one in figures if one)]
         for one in figures:
-            row += [shown(one[key], forms[key]) if one else "–" for key, _ in keys]
+            row += [formatted(one[key], forms[key]) if one else "–" for key, _ in keys]
         rows.append(row)
     return table(head, rows)
 
@@ -110,28 +113,28 @@ def _calibration(report: dict[str, Any]) -> list[str]:
     for bins in zip(*(part["calibration"]["bins"] for part in report["models"]), strict=True):
         row = [f"{bins[0]['from']:.0%} to {bins[0]['to']:.0%}"]
         for one in bins:
-            row += [f"{one['tokens']:,}", shown(one["confidence"], "{:.1%}"), shown(one["accuracy"], "{:.1%}")]
+            row += [f"{one['tokens']:,}", formatted(one["confidence"], "{:.1%}"), formatted(one["accuracy"], "{:.1%}")]
         rows.append(row)
     return table(head, rows)
 
 
-def _dial(name: str, dial: dict[str, Any]) -> list[str]:
+def _style_section(name: str, found: dict[str, Any]) -> list[str]:
     """Held-out loss by the text's style (rows) under each style asked for (columns)."""
-    summary, columns = dial["summary"], [style for style in dial["matrix"]]
+    summary, columns = found["summary"], [style for style in found["matrix"]]
 
     def gain(against: str) -> str:
-        found = summary.get(f"gain_over_{against}")
-        if found is None:
+        value = summary.get(f"gain_over_{against}")
+        if value is None:
             return "–"
-        error = found["standard_error"]
-        return f"{found['mean']:+.4f}{'' if error is None else f' ± {error:.4f}'}"
+        error = value["standard_error"]
+        return f"{value['mean']:+.4f}{'' if error is None else f' ± {error:.4f}'}"
 
     rows = [
         ["under the right style", f"{summary['right']:.4f}", ""],
         ["under none", f"{summary['none']:.4f}", gain("none")],
-        ["under the wrong ones, on average", shown(summary["wrong"], "{:.4f}"), gain("wrong")],
+        ["under the wrong ones, on average", formatted(summary["wrong"], "{:.4f}"), gain("wrong")],
     ]
-    lines = [f"## Does the style dial work? ({cell(name)})", ""]
+    lines = [f"## Do the styles work? ({cell(name)})", ""]
     lines += table(["held-out text", "loss (nats a token)", "the right style is better by"], rows)
     lines += [
         f"The right style is the best of {summary['styles']} for {summary['first']} of {summary['texts']} texts "
@@ -139,12 +142,10 @@ def _dial(name: str, dial: dict[str, Any]) -> list[str]:
         "",
     ]
     matrix = []
-    for style, losses in dial["matrix"].items():
-        best = min(losses[other] for other in dial["styles"])
-        shown_losses = [f"{losses[other]:.3f}" for other in columns]
-        marked = [
-            f"**{text}**" if losses[other] == best else text for other, text in zip(columns, shown_losses, strict=True)
-        ]
+    for style, losses in found["matrix"].items():
+        best = min(losses[other] for other in found["styles"])
+        texts = [f"{losses[other]:.3f}" for other in columns]
+        marked = [f"**{text}**" if losses[other] == best else text for other, text in zip(columns, texts, strict=True)]
         matrix.append([style, *marked, f"{losses['none']:.3f}"])
     return [*lines, *table(["text by, written as", *columns, "none"], matrix)]
 
@@ -152,7 +153,7 @@ def _dial(name: str, dial: dict[str, Any]) -> list[str]:
 def _written(report: dict[str, Any]) -> list[str]:
     parts = [part["written"] for part in report["models"]]
     rows = [["texts", *(str(part["texts"]) for part in parts)]]
-    rows += [[label, *(shown(part[key], form) for part in parts)] for key, label, form in WRITTEN]
+    rows += [[label, *(formatted(part[key], form) for part in parts)] for key, label, form in WRITTEN]
     scores = [part["bleu"] for part in parts]
     rows += [["BLEU against how held-out texts go on", *(f"{one['score']:.2f}" if one else "–" for one in scores)]]
     if all("originality" in part for part in parts):
@@ -176,9 +177,6 @@ def _written(report: dict[str, Any]) -> list[str]:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bits per byte by author (or text) and the reliability diagram, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = grouped(report, "authors", "author")
     if len(groups) < 2:
         groups = grouped(report, "documents", "name")

@@ -1,10 +1,10 @@
-"""Does the style dial work? Held-out texts scored under the right style, under each of the others, and under none.
+"""Do the styles work? Held-out texts scored under the right style, under each of the others, and under none.
 
->>> report = dial(score, tokenizer, texts, limit=4096)      # what `evaluate.py` reports of a model with styles
->>> report["summary"]["right"] < report["summary"]["wrong"]
+    >>> report = style_report(score, tokenizer, texts, limit=4096)   # what `evaluate.py` reports of a model with styles
+    >>> report["summary"]["right"] < report["summary"]["wrong"]
 
 The same tokens are scored each time, with the control id in front of every window, as in training and in writing. Loss is
-in nats a token. The gain is taken text by text, so that a hard text does not blur it.
+in nats a token. Gains are differences within one text, so that hard texts do not hide them.
 """
 
 from __future__ import annotations
@@ -12,47 +12,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from evaluation.metrics import Tally
-    from tokenizer import Tokenizer
+from evaluation.held_out import HeldOutText
+from evaluation.metrics import Tally
+from tokenizer import Tokenizer
 
 NONE = "none"
 
 
-class Held(Protocol):
-    """A held-out text; `style` is empty where it has none that the model knows."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def style(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-
-
-def dial(
+def style_report(
     score: Callable[[np.ndarray, int], Tally],
     tokenizer: Tokenizer,
-    texts: Iterable[Held],
+    texts: Iterable[HeldOutText],
     limit: int,
     advance: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any] | None:
     """The table and its summary; None where no text has a style of the model.
 
-    score: of ids [n] and a control id (-1: none) to put in front, the tally. limit: tokens scored of each text, from its
-    middle, where heads and contents are past. `advance` hears of each text's bytes.
+    score: (ids [n], a style's control id to put in front or -1) -> tally. limit: tokens scored of each text, from its
+    middle, past title pages and tables of contents. advance: called with each text's bytes.
     """
     columns = {NONE: -1, **tokenizer.styles}
     rows: list[dict[str, Any]] = []
-    for held in texts:
-        advance(len(held.text.encode()))
-        if held.style not in tokenizer.styles:
+    for text in texts:
+        advance(len(text.text.encode()))
+        if text.style not in tokenizer.styles:
             continue
-        ids = tokenizer.encode_array(held.text).astype(np.int64)
+        ids = tokenizer.encode_array(text.text).astype(np.int64)
         begin = max(0, (len(ids) - limit - 1) // 2)
         ids = ids[begin : begin + limit + 1]
         if len(ids) < 2:
@@ -61,16 +50,16 @@ def dial(
         for name, control in columns.items():
             tally = score(ids, control)
             losses[name] = tally.nats / tally.tokens
-        rows.append({"name": held.name, "style": held.style, "tokens": len(ids) - 1, "losses": losses})
+        rows.append({"name": text.name, "style": text.style, "tokens": len(ids) - 1, "losses": losses})
     if not rows:
         return None
     styles = [style for style in tokenizer.styles if any(row["style"] == style for row in rows)]
-    matrix = {style: _mean([row for row in rows if row["style"] == style], list(columns)) for style in styles}
+    matrix = {style: _mean_losses([row for row in rows if row["style"] == style], list(columns)) for style in styles}
     return {"styles": list(tokenizer.styles), "texts": rows, "matrix": matrix, "summary": summary(rows)}
 
 
-def _mean(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, float]:
-    """Loss a token under each of `columns`, all the texts together."""
+def _mean_losses(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, float]:
+    """Loss a token under each of `columns`, over all tokens of the texts."""
     tokens = sum(row["tokens"] for row in rows)
     return {name: math.fsum(row["losses"][name] * row["tokens"] for row in rows) / tokens for name in columns}
 

@@ -1,11 +1,13 @@
 """Decoding on NVIDIA GPUs as CUDA graphs: a step of the whole model is one launch instead of several hundred.
 
-    >>> graphs = graphed(model, cache, row_counts(model))       # None where there is no GPU, or no gain to be had
-    >>> logits = graphs([17, 3], [0, 2], rows=8)                # as model.decode([17, 3], cache, [0, 2], 8), on the CPU
+    >>> graphs = record_graphs(model, cache, row_counts(model))    # None without a GPU, or where rows are not independent
+    >>> logits = graphs([17, 3], [0, 2], rows=8)                   # as model.decode([17, 3], cache, [0, 2], 8), on the CPU
 
-A graph repeats fixed kernels on fixed shapes, so there is one for each number of rows and each span of positions that
-attention looks back at, recorded when it is first needed. The rows of a batch must still not touch each other's bits:
-`agrees` tries that with the model's own attention, and where it does not hold, texts are decoded row by row.
+A graph repeats fixed kernels on fixed shapes. So there is one for each number of rows and each span, the number of
+positions that attention looks back at; each is recorded when it is first needed. Rows of padding use the cache's last slot.
+
+The bits of a row must not depend on the other rows here either. `rows_are_independent` tries that with the model's own
+attention; where it does not hold, there are no graphs.
 """
 
 from __future__ import annotations
@@ -20,33 +22,31 @@ from torch import Tensor
 
 from model import GPT, Block, KVCache
 
-SHORTEST = 128  # positions; each further span is twice as long, up to the context
+SHORTEST_SPAN = 128  # positions; each further span is twice as long, up to the context
 
 
-def spans(context: int) -> list[int]:
-    """Lengths that attention may look back at: SHORTEST, doubled up to the context."""
-    lengths = [context]
-    while lengths[0] > SHORTEST:
-        lengths.insert(0, max(SHORTEST, lengths[0] // 2))
-    return lengths
+def attention_spans(context: int) -> list[int]:
+    """Numbers of positions that attention may look back at: SHORTEST_SPAN, doubled up to the context."""
+    spans = [context]
+    while spans[0] > SHORTEST_SPAN:
+        spans.insert(0, max(SHORTEST_SPAN, spans[0] // 2))
+    return spans
 
 
-class Graphs:
-    """`GPT.decode` for one cache, replayed. Its last slot belongs to the rows that only pad.
+class DecodeGraphs:
+    """`GPT.decode` for one cache as recorded graphs. On devices other than CUDA (in tests) the same step is not recorded."""
 
-    On other devices than CUDA the same computation runs without being recorded, for the tests.
-    """
-
-    def __init__(self, model: GPT, cache: KVCache, counts: Sequence[int], lengths: Sequence[int]):
-        self.model, self.cache, self.lengths = model, cache, lengths
+    def __init__(self, model: GPT, cache: KVCache, row_counts: Sequence[int], spans: Sequence[int]):
+        self.model, self.cache, self.spans = model, cache, spans
         self.device = cache.layers[0].device
         self.cuda = self.device.type == "cuda"
-        self.scratch = len(cache.length) - 1
-        most = counts[-1]
-        self.given = torch.zeros(3, most, dtype=torch.int64, pin_memory=self.cuda)  # ids, slots, positions
-        self.taken = torch.zeros(3, most, dtype=torch.int64, device=self.device)
-        self.shown = torch.zeros(most, model.config.tokens, pin_memory=self.cuda)
-        self.plays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self.padding_slot = len(cache.length) - 1
+        most = row_counts[-1]
+        # A graph reads and writes fixed addresses: inputs go through these buffers, [0] ids, [1] slots, [2] positions.
+        self.host_inputs = torch.zeros(3, most, dtype=torch.int64, pin_memory=self.cuda)
+        self.inputs = torch.zeros(3, most, dtype=torch.int64, device=self.device)
+        self.host_logits = torch.zeros(most, model.config.tokens, pin_memory=self.cuda)
+        self.steps: dict[tuple[int, int], Callable[[], Tensor]] = {}  # by (rows, span)
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None
 
     @torch.inference_mode()
@@ -59,82 +59,85 @@ class Graphs:
             )
         rows = max(rows, len(slots))
         padding = [0] * (rows - len(slots))
-        wanted = [[*ids, *padding], [*slots, *([self.scratch] * len(padding))], [*lengths, *padding]]
-        span = next(length for length in self.lengths if length > max(lengths))
-        if (rows, span) not in self.plays:
+        given = [[*ids, *padding], [*slots, *([self.padding_slot] * len(padding))], [*lengths, *padding]]
+        span = next(span for span in self.spans if span > max(lengths))
+        if (rows, span) not in self.steps:
             self.record(rows, span)
-        self.given[:, :rows] = torch.tensor(wanted)
-        self.taken.copy_(self.given, non_blocking=True)
-        logits = self.plays[rows, span]()
-        shown = self.shown[: len(slots)]
-        shown.copy_(logits[: len(slots)], non_blocking=True)
+        self.host_inputs[:, :rows] = torch.tensor(given)
+        self.inputs.copy_(self.host_inputs, non_blocking=True)
+        logits = self.steps[rows, span]()
+        host_logits = self.host_logits[: len(slots)]
+        host_logits.copy_(logits[: len(slots)], non_blocking=True)
         if self.cuda:
             torch.cuda.current_stream(self.device).synchronize()
         for slot in slots:
             self.cache.length[slot] += 1
-        return shown
+        return host_logits
 
     @torch.inference_mode()
     def record(self, rows: int, span: int) -> None:
-        """Prepare the step for so many rows and positions, which then returns its logits [rows, N]."""
-        ids, slots, positions = (part[:rows] for part in self.taken)
+        """Prepare the step for so many rows and positions; it returns logits [rows, N] on the device."""
+        ids, slots, positions = (part[:rows] for part in self.inputs)
 
         def step() -> Tensor:
             return self.model.decode_fixed(ids, self.cache, slots, positions, span)
 
         if not self.cuda:
-            self.plays[rows, span] = step
+            self.steps[rows, span] = step
             return
-        self.taken[1].fill_(self.scratch)  # what is computed now must not be written over a text
-        self.taken[2].zero_()
+        # What runs during recording must not write over a text: all rows point at the slot for padding.
+        self.inputs[1].fill_(self.padding_slot)
+        self.inputs[2].zero_()
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries set themselves up at their first calls, which no graph may hold
+            # Libraries allocate their workspaces at the first calls, which no graph may contain: warm up beside it.
+            warm_up = torch.cuda.Stream()
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
                 for _ in range(2):
                     step()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(warm_up)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = step()
 
-        def play() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
             return logits
 
-        self.plays[rows, span] = play
+        self.steps[rows, span] = replay
 
 
 @torch.inference_mode()
-def agrees(model: GPT, counts: Sequence[int], lengths: Sequence[int]) -> bool:
+def rows_are_independent(model: GPT, row_counts: Sequence[int], spans: Sequence[int]) -> bool:
     """Whether attention gives a row the same bits for any number of rows and any span, tried on random numbers."""
     config, weight = model.config, model.wte.weight
     generator = torch.Generator().manual_seed(0)
-    most, device = counts[-1], weight.device
+    most, device = row_counts[-1], weight.device
     x = torch.randn(most, config.n_embd, generator=generator).to(weight)
     shape = (2, config.n_head, config.block_size, config.head_size)
-    layer = torch.randn(shape, generator=generator).to(weight).repeat(most, 1, 1, 1, 1)
+    layer = torch.randn(shape, generator=generator).to(weight).repeat(most, 1, 1, 1, 1)  # of the cache, as if filled
     slots = torch.arange(most, device=device)
-    positions = slots * 7 % lengths[0]
+    positions = slots * 7 % spans[0]
     attention = cast(Block, model.h[0]).attn
 
-    def rows(count: int, span: int) -> Tensor:
-        mask = model.span_mask(positions[:count], span, x.dtype)
-        return attention.decode_fixed(x[:count].contiguous(), layer, slots[:count], positions[:count], mask)
+    def attend(rows: int, span: int) -> Tensor:
+        mask = model.span_mask(positions[:rows], span, x.dtype)
+        return attention.decode_fixed(x[:rows].contiguous(), layer, slots[:rows], positions[:rows], mask)
 
-    reference = rows(most, lengths[-1])
-    return all(torch.equal(rows(*tried), reference[: tried[0]]) for tried in itertools.product(counts, lengths))
+    reference = attend(most, spans[-1])
+    tried = itertools.product(row_counts, spans)
+    return all(torch.equal(attend(rows, span), reference[:rows]) for rows, span in tried)
 
 
-def graphed(model: GPT, cache: KVCache, counts: Sequence[int]) -> Graphs | None:
+def record_graphs(model: GPT, cache: KVCache, row_counts: Sequence[int]) -> DecodeGraphs | None:
     """Graphs for a model on a GPU; None on other devices, and where a row's bits would depend on its neighbours."""
     if cache.layers[0].device.type != "cuda":
         return None
     try:
-        for lengths in (spans(model.config.block_size), [model.config.block_size]):
-            if agrees(model, counts, lengths):
-                graphs = Graphs(model, cache, counts, lengths)
-                graphs.record(counts[0], lengths[0])
+        for spans in (attention_spans(model.config.block_size), [model.config.block_size]):
+            if rows_are_independent(model, row_counts, spans):
+                graphs = DecodeGraphs(model, cache, row_counts, spans)
+                graphs.record(row_counts[0], spans[0])
                 return graphs
     except RuntimeError as error:
         warnings.warn(f"writing without CUDA graphs, several times slower: {error}", stacklevel=2)

@@ -1,41 +1,56 @@
-"""Texts written side by side with one model and one key-value cache.
+"""Continuous batching: sequences written side by side with one model and one key-value cache.
 
-    >>> writer = Writer(model, slots=4)
-    >>> writer.add(Text(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
-    >>> while writer.texts: print(writer.step())
+    >>> decoder = BatchDecoder(model, slots=4)
+    >>> decoder.add(Sequence(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
+    >>> while decoder.sequences: print(decoder.step())
 
-One seed, one text. Whether a text is written alone or beside others, by `generate.py` or by the server, its bits are the
-same, because nothing about it depends on its neighbours:
-- A prompt is read alone, in chunks of CHUNK tokens counted from the start of its window. What one text has read may be
-  copied for another that begins with the same chunks: reading them again would give the same bits.
-- Then all texts take a step together. The matrices see one of the row counts that `quantize.row_counts` found to
-  agree bit for bit; attention goes text by text.
-- Each text draws from its own generator, on the CPU in float32, one number a token.
-- When a text has filled its context, its window is read anew: a rule of its own tokens only (`Text.roll`).
-- A text in a style has the style's control id in front of every window. In a blend of styles it is read in several slots,
-  one a style, and drawn from the mixture of their logits (`Text.mixture`).
+The way of one request, called by `writing.stream` (one caller) or by `engine.Engine` (many):
+
+1. Prompt to ids: `writing.encode_prompt`; `writing.prompt_window` cuts them to the model's context.
+2. Each sample of the request becomes a `Sequence`: its ids, settings, random generator, detokenizer and stop strings.
+   `BatchDecoder.add` gives it a slot of the key-value cache.
+3. Prefill: the model reads the prompt in chunks of CHUNK tokens (`BatchDecoder._prefill`). The last chunk gives the
+   logits of the first new token.
+4. Decode: from then on the model reads one token a step, in one batch with all other sequences (`BatchDecoder._decode`).
+5. Sample: `sampling.sample` draws the next id from the logits (`Sequence.sample_next`). The id becomes characters, and
+   the text is searched for stop strings.
+6. `BatchDecoder.step` returns what happened as `Event`s: `started`, a `token` for each id, `done`.
+
+Continuous batching: sequences join and leave between any two steps, and nobody waits for the longest. A step reads at
+most one chunk of one prompt, so a long prompt delays the others by one chunk at a time.
+
+Rows are independent of each other. One seed gives one text, bit for bit, whether it is written alone or beside others:
+- A prompt is prefilled alone, in chunks counted from the start of its window.
+- In the decode step the matrices multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for
+  bit, with rows of padding if need be; attention goes row by row over each row's own slot.
+- Each sequence draws from its own generator, on the CPU in float32, one number a token.
+- When the context is full, what is read anew follows from the sequence's own ids alone (`Sequence.shift_context`).
+
+Prefix cache: each slot remembers which ids it has prefilled (`PrefixCacheEntry`), also after its sequence has left. A
+prompt that begins with the same whole chunks copies their keys and values instead of computing them; since chunks are
+counted from the start, computing them would give the same bits. So samples of one prompt share one prefill.
+
+Styles: a sequence in a style has the style's control id in front of every window. A blend of styles occupies one slot for
+each style; the next token is drawn from the weighted sum of their logits (`Sequence.take_logits`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from config import GenerationParams
-from inference.cuda_graphs import graphed
+from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import Stopper, likelihoods, sample, seed_of
+from sampling import History, Stopper, likelihoods, sample, seed_of
+from tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
-
-CHUNK = 256  # tokens of a prompt read at a time; more of them do not multiply faster, and others wait for a chunk
+CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
 
 
 @dataclass
@@ -56,7 +71,7 @@ class Event:
 
 @dataclass
 class Result:
-    """A sample, completed. `seed` with the same settings writes all of the request's samples again."""
+    """A completed sample. `seed` with the same settings writes all of the request's samples again."""
 
     text: str
     finish_reason: str
@@ -67,7 +82,7 @@ class Result:
     truncated: bool
 
     def add(self, event: Event) -> None:
-        """Take in an event of this sample."""
+        """Append an event of this sample."""
         self.text += event.text
         if event.token_id is not None:
             self.tokens += 1
@@ -75,48 +90,30 @@ class Result:
         self.finish_reason = event.finish_reason or self.finish_reason
 
 
-class Seen:
-    """The distinct ids of a text as a tensor that grows in place, for the repetition penalty."""
-
-    def __init__(self, ids: Sequence[int]):
-        self.ids = set(ids)
-        self.store = torch.tensor(sorted(self.ids), dtype=torch.int64)
-
-    def add(self, token: int) -> None:
-        if token not in self.ids:
-            if len(self.ids) == len(self.store):
-                self.store = torch.cat((self.store, self.store.new_empty(64 + len(self.store))))
-            self.store[len(self.ids)] = token
-            self.ids.add(token)
-
-    def tensor(self) -> Tensor:
-        return self.store[: len(self.ids)]
-
-
 @dataclass(eq=False)
-class Reading:
-    """A text in one cache slot, behind the control id of a style (or none)."""
+class SequenceState:
+    """What the model has read of a sequence in one cache slot, behind the control id of a style (or none)."""
 
-    front: list[int]
-    weight: float
-    unread: list[int]  # a window still to be read, or one token to go on from
+    control: list[int]
+    weight: float  # of this style's logits in a blend
+    pending: list[int]  # ids that the model has not read: the rest of a window, or the newest token
     slot: int = -1
-    reading: bool = True
-    begun: bool = False
+    prefilling: bool = True
+    prefix_reused: bool = False  # whether the prefix cache was consulted for this window
     logits: Tensor | None = None  # of the next token, once computed
 
     def restart(self, ids: list[int]) -> None:
-        """Read a window anew."""
-        self.unread, self.reading, self.begun = self.front + ids, True, False
+        """Prefill a new window."""
+        self.pending, self.prefilling, self.prefix_reused = self.control + ids, True, False
 
 
-class Text:
-    """One sample in the making. All of it follows from its prompt, settings, seed and index."""
+class Sequence:
+    """One sample being written. All of it follows from its prompt, settings, seed and index."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt: Sequence[int],
+        prompt: list[int],
         params: GenerationParams,
         *,
         seed: int,
@@ -124,35 +121,37 @@ class Text:
         context: int,
         logprobs: int | None = None,
     ):
-        """prompt: ids as `generate.prompt_window` leaves them, empty only with a style. context: the model's. logprobs:
-        alternatives wanted. Raises StyleError for a style that the tokenizer does not know.
+        """prompt: ids as `writing.prompt_window` returns them, empty only with a style. context: the model's, in tokens.
+        logprobs: number of alternatives reported with each token. Raises StyleError for a style that the tokenizer does
+        not know.
         """
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(seed_of(seed, index))
-        self.seen = Seen(prompt) if params.repetition_penalty != 1 else None
-        self.stream, self.stopper = tokenizer.stream(), Stopper(params.stop)
-        blend = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
-        self.readings = [Reading(front, share, front + self.ids) for front, share in blend]
-        self.banned = torch.tensor(list(tokenizer.controls.values()), dtype=torch.int64) if tokenizer.controls else None
+        self.history = History(self.ids, len(prompt), tokenizer)
+        self.detokenizer, self.stopper = tokenizer.detokenizer(), Stopper(params.stop)
+        styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
+        self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
+        controls = list(tokenizer.controls.values())
+        self.never_drawn = torch.tensor(controls, dtype=torch.int64) if controls else None
         self.paused = False
-        self.reason: str | None = None
+        self.finish_reason: str | None = None
         self.error: Exception | None = None
 
     @property
-    def reading(self) -> bool:
-        """Whether its prompt, or after a roll its window, is still being read."""
-        return any(reading.reading for reading in self.readings)
+    def prefilling(self) -> bool:
+        """Whether the prompt, or the new window after a shift of the context, is still being read."""
+        return any(state.prefilling for state in self.states)
 
     @property
     def slot(self) -> int:
-        """The cache slot, of a blend the first."""
-        return self.readings[0].slot
+        """The cache slot; of a blend the first."""
+        return self.states[0].slot
 
     @property
-    def written(self) -> list[int]:
-        """The ids written so far."""
+    def output_ids(self) -> list[int]:
+        """The ids written so far, without the prompt."""
         return self.ids[self.prompt_tokens :]
 
     def usage(self) -> dict[str, int]:
@@ -163,72 +162,78 @@ class Text:
             "total_tokens": self.prompt_tokens + written,
         }
 
-    def roll(self) -> None:
-        """The context is full: go on from the style, the `keep` first tokens and the newest, three quarters of it together."""
-        window = self.context * 3 // 4 - len(self.readings[0].front)
+    def shift_context(self) -> None:
+        """The context is full: restart with three quarters of it, the style, the `keep` first ids and the newest."""
+        window = self.context * 3 // 4 - len(self.states[0].control)
         keep = min(self.params.keep, window // 2)
-        for reading in self.readings:
-            reading.restart(self.ids[:keep] + self.ids[keep - window :])
+        for state in self.states:
+            state.restart(self.ids[:keep] + self.ids[keep - window :])
 
-    def mixture(self) -> Tensor:
-        """The next token's logits [N], as soon as all readings have theirs; taken out of them.
+    def take_logits(self) -> Tensor:
+        """The next token's logits [N], moved out of the states, all of which must have theirs.
 
         A blend is the weighted sum of its styles' logits. That is the weighted sum of their log-probabilities up to a
-        constant, on which nothing depends: what all styles find likely stays likely. Control ids are never drawn.
+        constant that no filter depends on: a token stays likely if every style finds it likely. Control ids get minus
+        infinity.
         """
-        parts = [(reading.weight, cast(Tensor, reading.logits)) for reading in self.readings]
-        for reading in self.readings:
-            reading.logits = None
+        parts = [(state.weight, cast(Tensor, state.logits)) for state in self.states]
+        for state in self.states:
+            state.logits = None
         logits = parts[0][1]
         if len(parts) > 1:
             logits = torch.stack([weight * part for weight, part in parts]).sum(0)
-        return logits if self.banned is None else logits.index_fill(0, self.banned, float("-inf"))
+        return logits if self.never_drawn is None else logits.index_fill(0, self.never_drawn, float("-inf"))
 
-    def choose(self, logits: Tensor) -> list[Event]:
-        """Draw the next token from logits [N]; the events that follow from it, the last of them `done` at the end."""
-        token = sample(logits, self.params, self.generator, self.seen.tensor() if self.seen else None)
+    def sample_next(self, logits: Tensor) -> list[Event]:
+        """Draw the next token from logits [N]; returns its event, followed by `done` if the text ends with it."""
+        token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
-            return [self.finish("stop")]
+            event = self.finish("stop")
+            if self.logprobs is not None:
+                event.logprob, event.top = self._likelihoods(logits, token)
+            return [event]
         self.ids.append(token)
-        for reading in self.readings:
-            reading.unread = [token]
-        if self.seen:
-            self.seen.add(token)
-        text, stopped = self.stopper.feed(self.stream.feed(token))
+        for state in self.states:
+            state.pending = [token]
+        text, stopped = self.stopper.feed(self.detokenizer.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
-            event.logprob, others = likelihoods(logits, token, self.logprobs)
-            event.top = [(id, self.tokenizer.decode([id]), value) for id, value in others]
+            event.logprob, event.top = self._likelihoods(logits, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
         if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
             return [event, self.finish("length")]
         return [event]
 
+    def _likelihoods(self, logits: Tensor, token: int) -> tuple[float, list[tuple[int, str, float]]]:
+        """Log-probability of `token`, and the alternatives asked for as (id, text, log-probability)."""
+        logprob, others = likelihoods(logits, token, self.logprobs or 0)
+        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
+
     def finish(self, reason: str, flush: bool = True) -> Event:
-        """The closing event, with the text that was held back."""
-        self.reason = reason
+        """The `done` event, with text that was held back because it could have begun a stop string or a character."""
+        self.finish_reason = reason
         text = ""
         if flush:
-            text, stopped = self.stopper.feed(self.stream.flush())
+            text, stopped = self.stopper.feed(self.detokenizer.flush())
             text += "" if stopped else self.stopper.rest()
         return Event(self.index, "done", text, finish_reason=reason, usage=self.usage())
 
     def fail(self, error: Exception) -> Event:
-        """The closing event of a text that could not be written on."""
-        self.reason, self.error = "error", error
+        """The `error` event of a sequence that cannot be continued."""
+        self.finish_reason, self.error = "error", error
         return Event(self.index, "error", message=str(error) or type(error).__name__)
 
 
 @dataclass
-class Held:
-    """What the first tokens of a slot are, read as a prompt: another text that begins alike may copy them."""
+class PrefixCacheEntry:
+    """The ids that a slot has prefilled, in order from its beginning; other sequences may copy their keys and values."""
 
     ids: list[int] = field(default_factory=list)
     logits: Tensor | None = None  # after the last of ids
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many of `ids` need not be read again: whole chunks, or all of them."""
+    def reusable(self, ids: list[int]) -> int:
+        """How many of `ids` need not be computed: whole chunks of the common prefix, or all ids if they are the same."""
         if self.logits is not None and len(ids) == len(self.ids) and self.ids == ids:
             return len(ids)
         most = min(len(self.ids), len(ids) - 1) // CHUNK * CHUNK
@@ -238,134 +243,138 @@ class Held:
         return most
 
 
-class Writer:
-    """Texts written side by side with one model and one cache. Not for several threads at once."""
+class BatchDecoder:
+    """Sequences written side by side with one model and one cache. Not safe for several threads at once."""
 
     def __init__(self, model: GPT, slots: int):
-        self.model, self.counts = model, row_counts(model)
+        self.model, self.row_counts = model, row_counts(model)
         cuda = model.wte.weight.is_cuda
-        self.cache = model.new_cache(slots + cuda)  # one more for rows that only pad a graph
-        self.graphs = graphed(model, self.cache, self.counts)
-        self.held = [Held() for _ in range(slots)]
-        self.free = list(range(slots))
-        self.texts: list[Text] = []
+        self.cache = model.new_cache(slots + cuda)  # one more slot for rows of padding in a CUDA graph
+        self.graphs = record_graphs(model, self.cache, self.row_counts)
+        self.prefix_cache = [PrefixCacheEntry() for _ in range(slots)]
+        self.free_slots = list(range(slots))
+        self.sequences: list[Sequence] = []
 
-    def add(self, text: Text) -> None:
-        """Give each reading of a text a slot, of which enough must be free: the one that holds most of its prompt."""
-        for reading in text.readings:
-            held = {slot: self.held[slot] for slot in self.free}
-            reading.slot = max(held, key=lambda slot: (held[slot].shared(reading.unread), -len(held[slot].ids)))
-            self.free.remove(reading.slot)
-        self.texts.append(text)
+    def add(self, sequence: Sequence) -> None:
+        """Give each state of a sequence a slot, of which enough must be free: the one that holds most of its prompt."""
+        for state in sequence.states:
+            entries = {slot: self.prefix_cache[slot] for slot in self.free_slots}
+            state.slot = max(entries, key=lambda slot: (entries[slot].reusable(state.pending), -len(entries[slot].ids)))
+            self.free_slots.remove(state.slot)
+        self.sequences.append(sequence)
 
-    def remove(self, text: Text) -> None:
-        """Take a text out; its slots are free at once."""
-        self.texts.remove(text)
-        self.free += [reading.slot for reading in text.readings]
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out; its slots are free at once."""
+        self.sequences.remove(sequence)
+        self.free_slots += [state.slot for state in sequence.states]
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Text, Event]]:
-        """Read at most one chunk of one prompt, then one token of every text that is not paused.
+    def step(self) -> list[tuple[Sequence, Event]]:
+        """Prefill at most one chunk of one prompt, then write one token of every sequence that is not paused.
 
-        Texts that end are removed. A failure ends the text it belongs to, with an error event, and no other.
+        Sequences that end are removed. A failure ends the sequence it belongs to, with an error event, and no other.
         """
-        found: list[tuple[Text, Event]] = []
-        active = [text for text in self.texts if not text.paused]
-        for text in active:
-            if not text.reading and self.cache.length[text.slot] >= text.context:
-                text.roll()
-        writing = [(text, reading) for text in active if not text.reading for reading in text.readings]
-        chunks = 1
-        for text in [text for text in active if text.reading]:
-            if not text.readings[0].begun and len(text.ids) == text.prompt_tokens:
-                found.append((text, Event(text.index, "started")))
-            if text.params.max_tokens == 0:
-                found.append((text, text.finish("length")))
-                continue
-            for reading in text.readings:
-                known = self._known(reading)
-                if reading.reading and text.reason is None and (chunks or known):
-                    chunks -= not known
-                    self._attempt([(text, reading)], self._read, found)
-        most = self.counts[-1]
-        for first in range(0, len(writing), most):
-            self._attempt(writing[first : first + most], self._decode, found)
-        for text in active:
-            if text.reason is None and all(reading.logits is not None for reading in text.readings):
+        events: list[tuple[Sequence, Event]] = []
+        active = [sequence for sequence in self.sequences if not sequence.paused]
+
+        # 1. Shift: a sequence whose slot is full restarts with a shorter window, which is prefilled like a prompt.
+        for sequence in active:
+            if not sequence.prefilling and self.cache.length[sequence.slot] >= sequence.context:
+                sequence.shift_context()
+
+        # 2. Prefill. Who decodes is settled before: a prompt that ends in this step already has its logits from here.
+        decoding = [(sequence, state) for sequence in active if not sequence.prefilling for state in sequence.states]
+        self._prefill_one_chunk([sequence for sequence in active if sequence.prefilling], events)
+
+        # 3. Decode: one new token of every other sequence, in batches of the largest number of rows that is safe.
+        largest = self.row_counts[-1]
+        for first in range(0, len(decoding), largest):
+            self._attempt(decoding[first : first + largest], self._decode, events)
+
+        # 4. Sample from the logits, and let go of what has ended.
+        for sequence in active:
+            if sequence.finish_reason is None and all(state.logits is not None for state in sequence.states):
                 try:
-                    found += [(text, event) for event in text.choose(text.mixture())]
+                    events += [(sequence, event) for event in sequence.sample_next(sequence.take_logits())]
                 except Exception as error:
-                    found.append((text, text.fail(error)))
-            if text.reason is not None:
-                self.remove(text)
-        return found
+                    events.append((sequence, sequence.fail(error)))
+            if sequence.finish_reason is not None:
+                self.remove(sequence)
+        return events
+
+    def _prefill_one_chunk(self, waiting: list[Sequence], events: list[tuple[Sequence, Event]]) -> None:
+        """One chunk for the first sequence that needs one; whoever finds its whole window in the prefix cache is ready too."""
+        chunks = 1
+        for sequence in waiting:
+            if not sequence.states[0].prefix_reused and len(sequence.ids) == sequence.prompt_tokens:
+                events.append((sequence, Event(sequence.index, "started")))
+            if sequence.params.max_tokens == 0:
+                events.append((sequence, sequence.finish("length")))
+                continue
+            for state in sequence.states:
+                cached = self._is_cached(state)
+                if state.prefilling and sequence.finish_reason is None and (chunks or cached):
+                    chunks -= not cached
+                    self._attempt([(sequence, state)], self._prefill, events)
 
     def _attempt(
         self,
-        readings: list[tuple[Text, Reading]],
-        act: Callable[[list[Reading]], None],
-        found: list[tuple[Text, Event]],
+        batch: list[tuple[Sequence, SequenceState]],
+        act: Callable[[list[SequenceState]], None],
+        events: list[tuple[Sequence, Event]],
     ) -> None:
-        """`act` on all the readings; where that fails, on each alone, so that only the guilty texts end."""
+        """`act` on the whole batch; if that fails, on each row alone, so that only sequences which fail alone end."""
         try:
-            act([reading for _, reading in readings])
+            act([state for _, state in batch])
         except Exception as error:
-            if len(readings) > 1:
-                for one in readings:
-                    self._attempt([one], act, found)
-            elif readings[0][0].reason is None:
-                found.append((readings[0][0], readings[0][0].fail(error)))
+            if len(batch) > 1:
+                for row in batch:
+                    self._attempt([row], act, events)
+            elif batch[0][0].finish_reason is None:
+                events.append((batch[0][0], batch[0][0].fail(error)))
 
-    def _known(self, reading: Reading) -> bool:
+    def _is_cached(self, state: SequenceState) -> bool:
         """Whether some slot holds all of a window, so that nothing needs to be computed."""
-        return not reading.begun and any(held.shared(reading.unread) == len(reading.unread) for held in self.held)
+        return not state.prefix_reused and any(
+            entry.reusable(state.pending) == len(state.pending) for entry in self.prefix_cache
+        )
 
-    def _begin(self, reading: Reading) -> None:
-        """Start a window with what some slot, best its own, has read of it."""
-        shared = [held.shared(reading.unread) for held in self.held]
-        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot == reading.slot))
-        count, held = shared[source], self.held[source]
-        if source != reading.slot and count:
-            self.cache.copy(source, reading.slot, count)
-        self.cache.length[reading.slot] = count
-        self.held[reading.slot] = Held(held.ids[:count], held.logits if count == len(held.ids) else None)
-        reading.begun, reading.unread = True, reading.unread[count:]
+    def _reuse_prefix(self, state: SequenceState) -> None:
+        """Begin a window with the longest prefix that any slot holds of it, best the state's own slot."""
+        reusable = [entry.reusable(state.pending) for entry in self.prefix_cache]
+        source = max(range(len(reusable)), key=lambda slot: (reusable[slot], slot == state.slot))
+        count, entry = reusable[source], self.prefix_cache[source]
+        if source != state.slot and count:
+            self.cache.copy(source, state.slot, count)
+        self.cache.length[state.slot] = count
+        logits = entry.logits if count == len(entry.ids) else None
+        self.prefix_cache[state.slot] = PrefixCacheEntry(entry.ids[:count], logits)
+        state.prefix_reused, state.pending = True, state.pending[count:]
 
-    def _read(self, readings: list[Reading]) -> None:
-        """The next chunk of one window; its logits when that was the last."""
-        (reading,) = readings
-        if not reading.begun:
-            self._begin(reading)
-        held = self.held[reading.slot]
-        if reading.unread:
-            chunk = reading.unread[:CHUNK]
-            held.logits = None
-            logits = self.model.prefill(chunk, self.cache, reading.slot)
-            held.ids = held.ids + chunk
-            reading.unread = reading.unread[CHUNK:]
-            if reading.unread:
+    def _prefill(self, states: list[SequenceState]) -> None:
+        """Read the next chunk of one window; after its last chunk the state has logits."""
+        (state,) = states
+        if not state.prefix_reused:
+            self._reuse_prefix(state)
+        entry = self.prefix_cache[state.slot]
+        if state.pending:
+            chunk = state.pending[:CHUNK]
+            entry.logits = None
+            logits = self.model.prefill(chunk, self.cache, state.slot)
+            entry.ids = entry.ids + chunk
+            state.pending = state.pending[CHUNK:]
+            if state.pending:
                 return
-            held.logits = logits.float().cpu()
-        reading.reading, reading.logits = False, held.logits
+            entry.logits = logits.float().cpu()
+        state.prefilling, state.logits = False, entry.logits
 
-    def _decode(self, readings: list[Reading]) -> None:
-        """The next logits of texts that are being written, all at once."""
-        rows = next(count for count in self.counts if count >= len(readings))
-        ids, slots = [reading.unread[0] for reading in readings], [reading.slot for reading in readings]
+    def _decode(self, states: list[SequenceState]) -> None:
+        """Read the newest token of each state in one batch, padded to a safe number of rows; all get logits."""
+        rows = next(count for count in self.row_counts if count >= len(states))
+        ids, slots = [state.pending[0] for state in states], [state.slot for state in states]
         if self.graphs is not None:
             logits = self.graphs(ids, slots, rows)
         else:
             logits = self.model.decode(ids, self.cache, slots, rows)
-        for reading, row in zip(readings, logits.cpu().unbind(), strict=True):
-            reading.logits = row
-
-
-@contextlib.contextmanager
-def dropout_off(model: GPT) -> Iterator[None]:
-    """Evaluation mode inside; the model's own mode is restored afterwards, whatever happens."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+        for state, row in zip(states, logits.cpu().unbind(), strict=True):
+            state.logits = row

@@ -1,13 +1,21 @@
-"""Many requests, one model: a thread that writes all texts together, one token of each at a time.
+"""Many requests, one model: a thread that writes the samples of all requests together, one token of each at a time.
 
     >>> engine = Engine.load("runs/sample/best", slots=16)
-    >>> job = engine.submit("The fog lay upon the river", GenerationParams(n=2, seed=7), deadline_s=60)
-    >>> for event in job: print(event.index, event.text)         # or: async for event in job
+    >>> request = engine.submit("The fog lay upon the river", GenerationParams(n=2, seed=7), deadline_s=60)
+    >>> for event in request: print(event.index, event.text)     # or: async for event in request
     >>> engine.score("It was a dark night.")                     # how likely each token was
     >>> engine.close()
 
-Requests join and leave between steps; a text is the same as alone (see `sampling.py`). Whoever reads slowly pauses only
-their own texts. Everything but the model's own work happens in the callers' threads.
+`submit` turns a prompt into ids, checks it against the limits and puts a `GenerationRequest` into the queue; it runs in the
+caller's thread, as all work does that is not the model's. The engine's thread repeats one round (`Engine._round`):
+
+1. requests that are cancelled, too late or unread for too long end (`_enforce_limits`);
+2. waiting samples take free slots of the `BatchDecoder` as `Sequence`s (`_admit`);
+3. one chunk of a text to be scored is read (`_score_next_chunk`);
+4. one step of the decoder, whose events go to the requests they belong to (`_deliver`).
+
+Requests join and leave between steps, and a text is the same as if written alone: see `inference/decoder.py`. Whoever reads
+slowly pauses only their own sequences.
 """
 
 from __future__ import annotations
@@ -17,23 +25,23 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from checkpoint import load_model
 from config import GenerationParams
-from inference.decoder import CHUNK, Event, Result, Text, Writer
+from devices import pick_device
+from inference.decoder import BatchDecoder, Event, Result, Sequence
+from inference.quantize import prepare
+from inference.scoring import TokenScore, score_in_chunks
 from inference.writing import encode_prompt, prompt_window
 from model import GPT
 from sampling import fresh_seed
 from tokenizer import StyleError, Tokenizer
 
-__all__ = ["Engine", "EngineError", "Event", "Job", "QueueFull", "Result", "TokenScore"]
+__all__ = ["Engine", "EngineError", "Event", "GenerationRequest", "QueueFull", "Result", "TokenScore"]
 
 RATE_S = 5.0  # seconds over which tokens a second are counted
 
@@ -50,28 +58,16 @@ class QueueFull(EngineError):
         self.retry_after = retry_after
 
 
-@dataclass(frozen=True)
-class TokenScore:
-    """One token of a text under the model: its log-probability (None for the first), its rank from 1, the likeliest."""
+class GenerationRequest:
+    """A request in the engine: an iterator over its events, for one reader, in a thread or in an asyncio loop.
 
-    id: int
-    text: str
-    start: int  # character of the text at which it begins
-    logprob: float | None
-    rank: int | None
-    top: list[tuple[int, str, float]]
-
-
-class Job:
-    """A request: an iterator over its events, for one reader, in a thread or in an asyncio loop.
-
-    The events of each sample are `started`, `token`s, and `done`; an `error` ends the whole job. Leaving the iteration
+    The events of each sample are `started`, `token`s, and `done`; an `error` ends the whole request. Leaving the iteration
     early does not end the work, `cancel()` or the end of a `with` block does.
     """
 
     def __init__(
         self,
-        wake: Callable[[], None],
+        wake_engine: Callable[[], None],
         ids: list[int],
         params: GenerationParams,
         *,
@@ -80,28 +76,28 @@ class Job:
         truncated: bool,
         deadline_s: float | None,
         logprobs: int | None,
-        width: int,
+        slots_per_sample: int,
     ):
-        """width: slots that a sample takes, one for each style of a blend."""
-        self.width = width
+        """wake_engine: called when the engine must look at this request. slots_per_sample: one for each style of a blend."""
+        self.slots_per_sample = slots_per_sample
         self.id, self.seed, self.truncated, self.prompt_tokens = id, seed, truncated, len(ids)
         self.ids, self.params, self.logprobs = ids, params, logprobs
         self.submitted = time.monotonic()
         self.expires = None if deadline_s is None else self.submitted + deadline_s
-        self.started = self.ended = 0  # samples
-        self.stalled: float | None = None  # since when nobody has read
+        self.samples_started = self.samples_ended = 0
+        self.unread_since: float | None = None  # since when the reader has left event_buffer events unread
         self.cancelled = False
-        self._wake = wake
+        self._wake_engine = wake_engine
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
-        self._waiter: asyncio.Future[None] | None = None
-        self._seq = 0
-        self._over = False
+        self._waiter: asyncio.Future[None] | None = None  # the asyncio reader that waits for an event
+        self._next_seq = 0
+        self._complete = False
 
     @property
     def done(self) -> bool:
         """Whether the engine has finished with it; events may still be unread."""
-        return self._over
+        return self._complete
 
     @property
     def unread(self) -> int:
@@ -111,18 +107,18 @@ class Job:
     def cancel(self) -> None:
         """Stop writing; every sample that is not complete ends with `cancelled`."""
         self.cancelled = True
-        self._wake()
+        self._wake_engine()
 
-    def put(self, events: Sequence[Event], over: bool = False) -> None:
-        """Hand events to the reader (the engine's side)."""
+    def put(self, events: list[Event], complete: bool = False) -> None:
+        """Hand events to the reader; called by the engine's thread. complete: no more will come."""
         with self._changed:
-            if self._over:
+            if self._complete:
                 return
             for event in events:
-                event.seq = self._seq
-                self._seq += 1
+                event.seq = self._next_seq
+                self._next_seq += 1
                 self._events.append(event)
-            self._over = over
+            self._complete = complete
             self._changed.notify_all()
             waiter, self._waiter = self._waiter, None
         if waiter is not None:
@@ -131,10 +127,10 @@ class Job:
             except RuntimeError:  # the reader's loop is gone, and the reader with it
                 self.cancelled = True
 
-    def _taken(self) -> Event:
+    def _next_event(self) -> Event:
         event = self._events.popleft()
-        if self.stalled is not None:
-            self._wake()
+        if self.unread_since is not None:
+            self._wake_engine()
         return event
 
     def __iter__(self) -> Iterator[Event]:
@@ -142,10 +138,10 @@ class Job:
 
     def __next__(self) -> Event:
         with self._changed:
-            self._changed.wait_for(lambda: self._events or self._over)
+            self._changed.wait_for(lambda: self._events or self._complete)
             if not self._events:
                 raise StopIteration
-            return self._taken()
+            return self._next_event()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -154,20 +150,20 @@ class Job:
         while True:
             with self._changed:
                 if self._events:
-                    return self._taken()
-                if self._over:
+                    return self._next_event()
+                if self._complete:
                     raise StopAsyncIteration
                 waiter = self._waiter = asyncio.get_running_loop().create_future()
             await waiter
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> GenerationRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
     def result(self) -> list[Result]:
-        """Wait for all samples. EngineError if the job failed."""
+        """Wait for all samples. Raises EngineError if the request failed."""
         results = [
             Result("", "cancelled", 0, [], self.seed, self.prompt_tokens, self.truncated) for _ in range(self.params.n)
         ]
@@ -199,38 +195,39 @@ class Engine:
         event_buffer: int = 1024,
         stall_s: float = 60.0,
     ):
-        """slots: texts written side by side. queue_size: requests that may wait for one. event_buffer: events a reader
-        may leave unread before its texts pause; after `stall_s` seconds of that they are cancelled.
+        """slots: sequences written side by side. queue_size: requests that may wait for one. event_buffer: events that a
+        reader may leave unread before its sequences pause; after `stall_s` seconds of that they are cancelled.
         """
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.slots, self.queue_size, self.event_buffer, self.stall_s = slots, queue_size, event_buffer, stall_s
         self.max_tokens_limit, self.prompt_limit_tokens = max_tokens_limit, prompt_limit_tokens
         self.dtype, self.remark = str(model.wte.weight.dtype).removeprefix("torch."), ""
-        self._writer = Writer(model, slots)
-        self._owner: dict[Text, Job] = {}
-        self._jobs: list[Job] = []  # not ended, oldest first
-        self._scores: deque[tuple[Future[list[TokenScore]], Iterator[list[TokenScore] | None]]] = deque()
+        # Changed by the engine's thread alone:
+        self._decoder = BatchDecoder(model, slots)
+        self._request_of: dict[Sequence, GenerationRequest] = {}
+        self._mean_request_s = 1.0  # running mean of a request's time
+        # Shared with the callers' threads, guarded by _changed:
+        self._requests: list[GenerationRequest] = []  # not complete, oldest first
+        self._scorings: deque[tuple[Future[list[TokenScore]], Iterator[list[TokenScore] | None]]] = deque()
         self._changed = threading.Condition()
-        self._news = False
-        self._closing: float | None = None  # when what still runs will be cancelled
+        self._woken = False  # whether something happened since the last round began
+        self._close_at: float | None = None  # when what still runs will be cancelled; None while open
         self._counts = {"rejected": 0, "finished": 0, "cancelled": 0, "failed": 0, "tokens": 0}
-        self._rate: deque[tuple[float, int]] = deque()
-        self._job_s = 1.0  # running mean of a request's time
+        self._recent_tokens: deque[tuple[float, int]] = deque()  # (moment, tokens) of each step
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path | str, *, device: str = "auto", dtype: str = "auto", **settings: Any) -> Engine:
-        """An engine for a model folder. dtype: auto, float32, bfloat16, float16 or int8, see `quantize.prepare`."""
-        from checkpoint import load_model
-        from devices import pick_device
-        from inference.quantize import prepare
+    def load(cls, folder: Path | str, *, device: str = "auto", dtype: str = "auto", **options: Any) -> Engine:
+        """An engine for a model folder. dtype: auto, float32, bfloat16, float16 or int8, see `quantize.prepare`.
 
+        options: further arguments of `Engine`; the name is by default the run's or the folder's.
+        """
         model, tokenizer = load_model(folder, device=pick_device(device))
         used, remark = prepare(model, dtype)
         parts = Path(folder).absolute().parts
-        settings.setdefault("name", parts[-2] if parts[-1] in ("best", "last") else parts[-1])
-        engine = cls(model, tokenizer, **settings)
+        options.setdefault("name", parts[-2] if parts[-1] in ("best", "last") else parts[-1])
+        engine = cls(model, tokenizer, **options)
         engine.dtype, engine.remark = used, remark
         return engine
 
@@ -246,59 +243,56 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | list[int],
         params: GenerationParams,
         *,
         request_id: str | None = None,
         deadline_s: float | None = None,
         logprobs: int | None = None,
-    ) -> Job:
+    ) -> GenerationRequest:
         """Queue a request. Raises ValueError for what can never be written, QueueFull, or EngineError after `close`.
 
-        deadline_s: seconds after which its samples end with `deadline`. logprobs: so many alternatives a token.
+        deadline_s: seconds after which its samples end with `deadline`. logprobs: alternatives reported with each token.
         """
         if params.max_tokens > self.max_tokens_limit:
             raise ValueError(f"max_tokens {params.max_tokens} exceeds the limit of {self.max_tokens_limit}: lower it")
         ids = encode_prompt(self.tokenizer, prompt, params.style)
-        width = max(1, len(self.tokenizer.blend(params.style)))
-        if width > self.slots:
+        slots_per_sample = max(1, len(self.tokenizer.blend(params.style)))
+        if slots_per_sample > self.slots:
             raise StyleError(
-                f"style {params.style!r} takes {width} slots a text and there are {self.slots}: blend fewer"
+                f"style {params.style!r} takes {slots_per_sample} slots a text and there are {self.slots}: blend fewer"
             )
         if len(ids) > self.prompt_limit_tokens:
             raise ValueError(f"prompt: {len(ids)} tokens exceed the limit of {self.prompt_limit_tokens}: shorten it")
         if logprobs is not None and not 0 <= logprobs <= self.tokenizer.vocab_size:
             raise ValueError(f"logprobs {logprobs}: must be 0 to {self.tokenizer.vocab_size}")
         ids, truncated = prompt_window(ids, self.context, params)
-        seed = fresh_seed() if params.seed is None else params.seed
-        job = Job(
+        request = GenerationRequest(
             self._wake,
             ids,
             params,
             id=request_id or uuid.uuid4().hex,
-            seed=seed,
+            seed=fresh_seed() if params.seed is None else params.seed,
             truncated=truncated,
             deadline_s=deadline_s,
             logprobs=logprobs,
-            width=width,
+            slots_per_sample=slots_per_sample,
         )
         with self._changed:
-            if self._closing is not None:
+            if self._close_at is not None:
                 raise EngineError("the engine is closed")
             waiting = self._waiting()
-            if waiting >= self.queue_size + len(self._writer.free):
+            if waiting >= self.queue_size + len(self._decoder.free_slots):
                 self._counts["rejected"] += 1
-                raise QueueFull(waiting, min(60.0, max(1.0, self._job_s * (waiting + 1) / self.slots)))
-            self._jobs.append(job)
-            self._news = True
-            self._changed.notify_all()
-        return job
+                raise QueueFull(waiting, min(60.0, max(1.0, self._mean_request_s * (waiting + 1) / self.slots)))
+            self._requests.append(request)
+            self._wake()
+        return request
 
-    def score(self, text: str | Sequence[int], top: int = 5) -> list[TokenScore]:
-        """How likely the model finds each token of a text, with the `top` likeliest in its place.
+    def score(self, text: str | list[int], top: int = 5) -> list[TokenScore]:
+        """How likely the model finds each token of a text, with the `top` likeliest in its place; see `scoring`.
 
-        Read in chunks between the steps of what is being written. Beyond the context a token is scored from at least
-        the half context before it. Raises ValueError for a text that is too long or not in the vocabulary.
+        Raises ValueError for a text that is too long or not in the vocabulary, EngineError after `close`.
         """
         ids = encode_prompt(self.tokenizer, text) if len(text) else []
         if len(ids) > self.prompt_limit_tokens:
@@ -307,36 +301,34 @@ class Engine:
             return []
         future: Future[list[TokenScore]] = Future()
         with self._changed:
-            if self._closing is not None:
+            if self._close_at is not None:
                 raise EngineError("the engine is closed")
-            self._scores.append((future, self._scored(ids, max(0, top))))
-            self._news = True
-            self._changed.notify_all()
+            self._scorings.append((future, score_in_chunks(self.model, self.tokenizer, ids, max(0, top))))
+            self._wake()
         return future.result()
 
     def stats(self) -> dict[str, Any]:
-        """What it is doing and has done: texts running and paused, requests waiting, and totals."""
+        """What it is doing and has done: samples running and paused, requests waiting, and totals."""
         now = time.monotonic()
         with self._changed:
-            texts = list(self._writer.texts)
-            recent = sum(count for moment, count in self._rate if now - moment < RATE_S)
+            sequences = list(self._decoder.sequences)
+            recent = sum(count for moment, count in self._recent_tokens if now - moment < RATE_S)
             return {
-                "running": len(texts),
-                "paused": sum(text.paused for text in texts),
+                "running": len(sequences),
+                "paused": sum(sequence.paused for sequence in sequences),
                 "waiting": self._waiting(),
                 "slots": self.slots,
-                "scoring": len(self._scores),
+                "scoring": len(self._scorings),
                 **self._counts,
                 "tokens_per_s": recent / RATE_S,
             }
 
     def close(self, timeout: float | None = None, finish: bool = True) -> None:
-        """Take nothing more; let what was accepted be completed, or cancel it (also after `timeout` seconds)."""
+        """Accept nothing more; complete what was accepted, or cancel it (also after `timeout` seconds)."""
         with self._changed:
             now = time.monotonic()
-            self._closing = now if not finish else float("inf") if timeout is None else now + timeout
-            self._news = True
-            self._changed.notify_all()
+            self._close_at = now if not finish else float("inf") if timeout is None else now + timeout
+            self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(None if timeout is None else timeout + 5.0)
 
@@ -347,212 +339,176 @@ class Engine:
         self.close(finish=False)
 
     def _waiting(self) -> int:
-        """Requests of which nothing has begun."""
-        return sum(not job.started for job in self._jobs)
+        """Number of requests of which no sample has a slot yet."""
+        return sum(not request.samples_started for request in self._requests)
 
     def _wake(self) -> None:
+        """Let the engine's thread look at its requests, now or in its next round."""
         with self._changed:
-            self._news = True
+            self._woken = True
             self._changed.notify_all()
 
+    # What follows runs in the engine's thread.
+
     def _run(self) -> None:
-        """The thread: turns while there is work, sleep while there is none."""
+        """The thread: rounds while there is work, sleep while there is none."""
         while True:
             try:
-                if not self._turn():
+                if not self._round():
                     return
-            except Exception as error:  # not a text's own failure, which Writer.step catches
-                self._start_over(error)
+            except Exception as error:  # outside any one sequence: those failures are caught by BatchDecoder.step
+                self._recover(error)
 
-    def _turn(self) -> bool:
-        """One round of joining, leaving, scoring and writing; False when closed and nothing is left."""
+    def _round(self) -> bool:
+        """One round of the four stages named at the top; False when closed and nothing is left to do."""
         now = time.monotonic()
         with self._changed:
-            self._news = False
-            jobs, closing = list(self._jobs), self._closing
-        if closing is not None and not jobs and not self._scores:
+            self._woken = False
+            requests, close_at = list(self._requests), self._close_at
+        if close_at is not None and not requests and not self._scorings:
             return False
-        for job in jobs:
-            self._look_after(job, now, closing is not None and now >= closing)
+        for request in requests:
+            self._enforce_limits(request, now, closing=close_at is not None and now >= close_at)
         self._admit()
-        if self._scores:
-            self._score_on()
-        if any(not text.paused for text in self._writer.texts):
-            self._deliver(self._writer.step())
-        elif not self._scores:
+        if self._scorings:
+            self._score_next_chunk()
+        if any(not sequence.paused for sequence in self._decoder.sequences):
+            self._deliver(self._decoder.step())
+        elif not self._scorings:
             with self._changed:
-                if not self._news:
-                    self._changed.wait(self._next_alarm())
+                if not self._woken:
+                    self._changed.wait(self._sleep_s())
         return True
 
-    def _next_alarm(self) -> float | None:
-        """Seconds until something must be looked after although nobody calls; None: never."""
-        alarms = [job.expires for job in self._jobs if job.expires is not None]
-        alarms += [job.stalled + self.stall_s for job in self._jobs if job.stalled is not None]
-        if self._closing is not None:
-            alarms.append(self._closing)
-        return max(0.0, min(alarms) - time.monotonic()) + 0.001 if alarms and min(alarms) < float("inf") else None
+    def _sleep_s(self) -> float | None:
+        """Seconds until a deadline or the limit of an unread request passes; None: nothing is due."""
+        due = [request.expires for request in self._requests if request.expires is not None]
+        due += [r.unread_since + self.stall_s for r in self._requests if r.unread_since is not None]
+        if self._close_at is not None:
+            due.append(self._close_at)
+        return max(0.0, min(due) - time.monotonic()) + 0.001 if due and min(due) < float("inf") else None
 
-    def _look_after(self, job: Job, now: float, shut: bool) -> None:
-        """End a job that is cancelled, too late or unread for too long; pause one that is not being read."""
-        full = job.unread >= self.event_buffer
-        job.stalled = (job.stalled or now) if full else None
-        for text, owner in self._owner.items():
-            if owner is job:
-                text.paused = full
-        if job.expires is not None and now >= job.expires:
-            self._end(job, "deadline")
-        elif job.cancelled or shut or (job.stalled is not None and now - job.stalled >= self.stall_s):
-            self._end(job, "cancelled")
+    def _enforce_limits(self, request: GenerationRequest, now: float, closing: bool) -> None:
+        """End a request that is cancelled, too late or unread for too long; pause one that is not being read."""
+        full = request.unread >= self.event_buffer
+        request.unread_since = (request.unread_since or now) if full else None
+        for sequence in self._sequences_of(request):
+            sequence.paused = full
+        unread_too_long = request.unread_since is not None and now - request.unread_since >= self.stall_s
+        if request.expires is not None and now >= request.expires:
+            self._stop(request, "deadline")
+        elif request.cancelled or closing or unread_too_long:
+            self._stop(request, "cancelled")
 
-    def _end(self, job: Job, reason: str) -> None:
-        """Close every open sample of a job."""
+    def _sequences_of(self, request: GenerationRequest) -> list[Sequence]:
+        return [sequence for sequence, owner in self._request_of.items() if owner is request]
+
+    def _stop(self, request: GenerationRequest, reason: str) -> None:
+        """End every open sample of a request, those without a slot too."""
         events = []
-        for text in [text for text, owner in self._owner.items() if owner is job]:
-            events.append(text.finish(reason))
-            self._writer.remove(text)
-            del self._owner[text]
-        for index in range(job.started, job.params.n):
-            usage = {"prompt_tokens": job.prompt_tokens, "completion_tokens": 0, "total_tokens": job.prompt_tokens}
+        for sequence in self._sequences_of(request):
+            events.append(sequence.finish(reason))
+            self._decoder.remove(sequence)
+            del self._request_of[sequence]
+        for index in range(request.samples_started, request.params.n):
+            usage = {
+                "prompt_tokens": request.prompt_tokens,
+                "completion_tokens": 0,
+                "total_tokens": request.prompt_tokens,
+            }
             events.append(Event(index, "done", finish_reason=reason, usage=usage))
-        self._leave(job, events, "cancelled")
+        self._finish(request, events, "cancelled")
 
-    def _leave(self, job: Job, events: list[Event], kind: str) -> None:
-        """A job's last events; it is forgotten."""
+    def _finish(self, request: GenerationRequest, events: list[Event], outcome: str) -> None:
+        """Hand over a request's last events and forget it. outcome: the count that it adds to."""
         with self._changed:
-            self._jobs.remove(job)
-            self._counts[kind] += 1
-        self._job_s += 0.1 * (time.monotonic() - job.submitted - self._job_s)
-        job.put(events, over=True)
+            self._requests.remove(request)
+            self._counts[outcome] += 1
+        self._mean_request_s += 0.1 * (time.monotonic() - request.submitted - self._mean_request_s)
+        request.put(events, complete=True)
 
     def _admit(self) -> None:
-        """Give free slots to samples that wait: of the request with the fewest running, then of the oldest."""
-        while self._writer.free:
-            open_jobs = [job for job in self._jobs if job.started < job.params.n]
-            if not open_jobs:
+        """Give free slots to waiting samples: of the request with the fewest running, among those of the oldest."""
+        while self._decoder.free_slots:
+            unstarted = [request for request in self._requests if request.samples_started < request.params.n]
+            if not unstarted:
                 return
-            job = min(open_jobs, key=lambda job: job.started - job.ended)
-            if len(self._writer.free) < job.width:  # nobody overtakes a blend of styles
+            request = min(unstarted, key=lambda request: request.samples_started - request.samples_ended)
+            if len(self._decoder.free_slots) < request.slots_per_sample:  # nobody overtakes a blend of styles
                 return
-            text = Text(
+            sequence = Sequence(
                 self.tokenizer,
-                job.ids,
-                job.params,
-                seed=job.seed,
-                index=job.started,
+                request.ids,
+                request.params,
+                seed=request.seed,
+                index=request.samples_started,
                 context=self.context,
-                logprobs=job.logprobs,
+                logprobs=request.logprobs,
             )
-            job.started += 1
-            self._owner[text] = job
-            self._writer.add(text)
+            request.samples_started += 1
+            self._request_of[sequence] = request
+            self._decoder.add(sequence)
 
-    def _deliver(self, found: list[tuple[Text, Event]]) -> None:
-        """Each job's events of a step; jobs that are complete or have failed leave."""
-        by_job: dict[Job, list[Event]] = {}
+    def _deliver(self, step_events: list[tuple[Sequence, Event]]) -> None:
+        """Hand each request its events of a step; requests that are complete or have failed are forgotten."""
+        by_request: dict[GenerationRequest, list[Event]] = {}
         tokens = 0
-        for text, event in found:
-            job = self._owner.get(text)
-            if job is None:  # a sibling's failure has ended the job
+        for sequence, event in step_events:
+            request = self._request_of.get(sequence)
+            if request is None:  # another sample's failure has ended the request
                 continue
-            by_job.setdefault(job, []).append(event)
+            by_request.setdefault(request, []).append(event)
             tokens += event.token_id is not None
             if event.kind == "error":
-                self._fail(job, by_job.pop(job))
+                self._fail(request, by_request.pop(request))
             elif event.kind == "done":
-                job.ended += 1
-                del self._owner[text]
+                request.samples_ended += 1
+                del self._request_of[sequence]
         now = time.monotonic()
         with self._changed:
             self._counts["tokens"] += tokens
-            self._rate.append((now, tokens))
-            while now - self._rate[0][0] >= RATE_S:
-                self._rate.popleft()
-        for job, events in by_job.items():
-            if job.ended == job.params.n:
-                self._leave(job, events, "finished")
+            self._recent_tokens.append((now, tokens))
+            while now - self._recent_tokens[0][0] >= RATE_S:
+                self._recent_tokens.popleft()
+        for request, events in by_request.items():
+            if request.samples_ended == request.params.n:
+                self._finish(request, events, "finished")
             else:
-                job.put(events)
+                request.put(events)
 
-    def _fail(self, job: Job, events: list[Event]) -> None:
-        """A job whose last event is an error: its other samples stop."""
-        for text in [text for text, owner in self._owner.items() if owner is job]:
-            if text in self._writer.texts:
-                self._writer.remove(text)
-            del self._owner[text]
-        self._leave(job, events, "failed")
+    def _fail(self, request: GenerationRequest, events: list[Event]) -> None:
+        """End a request whose last event is an error: its other samples stop."""
+        for sequence in self._sequences_of(request):
+            if sequence in self._decoder.sequences:
+                self._decoder.remove(sequence)
+            del self._request_of[sequence]
+        self._finish(request, events, "failed")
 
-    def _start_over(self, error: Exception) -> None:
-        """Something broke outside any one text: everyone is told, and the engine goes on with an empty cache."""
+    def _recover(self, error: Exception) -> None:
+        """After a failure outside any one sequence: every request is told, and the engine goes on with an empty cache."""
         message = f"the engine failed: {str(error) or type(error).__name__}"
         with self._changed:
-            jobs, self._jobs = self._jobs, []
-            scores, self._scores = list(self._scores), deque()
-            self._counts["failed"] += len(jobs)
-        self._owner = {}
-        for future, _ in scores:
+            requests, self._requests = self._requests, []
+            scorings, self._scorings = list(self._scorings), deque()
+            self._counts["failed"] += len(requests)
+        self._request_of = {}
+        for future, _ in scorings:
             future.set_exception(EngineError(message))
-        for job in jobs:
-            job.put([Event(0, "error", message=message)], over=True)
-        self._writer = Writer(self.model, self.slots)
+        for request in requests:
+            request.put([Event(0, "error", message=message)], complete=True)
+        self._decoder = BatchDecoder(self.model, self.slots)
 
-    def _score_on(self) -> None:
+    def _score_next_chunk(self) -> None:
         """One chunk of the oldest text to be scored."""
-        future, steps = self._scores[0]
+        future, chunks = self._scorings[0]
         try:
-            if self._closing is not None and time.monotonic() >= self._closing:
+            if self._close_at is not None and time.monotonic() >= self._close_at:
                 raise EngineError("the engine is closed")
-            scores = next(steps)
+            scores = next(chunks)
         except Exception as error:
-            self._scores.popleft()
+            self._scorings.popleft()
             future.set_exception(error)
             return
         if scores is not None:
-            self._scores.popleft()
+            self._scorings.popleft()
             future.set_result(scores)
-
-    def _scored(self, ids: list[int], top: int) -> Iterator[list[TokenScore] | None]:
-        """None after each chunk, the scores after the last."""
-        cache = self.model.new_cache(1)
-        found: list[tuple[float | None, int | None, list[tuple[int, str, float]]]] = [(None, None, [])]
-        at = 0
-        while at < len(ids) - 1:
-            if cache.length[0] == self.context:
-                cache.reset(0)
-                for start in range(at - self.context // 2, at, CHUNK):
-                    self.model.prefill(ids[start : min(start + CHUNK, at)], cache, 0)
-                    yield None
-            stop = min(at + CHUNK, at + self.context - cache.length[0], len(ids) - 1)
-            logits = self.model.prefill(ids[at:stop], cache, 0, every=True)
-            found += self._judged(logits.cpu(), ids[at + 1 : stop + 1], top)
-            at = stop
-            yield None
-        yield self._placed(ids, found)
-
-    @torch.inference_mode()
-    def _judged(
-        self, logits: Tensor, ids: list[int], top: int
-    ) -> list[tuple[float, int, list[tuple[int, str, float]]]]:
-        """(log-probability, rank, likeliest) of each of `ids` under its row of logits [T, N]."""
-        logp = logits.log_softmax(-1)
-        own = logp.gather(1, torch.tensor(ids)[:, None])  # [T, 1]
-        ranks = (logp > own).sum(1) + 1
-        values, others = logp.topk(min(top, logp.size(1)))
-        return [
-            (value, rank, [(id, self.tokenizer.decode([id]), other) for id, other in zip(row, likely, strict=True)])
-            for value, rank, row, likely in zip(
-                own[:, 0].tolist(), ranks.tolist(), others.tolist(), values.tolist(), strict=True
-            )
-        ]
-
-    def _placed(
-        self, ids: list[int], found: Sequence[tuple[float | None, int | None, list[tuple[int, str, float]]]]
-    ) -> list[TokenScore]:
-        """Scores with the characters that each token completes."""
-        stream = self.tokenizer.stream()
-        scores, start = [], 0
-        for number, (id, (logprob, rank, top)) in enumerate(zip(ids, found, strict=True)):
-            text = stream.feed(id) + (stream.flush() if number == len(ids) - 1 else "")
-            scores.append(TokenScore(id, text, start, logprob, rank, top))
-            start += len(text)
-        return scores

@@ -1,14 +1,17 @@
 """A model's weights in the form that this machine multiplies fastest, for writing; training never sees it.
 
     >>> model, tokenizer = load_model("runs/sample/best")
-    >>> dtype, note = prepare(model, "auto")         # in place; float32, bfloat16, float16 or int8
+    >>> dtype, remark = prepare(model, "auto")       # in place; float32, bfloat16, float16 or int8
     >>> row_counts(model)                            # (2, 4, 6, 8, 12, 16)
 
-Writing one token multiplies every weight by a single row, so the time goes into reading the weights: int8 reads a
-quarter of float32, and eight rows at once cost hardly more than one. Libraries that are made for large matrices lose
-that: MKL's float32 product takes 2.6 times as long for 8 rows as for one (124M parameters, 2 cores of a Xeon 6248:
-25 and 65 ms), oneDNN with the weights laid out beforehand 29 and 33 ms; FBGEMM with weights in float16 and sums in
-float32 16 and 21 ms, in int8 9 and 12 ms. Without VNNI (an EPYC with AVX2) FBGEMM's int8 still takes 0.6 of its float16.
+Writing one token multiplies every weight by a single row of numbers, so the time goes into reading the weights: int8
+reads a quarter of float32, and eight rows at once cost hardly more than one. Libraries made for large matrices lose that:
+MKL's float32 product takes 2.6 times as long for 8 rows as for one (124M parameters, 2 cores of a Xeon 6248: 25 and
+65 ms), oneDNN with the weights laid out beforehand 29 and 33 ms; FBGEMM with weights in float16 and sums in float32 16
+and 21 ms, in int8 9 and 12 ms. Without VNNI (an EPYC with AVX2) FBGEMM's int8 still takes 0.6 of its float16.
+
+From top to bottom: the layers that stand in for `nn.Linear`; which of them work on this machine; `prepare`, which chooses
+one and puts it in place; `row_counts`, the numbers of rows that keep one seed at one text.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,17 +27,19 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from devices import native_bf16
+from checkpoint import load_model
+from devices import native_bf16, pick_device
 from model import GPT, Block
+from tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
-WORTH_PACKING = 1 << 19  # numbers in a weight; below, oneDNN's 45 microseconds a call cost more than they save
-WORTH_HALVING = 1 << 23  # numbers in all weights; smaller models fit the cache, and reading them costs little
-WORTH_THREADS = 1 << 23  # numbers in all weights; below, waiting for other threads costs what they save, or far more
+MIN_PACKED = 1 << 19  # numbers in a weight; below, oneDNN's 45 microseconds a call cost more than they save
+MIN_FLOAT16 = 1 << 23  # numbers in all weights; smaller models fit the processor's cache and gain nothing from float16
+MIN_THREADED = 1 << 23  # numbers in all weights; below, waiting for other threads costs what they save, or far more
 THREADS = torch.get_num_threads()
 TINY = 1e-30  # keeps a row of zeros from dividing by zero
-ROUNDED = 1 << 18  # bfloat16 results to compare: rounding hides all but some 3 in 100,000 of the differences
-CPU_COUNTS = (
+COMPARED = 1 << 18  # results compared in a rounded format: rounding hides all but some 3 in 100,000 of the differences
+CPU_ROW_COUNTS = (
     (1, 2, 4, 6, 8, 12, 16),
     (2, 4, 6, 8, 12, 16),
     (3, 4, 6, 8, 12, 16),
@@ -43,8 +49,10 @@ CPU_COUNTS = (
     (8,),
     (1,),
 )
-GPU_COUNTS = ((1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64), (64,), (1,))
-_counts: dict[Any, tuple[int, ...]] = {}
+GPU_ROW_COUNTS = ((1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64), (64,), (1,))
+_row_counts: dict[Any, tuple[int, ...]] = {}  # what was found, by everything it depends on
+
+LayerType = Callable[[Tensor, Tensor | None], nn.Module]  # (weight [N, K], bias [N] or None) -> a linear layer
 
 
 class PackedLinear(nn.Module):
@@ -53,28 +61,28 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = bias
-        self.pack = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, self.pack, self.bias, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], ""))
 
 
-class HalfLinear(nn.Module):
+class Float16Linear(nn.Module):
     """A linear layer with its weight kept in float16 and multiplied in float32 (FBGEMM, CPU).
 
-    Half the memory to read, 11 bits of each weight: four more than bfloat16 keeps. A row's result does not depend on
-    how many rows there are.
+    Half the memory to read, 11 bits of each weight: three more than bfloat16 keeps. A row's result does not depend on how
+    many rows there are.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = bias
-        self.pack = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), bias)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32 -> [..., N] float32"""
-        return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16.default(x, self.pack))
+        return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed))
 
 
 class Int8Linear(nn.Module):
@@ -101,21 +109,22 @@ class Int8Linear(nn.Module):
             torch.backends.quantized.engine = "fbgemm"
             try:
                 rounded = torch.quantize_per_channel(weight.detach().float(), scale, zero, 0, torch.qint8)
-                self.pack = torch.ops.quantized.linear_prepack(rounded, None)
+                self.packed = torch.ops.quantized.linear_prepack(rounded, None)
             finally:
                 torch.backends.quantized.engine = engine
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32 -> [..., N] float32"""
         size = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x / size, 1 / 127, 128, self.pack)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        y = multiply(x / size, 1 / 127, 128, self.packed)
         return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size)
 
 
 class WeightOnlyInt8(nn.Module):
     """A linear layer with int8 weights scaled by output channel and bfloat16 activations; about 0.8% off float32.
 
-    torch's kernel is made for few rows. Beyond 16 (reading a prompt) the weights are widened for one product.
+    torch's kernel is made for few rows. Beyond 16 (a chunk of a prompt) the weights are converted back for one product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -142,26 +151,26 @@ def has_vnni() -> bool:
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
-def int8_kind(device: torch.device) -> tuple[type[nn.Module] | None, str]:
-    """(layer that works in int8 on this device, "") or (None, why there is none)."""
-    kinds: list[type[nn.Module]] = [WeightOnlyInt8]
+def int8_layer(device: torch.device) -> tuple[type[nn.Module] | None, str]:
+    """(layer type that works in int8 on this device, "") or (None, why there is none)."""
+    candidates: list[type[nn.Module]] = [WeightOnlyInt8]
     if device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
-        kinds.insert(0, Int8Linear)
+        candidates.insert(0, Int8Linear)
     reason = ""
-    for kind in kinds:
+    for layer_type in candidates:
         weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
         try:
             with torch.inference_mode():
-                off = kind(weight, None)(weight[-2:]) - weight[-2:] @ weight.t()  # near 1: the largest sums
+                off = layer_type(weight, None)(weight[-2:]) - weight[-2:] @ weight.t()  # near 1: the largest sums
             if off.abs().max() < 0.5:
-                return kind, ""
-            reason = f"{kind.__name__} computes wrongly on this {device.type}"
+                return layer_type, ""
+            reason = f"{layer_type.__name__} computes wrongly on this {device.type}"
         except (RuntimeError, NotImplementedError, AttributeError) as error:
-            reason = f"{str(error).splitlines()[0]} ({kind.__name__} on {device.type}, torch {torch.__version__})"
+            reason = f"{str(error).splitlines()[0]} ({layer_type.__name__} on {device.type}, torch {torch.__version__})"
     return None, reason
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+def packed_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN lays out weights of this type here."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -174,15 +183,14 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def can_halve(device: torch.device) -> bool:
-    """Whether FBGEMM multiplies by float16 weights here, and gives a row the same result alone and among others."""
+def float16_works(device: torch.device) -> bool:
+    """Whether FBGEMM multiplies by float16 weights here."""
     if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     weight = torch.linspace(-1, 1, 64 * 64).view(64, 64)
     try:
         with torch.inference_mode():
-            layer = HalfLinear(weight, None)
-            off = layer(weight[:2]) - F.linear(weight[:2], weight)
+            off = Float16Linear(weight, None)(weight[:2]) - F.linear(weight[:2], weight)
         return bool(off.abs().max() < 0.02)
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
@@ -196,57 +204,66 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     A small model is given one thread (of the whole process, `torch.set_num_threads`): two are no faster on an idle
     machine, and 25 times slower where something else keeps the second core busy.
     Returns (dtype used, remark for the user or ""). Where int8 is impossible the remark says why, and auto is used.
+    Raises ValueError for an unknown dtype and for a model that has been prepared before.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if model.__dict__.get("prepared"):
         raise ValueError("this model has been prepared for writing already: load it again for another dtype")
     model.__dict__["prepared"] = dtype
-    device, remark, kind = model.wte.weight.device, "", None
+    device, remark = model.wte.weight.device, ""
+    layer_type: type[nn.Module] | None = None  # None: nn.Linear as it is
+
+    # 1. The format: what is asked for, or the nearest this machine has.
     if dtype == "int8":
-        kind, reason = int8_kind(device)
-        if kind is None:
+        layer_type, reason = int8_layer(device)
+        if layer_type is None:
             remark, dtype = f"int8 is not available: {reason}; ", "auto"
     if dtype == "auto":
-        large = model.num_parameters() >= WORTH_HALVING
-        dtype = "bfloat16" if native_bf16(device) else "float16" if large and can_halve(device) else "float32"
+        large = model.num_parameters() >= MIN_FLOAT16
+        dtype = "bfloat16" if native_bf16(device) else "float16" if large and float16_works(device) else "float32"
         remark = remark and f"{remark}using {dtype}"
     elif dtype == "bfloat16" and not native_bf16(device):
         remark = f"this {device.type} has no bfloat16 instructions: float32 is faster here"
+
+    # 2. The weights in that format.
     if dtype == "float16" and device.type == "cpu":
-        if can_halve(device):
-            kind = HalfLinear
+        if float16_works(device):
+            layer_type = Float16Linear
         else:
             remark, dtype = "this processor cannot keep weights in float16; using float32", "float32"
     elif dtype in ("bfloat16", "float16"):
         model.to(getattr(torch, dtype))
-    if kind is None and can_pack(device, model.wte.weight.dtype):
-        kind = PackedLinear
+
+    # 3. The layers that multiply by them, and the threads.
+    if layer_type is None and packed_works(device, model.wte.weight.dtype):
+        layer_type = PackedLinear
     model.eval()
-    torch.set_num_threads(1 if model.num_parameters() < WORTH_THREADS else THREADS)
-    if kind is not None:
-        _replace(model, kind)
+    torch.set_num_threads(1 if model.num_parameters() < MIN_THREADED else THREADS)
+    if layer_type is not None:
+        replace_linears(model, layer_type)
     return dtype, remark
 
 
 @torch.no_grad()
-def _replace(model: GPT, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
-    """Every linear layer as `kind`. Their weights remain as shapes only, so that parameters can still be counted."""
+def replace_linears(model: GPT, layer_type: LayerType) -> None:
+    """Every linear layer as `layer_type`. The old weights remain as shapes only, so that parameters can be counted."""
 
     def replaced(weight: Tensor, bias: Tensor | None, counted: bool = True) -> nn.Module:
-        layer = kind(weight, bias)
+        layer = layer_type(weight, bias)
         if counted:
-            stored = weight.dtype if kind is PackedLinear else torch.float16 if kind is HalfLinear else torch.int8
+            stored = {PackedLinear: weight.dtype, Float16Linear: torch.float16}.get(type(layer), torch.int8)
             layer.weight = nn.Parameter(torch.empty_like(weight, dtype=stored, device="meta"), requires_grad=False)
         return layer
 
+    smallest = MIN_PACKED if layer_type is PackedLinear else 0
     for block in cast(Sequence[Block], model.h):
         for part in (block.attn, block.mlp):
             for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear) and (kind is not PackedLinear or layer.weight.numel() >= WORTH_PACKING):
+                if isinstance(layer, nn.Linear) and layer.weight.numel() >= smallest:
                     setattr(part, name, replaced(layer.weight, layer.bias))
     head = cast(Tensor, model.lm_head.weight)[: model.config.tokens]
-    if kind is not PackedLinear or head.numel() >= WORTH_PACKING:
+    if head.numel() >= smallest:
         model.lm_head = replaced(head, None, counted=not model.config.tied_head)
 
 
@@ -265,48 +282,51 @@ def row_counts(model: GPT) -> tuple[int, ...]:
     block = cast(Block, model.h[0])
     layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj, model.lm_head)
     key = (device, model.wte.weight.dtype, tuple(map(type, layers)), torch.get_num_threads(), config)
-    if key in _counts:
-        return _counts[key]
+    if key in _row_counts:
+        return _row_counts[key]
+
+    # 1. What is tried: (width of the result, function of x [rows, C]) for each matrix product of a decode step.
     parts: list[tuple[int, Callable[[Tensor], Tensor]]] = [
         (3 * config.n_embd, lambda x: cast(Tensor, block.attn.c_attn(block.ln_1(x)))),
         (config.n_embd, block.attn.c_proj),
         (config.n_embd, lambda x: cast(Tensor, block.mlp(block.ln_2(x)))),
         (config.tokens, lambda x: model._logits(model.ln_f(x))),
     ]
-    candidates = GPU_COUNTS if device.type != "cpu" else CPU_COUNTS
+    candidates = GPU_ROW_COUNTS if device.type != "cpu" else CPU_ROW_COUNTS
     most = max(max(counts) for counts in candidates)
+
+    # 2. Random inputs [trials, most, C] for each part.
     rounded = model.wte.weight.dtype != torch.float32 or WeightOnlyInt8 in map(type, layers)
     generator = torch.Generator().manual_seed(0)
-    tried = []
+    inputs = []
     for width, _ in parts:
-        times = math.ceil((ROUNDED if rounded else 1) / (most * width))
-        tried.append(torch.randn(times, most, config.n_embd, generator=generator).to(model.wte.weight))
-    done: dict[tuple[int, int, bool], Tensor] = {}
+        trials = math.ceil((COMPARED if rounded else 1) / (most * width))
+        inputs.append(torch.randn(trials, most, config.n_embd, generator=generator).to(model.wte.weight))
 
-    def rows(part: int, count: int, turned: bool = False) -> Tensor:
-        """The part's results [times, count, width] for the first `count` rows of each trial, given in either order."""
-        if (part, count, turned) not in done:
-            order = slice(None) if not turned else torch.arange(count - 1, -1, -1)
-            made = [parts[part][1](x[:count][order].contiguous())[order] for x in tried[part]]
-            done[part, count, turned] = torch.stack(made)
-        return done[part, count, turned]
+    # 3. The first set of counts whose results agree with those of its largest.
+    computed: dict[tuple[int, int, bool], Tensor] = {}
+
+    def results(part: int, count: int, backwards: bool = False) -> Tensor:
+        """The part's results [trials, count, width] for the first `count` rows, given in either order."""
+        if (part, count, backwards) not in computed:
+            order = slice(None) if not backwards else torch.arange(count - 1, -1, -1)
+            made = [parts[part][1](x[:count][order].contiguous())[order] for x in inputs[part]]
+            computed[part, count, backwards] = torch.stack(made)
+        return computed[part, count, backwards]
 
     def agree(counts: tuple[int, ...]) -> bool:
         return all(
-            torch.equal(rows(part, count, turned), rows(part, counts[-1])[:, :count])
+            torch.equal(results(part, count, backwards), results(part, counts[-1])[:, :count])
             for part in range(len(parts))
             for count in counts
-            for turned in ((False, True) if count > 1 else (False,))
+            for backwards in ((False, True) if count > 1 else (False,))
         )
 
-    _counts[key] = next(counts for counts in candidates if agree(counts))
-    return _counts[key]
+    _row_counts[key] = next(counts for counts in candidates if agree(counts))
+    return _row_counts[key]
 
 
-def load_for_writing(folder: Any, *, device: str = "auto", dtype: str = "auto") -> tuple[GPT, Any, str]:
+def load_for_writing(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> tuple[GPT, Tokenizer, str]:
     """(model, tokenizer, remark) of a model folder, prepared as `prepare` does on the device `pick_device` finds."""
-    from checkpoint import load_model
-    from devices import pick_device
-
     model, tokenizer = load_model(folder, device=pick_device(device))
     return model, tokenizer, prepare(model, dtype)[1]

@@ -1,29 +1,47 @@
-"""Write with a model: a prompt's window, a stream of events, whole results.
+"""Writing with a model in this process: ids of a prompt, the window that fits, a stream of events, whole results.
 
->>> results = generate(model, tokenizer, "The old house", GenerationParams(max_tokens=50, seed=1))
->>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
+    >>> results = generate(model, tokenizer, "The old house", GenerationParams(max_tokens=50, seed=1))
+    >>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
+
+This is the loop for one caller at a time: `generate.py`, samples during training, `evaluate.py`. For many callers at once
+`engine.Engine` runs the same `BatchDecoder` in a thread of its own; one seed gives the same text either way. What happens
+to a prompt on its way is described in `inference/decoder.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Generator, Iterator
+
+import torch
 
 from config import GenerationParams
-from inference.decoder import Event, Result, Text, Writer, dropout_off
+from inference.decoder import BatchDecoder, Event, Result, Sequence
+from model import GPT
 from sampling import fresh_seed
+from tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from model import GPT
-    from tokenizer import Tokenizer
-
-SIDE_BY_SIDE = 16  # samples of one prompt written at the same time
+MAX_BATCH = 16  # samples of one prompt written at the same time
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], style: str = "") -> list[int]:
-    """The prompt's ids: of an empty one the tokenizer's start, or none where a style begins the text.
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; the model's former mode comes back afterwards, also after an exception.
 
-    ValueError for ids that the tokenizer does not have, and for such a style.
+    Gradients are left as they are: use `torch.no_grad` beside it where the model is called directly.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int], style: str = "") -> list[int]:
+    """The ids of a prompt; an empty one becomes the tokenizer's start id, or nothing where a style begins the text.
+
+    Raises ValueError for ids that the tokenizer does not have and StyleError for such a style.
     """
     styled = bool(tokenizer.blend(style))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -34,10 +52,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], style: str 
     return ids if ids or styled else [tokenizer.start]
 
 
-def prompt_window(ids: Sequence[int], context: int, params: GenerationParams) -> tuple[list[int], bool]:
-    """(what is read of a prompt, whether it was cut): its end, behind the `keep` first tokens of its opening.
+def prompt_window(ids: list[int], context: int, params: GenerationParams) -> tuple[list[int], bool]:
+    """(the ids that the model reads, whether the prompt was cut): its end, behind its `keep` first ids.
 
-    A quarter of the context, or max_tokens if that is less, stays free for writing, and a place for the style.
+    context: the model's, in tokens. A quarter of it, or max_tokens if that is less, stays free for writing, and one
+    place for the style.
     """
     room = context - min(params.max_tokens, context // 4) - bool(params.style.strip(" ,"))
     if len(ids) <= room:
@@ -54,52 +73,55 @@ def seeded(params: GenerationParams) -> GenerationParams:
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | list[int],
     params: GenerationParams,
     *,
     logprobs: int | None = None,
-    writer: Writer | None = None,
+    decoder: BatchDecoder | None = None,
 ) -> Generator[Event]:
-    """Events of all `params.n` samples, side by side, as they are written; see `sampling.Event`.
+    """The events of all `params.n` samples as they are written, side by side; see `decoder.Event`.
 
-    A prompt longer than the context keeps its end (`prompt_window`). logprobs: so many alternatives with each token.
-    writer: one of this model's, to be used again: what it has read of a prompt is not read twice.
+    A prompt longer than the context is cut (`prompt_window`). logprobs: number of alternatives reported with each token.
+    decoder: one of this model's, used again so that a prompt it has read before is not read twice.
+    Raises what the model or the sampling raised; closing the generator ends the samples.
     """
     context = model.config.block_size
     seed = fresh_seed() if params.seed is None else params.seed
     ids, _ = prompt_window(encode_prompt(tokenizer, prompt, params.style), context, params)
-    width = max(1, len(tokenizer.blend(params.style)))  # slots a text
-    with dropout_off(model):
-        if writer is None or len(writer.free) < width:
-            writer = Writer(model, min(params.n, SIDE_BY_SIDE) * width)
+    slots_per_sample = max(1, len(tokenizer.blend(params.style)))
+    with eval_mode(model):
+        if decoder is None or len(decoder.free_slots) < slots_per_sample:
+            decoder = BatchDecoder(model, min(params.n, MAX_BATCH) * slots_per_sample)
         waiting = iter(range(params.n))
         seq = 0
         try:
             while True:
-                while len(writer.free) >= width and (index := next(waiting, None)) is not None:
-                    writer.add(Text(tokenizer, ids, params, seed=seed, index=index, context=context, logprobs=logprobs))
-                if not writer.texts:
+                # 1. Samples that wait take the slots that are free.
+                while len(decoder.free_slots) >= slots_per_sample and (index := next(waiting, None)) is not None:
+                    decoder.add(
+                        Sequence(tokenizer, ids, params, seed=seed, index=index, context=context, logprobs=logprobs)
+                    )
+                if not decoder.sequences:
                     return
-                for text, event in writer.step():
-                    if text.error is not None:
-                        raise text.error
+                # 2. One step of all of them; its events are numbered and handed on.
+                for sequence, event in decoder.step():
+                    if sequence.error is not None:
+                        raise sequence.error
                     event.seq, seq = seq, seq + 1
                     yield event
         finally:
-            for text in list(writer.texts):
-                writer.remove(text)
+            for sequence in list(decoder.sequences):
+                decoder.remove(sequence)
 
 
-def blank_results(
-    model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams
-) -> list[Result]:
-    """A result for each sample, of which nothing is written yet; params.seed must be set."""
+def blank_results(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: GenerationParams) -> list[Result]:
+    """A result for each sample, to which its events are then added; params.seed must be set."""
     ids = encode_prompt(tokenizer, prompt, params.style)
     ids, truncated = prompt_window(ids, model.config.block_size, params)
     return [Result("", "cancelled", 0, [], params.seed or 0, len(ids), truncated) for _ in range(params.n)]
 
 
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str | Sequence[int], params: GenerationParams) -> list[Result]:
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: GenerationParams) -> list[Result]:
     """All samples of one prompt, completed. `seed` in a result with the same settings writes them again."""
     params = seeded(params)
     results = blank_results(model, tokenizer, prompt, params)

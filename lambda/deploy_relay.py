@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import secrets
 import sys
 import zipfile
@@ -25,7 +26,7 @@ if str(HERE.parent) not in sys.path:
     sys.path.append(str(HERE.parent))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import ConfigError, GenerationParams, Strict  # noqa: E402
 from storage import s3  # noqa: E402
 
 FILES = ("relay.py", "limits.py", "wire.py")
@@ -68,14 +69,20 @@ class Flags(Strict):
     """Delete the stack and the uploaded code."""
 
 
+def limits_json() -> str:
+    """limits.json: the JSON schema of each sampling setting, for limits.py, which has no pydantic."""
+    return json.dumps(GenerationParams.model_json_schema()["properties"], separators=(",", ":"))
+
+
 def package() -> bytes:
     """The functions' code as a zip file; equal sources make equal bytes."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in FILES:
+        contents = {name: (HERE / name).read_bytes() for name in FILES}
+        for name, content in {**contents, "limits.json": limits_json().encode()}.items():
             entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, (HERE / name).read_bytes())
+            archive.writestr(entry, content)
     return packed.getvalue()
 
 
@@ -234,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not flags.bucket and not flags.delete:
             raise ConfigError(["--bucket is missing: the S3 bucket that the functions' code goes to"])
-        with s3.told(f"stack {flags.stack}"):
+        with s3.readable_errors(f"stack {flags.stack}"):
             account = Account(flags.region)
             if flags.delete:
                 account.delete(flags)

@@ -1,17 +1,29 @@
 """What a client may ask: the limits of the HTTP API again, in plain Python, because a Lambda function has no pydantic.
 
-from limits import parse, validate
+from limits import parse, settings, validate
 validate(parse('{"prompt": "It was", "top_k": 40}'), max_tokens=1000, max_samples=4, max_prompt_bytes=24_000)
+
+The limits are data: the JSON schema of `config.GenerationParams`, which `deploy_relay.py` writes into the package as
+limits.json and `local_stack.py` passes in LIMITS_JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+NUMBERS = ("integer", "number")
+BOUNDS = (  # JSON Schema's word, ours, and whether a value keeps to it
+    ("minimum", "at least", lambda value, bound: value >= bound),
+    ("exclusiveMinimum", "above", lambda value, bound: value > bound),
+    ("maximum", "at most", lambda value, bound: value <= bound),
+    ("exclusiveMaximum", "below", lambda value, bound: value < bound),
+)
 
 
 class Refused(Exception):
@@ -29,44 +41,20 @@ class Refused(Exception):
         self.error = {"message": message, "type": type, "param": param, "code": code}
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Bounds of one number in a request, the same as `config.GenerationParams` has (a test compares them)."""
-
-    kind: type
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    null: bool = False
-
-    def __str__(self) -> str:
-        words = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
-        return " and ".join(f"{word} {getattr(self, key)}" for key, word in words if getattr(self, key) is not None)
-
-    def admits(self, value: float) -> bool:
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
+@functools.cache
+def settings() -> dict[str, Message]:
+    """JSON schema of each sampling setting, by name."""
+    given = os.environ.get("LIMITS_JSON") or Path(__file__).with_name("limits.json").read_text(encoding="utf-8")
+    found: dict[str, Message] = json.loads(given)
+    return found
 
 
-LIMITS = {
-    "max_tokens": Limit(int, ge=0, le=100_000),
-    "temperature": Limit(float, ge=0.0, le=2.0),
-    "top_k": Limit(int, ge=0, le=100),
-    "top_p": Limit(float, gt=0.0, le=1.0),
-    "min_p": Limit(float, ge=0.0, lt=1.0),
-    "repetition_penalty": Limit(float, gt=0.0, le=10.0),
-    "n": Limit(int, ge=1, le=128),
-    "seed": Limit(int, ge=0, lt=2**63, null=True),
-    "keep": Limit(int, ge=0),
-}
-STOP_STRINGS, STOP_CHARACTERS = 16, 1000
-STYLE_CHARACTERS = 200
-DEFAULT_TOKENS = 200
+def described(max_tokens: int, max_samples: int) -> dict[str, Message]:
+    """`settings()` with this gateway's own maxima, for clients that show the settings."""
+    found = dict(settings())
+    for name, most in (("max_tokens", max_tokens), ("n", max_samples)):
+        found[name] = {**found[name], "maximum": most, "default": min(found[name]["default"], most)}
+    return found
 
 
 def parse(body: str | None) -> Message:
@@ -106,18 +94,15 @@ def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_byt
             f"prompt has {size} bytes: shorten it to {max_prompt_bytes}", param="prompt", code="prompt_too_long"
         )
     checked: Message = {"prompt": prompt}
+    schemas = settings()
     if message.get("max_length") is not None:
-        checked["max_tokens"] = _number("max_length", message["max_length"], LIMITS["max_tokens"])
+        checked["max_tokens"] = check("max_length", message["max_length"], schemas["max_tokens"])
     for name, value in message.items():
-        if name in LIMITS:
-            checked[name] = _number(name, value, LIMITS[name])
-        elif name == "stop":
-            checked[name] = _stop_strings(value)
-        elif name == "style":
-            checked[name] = _style(value)
+        if name in schemas:
+            checked[name] = check(name, value, schemas[name])
         elif name not in ("action", "request_id", "prompt", "stream", "max_length"):
             raise Refused(f"{name[:40]}: unknown field", param=name[:40])
-    checked.setdefault("max_tokens", min(DEFAULT_TOKENS, max_tokens))
+    checked.setdefault("max_tokens", min(schemas["max_tokens"]["default"], max_tokens))
     for name, most in (("max_tokens", max_tokens), ("n", max_samples)):
         if checked.get(name, 0) > most:
             raise Refused(
@@ -126,29 +111,66 @@ def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_byt
     return checked
 
 
-def _number(field: str, value: Any, limit: Limit) -> float | int | None:
-    if value is None and limit.null:
+def check(name: str, value: Any, schema: Message) -> Any:
+    """`value` if it keeps to `schema`; a string where a list of strings may stand becomes one."""
+    kinds = {part["type"]: part for part in schema.get("anyOf", [schema])}
+    if value is None and "null" in kinds:
         return None
-    if isinstance(value, bool) or not isinstance(value, int if limit.kind is int else (int, float)):
-        raise Refused(f"{field} must be a {'whole ' if limit.kind is int else ''}number, {limit}", param=field)
-    if not limit.admits(value):
-        raise Refused(f"{field} {value}: must be {limit}", param=field)
+    for kind in NUMBERS:
+        if kind in kinds:
+            return _number(name, value, kinds[kind])
+    if "array" in kinds:
+        return _strings(name, value, kinds["array"])
+    return _mapping(name, value, schema) if "object" in kinds else _string(name, value, schema)
+
+
+def _bounds(schema: Message) -> str:
+    return " and ".join(f"{word} {schema[key]}" for key, word, _ in BOUNDS if key in schema)
+
+
+def _keeps(value: Any, schema: Message) -> bool:
+    return all(test(value, schema[key]) for key, _, test in BOUNDS if key in schema)
+
+
+def _is_number(value: Any, schema: Message) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int if schema["type"] == "integer" else (int, float))
+
+
+def _number(name: str, value: Any, schema: Message) -> float | int:
+    if not _is_number(value, schema):
+        whole = "whole " if schema["type"] == "integer" else ""
+        raise Refused(f"{name} must be a {whole}number, {_bounds(schema)}", param=name)
+    if not _keeps(value, schema):
+        raise Refused(f"{name} {value}: must be {_bounds(schema)}", param=name)
+    number: float | int = value
+    return number
+
+
+def _string(name: str, value: Any, schema: Message) -> str:
+    """What else a string must be, only the model knows: which styles there are, it says in an error."""
+    if not isinstance(value, str) or len(value) > schema["maxLength"] or not value.isprintable():
+        raise Refused(f"{name} must be a string of at most {schema['maxLength']} characters", param=name)
     return value
 
 
-def _style(value: Any) -> str:
-    """Which styles there are, only the model knows: it answers with an error that lists them."""
-    if not isinstance(value, str) or len(value) > STYLE_CHARACTERS or not value.isprintable():
-        raise Refused(f"style must be a string of at most {STYLE_CHARACTERS} characters", param="style")
-    return value
-
-
-def _stop_strings(value: Any) -> list[str]:
-    value = [value] if isinstance(value, str) else value
-    good = isinstance(value, list) and len(value) <= STOP_STRINGS
-    if not good or not all(isinstance(text, str) and 1 <= len(text) <= STOP_CHARACTERS for text in value):
+def _strings(name: str, value: Any, schema: Message) -> list[str]:
+    value, most = [value] if isinstance(value, str) else value, schema["maxItems"]
+    low, high = schema["items"]["minLength"], schema["items"]["maxLength"]
+    good = isinstance(value, list) and len(value) <= most
+    if not good or not all(isinstance(text, str) and low <= len(text) <= high for text in value):
         raise Refused(
-            f"stop must be a string or a list of at most {STOP_STRINGS} strings of 1 to {STOP_CHARACTERS} characters",
-            param="stop",
+            f"{name} must be a string or a list of at most {most} strings of {low} to {high} characters", param=name
         )
-    return value
+    return list(value)
+
+
+def _mapping(name: str, value: Any, schema: Message) -> Message:
+    """An object of numbers whose keys match a pattern."""
+    inner, most = schema["additionalProperties"], schema["maxProperties"]
+    good = isinstance(value, dict) and len(value) <= most
+    if not good or not all(
+        re.fullmatch(schema["propertyNames"]["pattern"], key) and _is_number(number, inner) and _keeps(number, inner)
+        for key, number in value.items()
+    ):
+        raise Refused(f"{name} must be an object of at most {most} numbers, each {_bounds(inner)}", param=name)
+    return dict(value)

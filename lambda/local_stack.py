@@ -42,6 +42,7 @@ for folder in (HERE, HERE.parent):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
+from deploy_relay import limits_json  # noqa: E402
 from local_aws import MESSAGE_BYTES, Endpoint, Faults, application  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
@@ -367,6 +368,7 @@ class Stack:
             "ENDPOINT_MODE": "auto",
             "WORKER_FUNCTION": "worker",
             "TABLE_NAME": "requests",
+            "LIMITS_JSON": limits_json(),
             "TOKENS": f"local:{hashlib.sha256(self.token.encode()).hexdigest()}",
         }
         return given | self._environment

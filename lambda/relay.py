@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from limits import Message, Refused, identity, parse, validate
+from limits import Message, Refused, described, identity, parse, validate
 from wire import Connection, Gone, Ledger, Settings, client, management, runtime
 
 POST_CHARACTERS = 5000  # a character takes at most 6 bytes in JSON, and a frame holds 32 KB
@@ -122,6 +122,8 @@ def _route(route: str, message: Message, connection: Connection, ledger: Ledger)
     settings = ledger.settings
     if route == "ping":
         connection.post({"type": "pong"})
+    elif message.get("action") == "settings":  # comes by $default
+        connection.post({"type": "settings", "settings": described(settings.max_tokens, settings.max_samples)})
     elif route == "stop":
         if not ledger.halt(identity(message)):
             raise Refused("no such request on this connection", param="request_id", code="unknown_request")

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
 
 from checkpoint import TRAINING_FILES  # noqa: E402
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import SETTINGS, ConfigError, GenerationParams, Strict  # noqa: E402
 from storage import s3  # noqa: E402
 
 VARIANT = "primary"
@@ -105,6 +105,7 @@ def pack(folder: Path, engine: str) -> bytes:
     if engine == "vllm":
         files["serving.properties"] = VLLM_PROPERTIES.encode()
         files["model.py"] = (Path(__file__).parent / "vllm_format.py").read_bytes()
+        files["sampling_settings.json"] = json.dumps(vllm_settings(folder)).encode()
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
         for name in sorted(files):
@@ -112,6 +113,15 @@ def pack(folder: Path, engine: str) -> bytes:
             entry.size, entry.mode = len(files[name]), 0o644
             tar.addfile(entry, io.BytesIO(files[name]))
     return packed.getvalue()
+
+
+def vllm_settings(folder: Path) -> dict[str, Any]:
+    """For vllm_format.py: vLLM's name of each sampling setting, and what the folder recommends for those left open."""
+    from storage.gpt2_format import folder_defaults
+
+    names = {name: setting.openai for name, setting in SETTINGS.items() if setting.openai}
+    usual = GenerationParams().model_dump(mode="json") | folder_defaults(folder)
+    return {"names": names, "defaults": {name: usual[name] for name in names if usual[name] not in (None, [], {})}}
 
 
 def upload_model(flags: Common, engine: str) -> str:
@@ -123,7 +133,7 @@ def upload_model(flags: Common, engine: str) -> str:
     key = f"{artifacts(flags.name)}{hashlib.sha256(packed).hexdigest()[:16]}/model.tar.gz"
     url = f"s3://{flags.bucket}/{key}"
     if not flags.dry_run:
-        with s3.told(url):
+        with s3.readable_errors(url):
             client = s3.client(flags.region or None)
             found = client.list_objects_v2(Bucket=flags.bucket, Prefix=key)
             if not found.get("Contents"):
@@ -416,7 +426,7 @@ def delete_all(flags: Common) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         flags = parse_flags(Flags, argv)
-        with s3.told(f"endpoint {flags.name}"):
+        with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return delete_all(flags)
             check(flags, flags.engine)

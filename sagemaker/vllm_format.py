@@ -3,6 +3,9 @@
 The deployment puts this file into the model's archive as `model.py`, where the image looks for formatters:
 
     python sagemaker/sagemaker_endpoint_deployment.py --engine vllm --model runs/victorian/best …
+
+It runs there without this repository. Beside it the deployment writes SETTINGS_FILE: vLLM's name of each sampling setting
+that it has, and the values of those that a request leaves open.
 """
 
 import json
@@ -13,8 +16,7 @@ from typing import Any
 from djl_python.input_parser import input_formatter
 from djl_python.output_formatter import output_formatter
 
-PASSED = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "stop")
-DEFAULTS = {"max_tokens": 200, "temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}
+SETTINGS_FILE = "sampling_settings.json"
 KEPT = 1000  # requests whose stream may be under way
 
 _streams: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -48,10 +50,12 @@ def request(decoded_payload: dict[str, Any], tokenizer: Any = None, **_: Any) ->
     """`/invocations` of this project -> vLLM's completion request."""
     if "max_length" in decoded_payload:
         decoded_payload.setdefault("max_tokens", decoded_payload["max_length"])
-    given = {key: decoded_payload[key] for key in PASSED if decoded_payload.get(key) is not None}
-    made = {**DEFAULTS, **given, "prompt": _styled(decoded_payload)}
-    if controls := _read("generation_config.json").get("suppress_tokens"):
-        made["logit_bias"] = {str(number): -100 for number in controls}  # vLLM does not look at suppress_tokens
+    settings = _read(SETTINGS_FILE)
+    values = settings["defaults"] | {key: value for key, value in decoded_payload.items() if value is not None}
+    made = {theirs: values[ours] for ours, theirs in settings["names"].items() if ours in values}
+    made["prompt"] = _styled(decoded_payload)
+    if controls := _read("generation_config.json").get("suppress_tokens"):  # which vLLM does not look at
+        made["logit_bias"] = made.get("logit_bias", {}) | {str(number): -100 for number in controls}
     context = _context()
     made["max_tokens"] = min(made["max_tokens"], context - context // 4)
     made["truncate_prompt_tokens"] = context - made["max_tokens"]

@@ -9,7 +9,9 @@ VLG_MODEL=runs/sample/best VLG_API_KEYS=one,two python api.py
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,10 +20,11 @@ from pydantic import (
     ConfigDict,
     Field,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 
-from config import GenerationParams, StyleText
+from config import SETTINGS, GenerationParams, Setting, unicode_text
 from server.errors import bad_value
 from server.settings import ServerFlags
 
@@ -30,8 +33,19 @@ def _whole(kind: type[BaseModel], value: Any) -> Any:
     """`2.0` where an integer belongs is that integer, as JSON Schema has it; strict types would refuse it."""
     if not isinstance(value, dict):
         return value
-    integers = [name for name, field in kind.model_fields.items() if field.annotation in (int, int | None)]
-    return value | {name: int(value[name]) for name in integers if _integral(value.get(name))}
+    return value | {name: int(value[name]) for name in _integers(kind) if _integral(value.get(name))}
+
+
+@cache
+def _integers(kind: type[BaseModel]) -> list[str]:
+    return [name for name, field in kind.model_fields.items() if _takes_integers(field.annotation)]
+
+
+def _takes_integers(annotation: Any) -> bool:
+    """Whether a field is an `int`, with or without bounds, perhaps or null."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return any(_takes_integers(part) for part in get_args(annotation))
+    return annotation is int
 
 
 def _integral(value: Any) -> bool:
@@ -51,31 +65,7 @@ class Body(BaseModel):
         return _whole(cls, value)
 
 
-def _unicode(text: str) -> str:
-    """Refuse lone surrogates: JSON can hold them, no text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode, without lone surrogates") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-
-
-def _stop_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
-_STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": 1000}
-_STOP_JSON: dict[str, Any] = {"anyOf": [_STOP_TEXT, {"type": "array", "items": _STOP_TEXT, "maxItems": 16}]}
-StopField = Annotated[tuple[StopText, ...], BeforeValidator(_stop_list), WithJsonSchema(_STOP_JSON)]
-StopOrNull = Annotated[
-    tuple[StopText, ...] | None,
-    BeforeValidator(_stop_list),
-    WithJsonSchema({"anyOf": [*_STOP_JSON["anyOf"], {"type": "null"}]}),
-]
+Text = Annotated[str, AfterValidator(unicode_text)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 
 
@@ -86,10 +76,6 @@ class SamplingBody(GenerationParams):
 
     max_length: int | None = Field(None, ge=0, le=100_000)
     """Another name for max_tokens, which wins where both are given."""
-    repetition_penalty: float = Field(1.2, ge=0.01, le=10.0)
-    """Divide (or multiply, below zero) the logits of tokens already seen; 1: none."""
-    stop: StopField = Field((), max_length=16)
-    """Strings that end the text; they are not part of it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,47 +168,25 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class CompletionBody(Body):
-    """OpenAI's `POST /v1/completions`, with the extra fields that vLLM has. Fields it does not know are ignored."""
+class _OpenAIOnly(Body):
+    """What OpenAI's request has besides the prompt and the sampling settings."""
 
     model_config = ConfigDict(**{**Body.model_config, "extra": "allow"})
 
-    prompt: CompletionPrompt
-    """A text, token ids, or a list of either."""
     model: str | None = None
     """Name of the model, as in /v1/models."""
-    max_tokens: int | None = Field(16, ge=0, le=100_000)
-    """New tokens at most."""
-    temperature: float | None = Field(1.0, ge=0.0, le=2.0)
-    """0: always the likeliest token."""
-    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
-    """Keep the smallest set of tokens whose probabilities sum to p."""
-    top_k: int | None = Field(0, ge=-1, le=100)
-    """Keep the k likeliest tokens; 0 or -1: all."""
-    min_p: float | None = Field(0.0, ge=0.0, lt=1.0)
-    """Keep tokens at least this share as likely as the likeliest."""
-    repetition_penalty: float | None = Field(1.0, ge=0.01, le=10.0)
-    """1: none."""
-    n: int | None = Field(1, ge=1, le=128)
-    """Samples of each prompt."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    """Makes the text reproducible."""
-    stop: StopOrNull = Field(None, max_length=16)
-    """Strings that end the text; they are not part of it."""
-    style: StyleText | None = Field("", max_length=200)
-    """A style of this model (see /v1/models), or several, like `dickens:0.7,austen:0.3`."""
     stream: bool | None = False
     """Send the text as it is written."""
     stream_options: StreamOptions | None = None
     """Only read when streaming."""
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=20)
     """Log-probability of each token, and of this many likeliest ones."""
     echo: bool | None = False
     """Begin the answer with the prompt."""
     user: str | None = None
     """Ignored."""
-    best_of: int | None = Field(None, ge=1, le=1)
-    """Not supported beyond 1: ask for n samples."""
+    best_of: int | None = Field(None, ge=1, le=128)
+    """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered."""
     suffix: str | None = Field(None, max_length=0)
     """Not supported: the model only writes forwards."""
     presence_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
@@ -231,6 +195,28 @@ class CompletionBody(Body):
     """Not supported: use repetition_penalty."""
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     """Not supported."""
+
+
+def _or_null(name: str) -> Any:
+    """A sampling setting as OpenAI's clients send it: null stands for its default there, which switches it off."""
+    field, off = GenerationParams.model_fields[name], SETTINGS[name].off
+    kind = Annotated[field.annotation, *(part for part in field.metadata if not isinstance(part, Setting))]  # type: ignore[name-defined]
+    default = field.get_default(call_default_factory=True) if off is None else off
+    return kind | None, Field(default, description=field.description)
+
+
+_OpenAISampling = create_model("_OpenAISampling", __base__=_OpenAIOnly, **{name: _or_null(name) for name in SETTINGS})
+
+
+class CompletionBody(_OpenAISampling):
+    """OpenAI's `POST /v1/completions`, with the extra fields that vLLM has. Fields it does not know are ignored."""
+
+    prompt: CompletionPrompt
+    """A text, token ids, or a list of either."""
+    max_tokens: int | None = Field(16, ge=0, le=100_000)
+    """New tokens at most."""
+    top_k: int | None = Field(0, ge=-1, le=100)
+    """Keep the k likeliest tokens; 0 or -1: all."""
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request."""
@@ -241,11 +227,7 @@ class CompletionBody(Body):
     def params(self, settings: ServerFlags) -> GenerationParams:
         """The sampling settings within this server's limits; null stands for the default."""
         given = self.model_dump(include=set(GenerationParams.model_fields), exclude_none=True, exclude_unset=True)
-        defaults = {
-            name: field.default
-            for name, field in type(self).model_fields.items()
-            if name in GenerationParams.model_fields and field.default is not None
-        }
+        defaults = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
         values = {**defaults, "max_tokens": min(16, settings.max_tokens), **given}
         values["top_k"] = max(0, values["top_k"])
         return within(GenerationParams(**values), settings)

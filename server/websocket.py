@@ -1,6 +1,6 @@
-"""One WebSocket: `generate`, `stop` and `ping` come in, the protocol's messages go out.
+"""The WebSocket at `/ws`: `generate`, `stop` and `ping` come in, the protocol's messages go out.
 
->>> await Socket(service, websocket).serve()
+>>> await WebSocketConnection(service, websocket).serve()
 > {"action": "generate", "request_id": "1", "prompt": "The fog", "max_tokens": 40}
 < {"type": "started", "request_id": "1", ...}, {"type": "token", "request_id": "1", "seq": 0, ...}, ...
 """
@@ -18,26 +18,29 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from server import schemas
-from server.errors import ApiError, bad_value, from_faults, printable
+from server.auth import has_valid_key
+from server.errors import ApiError, bad_value, from_faults, printable, unexpected
+from server.generation import Generation
 from server.service import Service
-from server.streaming import Run, error_message, messages, unexpected
+from server.streaming import error_message, messages
 
 
-class Socket:
-    """One WebSocket: `generate`, `stop` and `ping` come in, the protocol's messages go out."""
+class WebSocketConnection:
+    """One client: reads its messages and writes any number of texts at the same time."""
 
     def __init__(self, service: Service, websocket: WebSocket):
         self.service, self.settings, self.websocket = service, service.settings, websocket
-        self.runs: dict[str, Run] = {}
+        self.generations: dict[str, Generation] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.lock = asyncio.Lock()
         self.reader: asyncio.Task[Any] | None = None
         self.stalled = False  # the client does not read: no use in telling it
 
     async def serve(self) -> None:
-        """Until the client leaves, stays silent too long, or stops reading."""
+        """Runs until the client leaves, stays silent too long, or stops reading."""
         headers, token = self.websocket.headers, self.websocket.query_params.get("token")
-        if not self.service.origin_allowed(headers) or not self.service.allows(headers, token):
+        allowed = self.service.origins.allow(headers.get("origin"), headers.get("host"))
+        if not allowed or not has_valid_key(self.settings.api_keys, headers, token):
             await self.websocket.close(1008)  # before accept: the client sees HTTP 403
             return
         await self.websocket.accept()
@@ -51,8 +54,8 @@ class Socket:
             if not self.stalled:
                 raise
         finally:
-            for run in self.runs.values():
-                run.close()
+            for generation in self.generations.values():
+                generation.close()
             for task in self.tasks:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -75,11 +78,11 @@ class Socket:
             value = self._parsed(data)
             await self._handle(value)
         except ApiError as error:
-            await self.send(error_message(error, named(value)))
+            await self.send(error_message(error, request_id_of(value)))
         except WebSocketDisconnect:
             raise
         except Exception:
-            await self.send(error_message(unexpected("websocket", named(value)), named(value)))
+            await self.send(error_message(unexpected("websocket", request_id_of(value)), request_id_of(value)))
         return True
 
     def _parsed(self, data: str | bytes) -> dict[str, Any]:
@@ -98,10 +101,11 @@ class Socket:
         if action == "generate":
             await self._generate(value)
         elif action == "stop":
-            run = self.runs.get(value["request_id"]) if isinstance(value.get("request_id"), str) else None
-            if run is None:
+            given = value.get("request_id")
+            generation = self.generations.get(given) if isinstance(given, str) else None
+            if generation is None:
                 raise bad_value("no text with this request_id is under way", "request_id", "unknown_request")
-            run.job.cancel()
+            generation.job.cancel()
         elif action == "ping":
             await self.send({"type": "pong"})
         else:
@@ -113,29 +117,28 @@ class Socket:
         except ValidationError as error:
             raise from_faults(list(error.errors(include_input=False, include_url=False))) from None
         request_id = body.request_id or uuid.uuid4().hex
-        if request_id in self.runs:
+        if request_id in self.generations:
             raise bad_value("a text with this request_id is under way", "request_id", "duplicate_request")
-        if len(self.runs) >= self.settings.ws_requests:
+        if len(self.generations) >= self.settings.ws_requests:
             raise ApiError(
                 429,
                 f"a connection may have {self.settings.ws_requests} texts under way",
                 code="too_many_requests",
                 kind="rate_limit_error",
             )
-        run = await self.service.begin(
-            body.prompt, body.params(self.settings, self.service.defaults), request_id=request_id
-        )
-        self.runs[request_id] = run
-        task = asyncio.create_task(self._stream(run))
+        params = body.params(self.settings, self.service.defaults)
+        generation = await self.service.start(body.prompt, params, request_id=request_id)
+        self.generations[request_id] = generation
+        task = asyncio.create_task(self._stream(generation))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _stream(self, run: Run) -> None:
+    async def _stream(self, generation: Generation) -> None:
         try:
-            async with aclosing(messages(run, self.settings.flush_ms / 1000)) as items:
+            async with aclosing(messages(generation, self.settings.flush_ms / 1000)) as items:
                 async for message in items:
                     if message["type"] in ("complete", "error"):
-                        self.runs.pop(run.request_id, None)  # the client may use the name again
+                        self.generations.pop(generation.request_id, None)  # the client may use the name again
                     await self.send(message)
         except (WebSocketDisconnect, RuntimeError):
             pass
@@ -144,8 +147,8 @@ class Socket:
             if self.reader is not None:
                 self.reader.cancel()
         finally:
-            self.runs.pop(run.request_id, None)
-            run.close()
+            self.generations.pop(generation.request_id, None)
+            generation.close()
 
     async def send(self, message: dict[str, Any]) -> None:
         """One message; TimeoutError when the client has not read for `stall_s`."""
@@ -154,7 +157,7 @@ class Socket:
             await self.websocket.send_text(text)
 
 
-def named(value: Any) -> str | None:
+def request_id_of(value: Any) -> str | None:
     """The request_id of a client's message, as far as it can be given back."""
     given = value.get("request_id") if isinstance(value, dict) else None
     return printable(given, 128) if isinstance(given, str) else None

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import ConfigError, GenerationParams, ModelConfig, build
+from config import SETTINGS, ConfigError, GenerationParams, ModelConfig, build
 from storage.atomic import FORMAT, CheckpointError, present, read_json, write_text
 
 if TYPE_CHECKING:
@@ -170,14 +170,17 @@ def generation_config(
 
     There a text ends where the `context` does: transformers raises IndexError at the first position beyond it, and
     `max_new_tokens` takes no account of the prompt. Our own `max_tokens`, which may go beyond, is under our own key.
+    A filter that is off, as it is by default, is left out, and at temperature 0 all that have no effect there.
     transformers never writes the `controls`. vLLM does not look at `suppress_tokens`; it leaves them out of the text as
     special tokens, and training makes them improbable.
     """
     values: dict[str, Any] = {"max_length": context, "do_sample": params.temperature > 0}
-    if params.temperature > 0:
-        values |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
-        values |= {"min_p": params.min_p} if params.min_p else {}
-    values["repetition_penalty"] = params.repetition_penalty
+    given = params.model_dump(mode="json")
+    for name, setting in SETTINGS.items():
+        default = GenerationParams.model_fields[name].default
+        usual = getattr(params, name) == default and setting.off in (None, default)
+        if setting.hf and setting.manner and not usual and (params.temperature > 0 or setting.at_zero):
+            values[setting.hf] = given[name]
     values |= {"suppress_tokens": sorted(controls)} if controls else {}
     values[OURS] = {"max_tokens": params.max_tokens}
     return values if eot is None else values | {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
@@ -347,12 +350,11 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
         held = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    ours = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = {name: held[name] for name in ours if held.get(name) is not None}
-    own = held.get(OURS)
-    max_tokens = own.get("max_tokens") if isinstance(own, dict) else held.get("max_new_tokens")
-    if max_tokens:
-        found["max_tokens"] = max_tokens
+    found = {name: held[setting.hf] for name, setting in SETTINGS.items() if held.get(setting.hf) is not None}
+    if isinstance(own := held.get(OURS), dict):
+        found["max_tokens"] = own.get("max_tokens")
+    if not found.get("max_tokens"):
+        found.pop("max_tokens", None)
     if held.get("do_sample") is False and "temperature" not in found:
         found["temperature"] = 0.0
     values: dict[str, Any] = {}

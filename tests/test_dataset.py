@@ -1,4 +1,4 @@
-"""Shards to batches: order, coverage, boundaries, damage, memory (correctness 26-29, 31)."""
+"""Shards to batches: order, coverage, boundaries, damage, memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from dataset import DataError, TokenData, TokenStream, Windows, prefetched, training_batches, validation_batches
+from dataset import DataError, TokenData, TokenStream, WindowSampler, prefetched, training_batches, validation_batches
 from support.helpers import nonsense, prepare_text
 
 
@@ -39,7 +39,7 @@ def test_shards_read_as_one_sequence(counted: TokenStream) -> None:
 
 
 def test_y_is_x_one_token_ahead(counted: TokenStream) -> None:
-    windows = Windows(len(counted), 16, seed=3)
+    windows = WindowSampler(len(counted), 16, seed=3)
     x, y = counted.batch(windows.starts(0, windows.per_epoch), 16)
     assert x.dtype == torch.int64
     assert torch.equal(y, x + 1)
@@ -47,7 +47,7 @@ def test_y_is_x_one_token_ahead(counted: TokenStream) -> None:
 
 @pytest.mark.parametrize("tokens", [17, 18, 32, 33, 100, 1000])
 def test_an_epoch_covers_the_text(tokens: int) -> None:
-    windows = Windows(tokens, 16, seed=3)
+    windows = WindowSampler(tokens, 16, seed=3)
     for epoch in range(3):
         starts = windows.starts(epoch * windows.per_epoch, windows.per_epoch)
         assert 0 <= starts.min() and starts.max() + 17 <= tokens
@@ -57,13 +57,13 @@ def test_an_epoch_covers_the_text(tokens: int) -> None:
 
 
 def test_one_token_too_few_is_refused_readably() -> None:
-    assert Windows(17, 16, seed=0).starts(0, 2).tolist() == [0, 0]
+    assert WindowSampler(17, 16, seed=0).starts(0, 2).tolist() == [0, 0]
     with pytest.raises(DataError, match="16 tokens of text are fewer than one window of 16"):
-        Windows(16, 16, seed=0)
+        WindowSampler(16, 16, seed=0)
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
-    one, two, other = Windows(999, 16, 1), Windows(999, 16, 1), Windows(999, 16, 2)
+    one, two, other = WindowSampler(999, 16, 1), WindowSampler(999, 16, 1), WindowSampler(999, 16, 2)
     whole = one.starts(0, 200)
     assert two.starts(150, 50).tolist() == whole[150:].tolist()
     assert two.starts(0, 200).tolist() == whole.tolist()
@@ -75,12 +75,12 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_are_disjoint_and_together_one_process(counted: TokenStream, world: int) -> None:
-    windows = Windows(len(counted), 16, seed=5)
-    alone = training_batches(counted, windows, batch_size=2, micro_steps=2 * world)
+    windows = WindowSampler(len(counted), 16, seed=5)
+    alone = training_batches(counted, windows, batch_size=2, grad_accum_steps=2 * world)
     step = sorted(row.tolist()[0] for _ in range(2 * world) for row in next(alone)[0])
     shares = []
     for rank in range(world):
-        batches = training_batches(counted, windows, batch_size=2, micro_steps=2, rank=rank, world=world)
+        batches = training_batches(counted, windows, batch_size=2, grad_accum_steps=2, rank=rank, world=world)
         shares.append([row.tolist()[0] for _ in range(2) for row in next(batches)[0]])
     assert sorted(start for share in shares for start in share) == step
     per_epoch = [set() for _ in range(world)]
@@ -93,10 +93,12 @@ def test_ranks_are_disjoint_and_together_one_process(counted: TokenStream, world
 
 
 def test_position_is_one_integer(counted: TokenStream) -> None:
-    windows = Windows(len(counted), 16, seed=5)
-    whole = training_batches(counted, windows, batch_size=3, micro_steps=2)
+    windows = WindowSampler(len(counted), 16, seed=5)
+    whole = training_batches(counted, windows, batch_size=3, grad_accum_steps=2)
     later = [next(whole)[0] for _ in range(60)][42:]
-    resumed = training_batches(counted, Windows(len(counted), 16, seed=5), batch_size=3, micro_steps=2, first=42 * 3)
+    resumed = training_batches(
+        counted, WindowSampler(len(counted), 16, seed=5), batch_size=3, grad_accum_steps=2, first=42 * 3
+    )
     for expected in later:
         assert torch.equal(next(resumed)[0], expected)
 

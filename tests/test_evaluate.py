@@ -15,9 +15,13 @@ import evaluate
 import prepare_data
 from checkpoint import load_model, save_model
 from config import GenerationParams
-from evaluate import Texts, file_texts, prepared_texts, score, score_text, windows
+from evaluate import read_files
+from evaluation import perplexity
+from evaluation.generated import continuations, copied_passages
+from evaluation.held_out import HeldOutTexts, file_texts, prepared_texts
 from evaluation.metrics import BINS, Tally, bleu, distinct, repetition, self_bleu
 from evaluation.originality import Index
+from evaluation.perplexity import score, score_text, sliding_windows
 from evaluation.report import markdown
 from support.helpers import nonsense, prepare_text
 from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
@@ -29,7 +33,7 @@ FAST = ["--samples", "1", "--max-tokens", "8", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a context of 24 tokens, half as wild as its neighbours: a loss that is no extreme."""
+    """A random model with a context of 24 tokens; its logits are scaled down so that its loss is not extreme."""
     tokenizer = tiny_tokenizer()
     model = random_model(shape(tokenizer, padding=7))
     with torch.no_grad():
@@ -97,7 +101,7 @@ def test_the_strided_loss_of_a_long_text_is_that_of_transformers_token_by_token(
         first, five = first + (order[0] == ids[at]), five + (ids[at] in order[:5])
     found = score(model, np.array(ids), stride)
     assert found.figures()["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
-    assert (found.first, found.five) == (first, five) and 0 < first < five
+    assert (found.top1, found.top5) == (first, five) and 0 < first < five
 
 
 def test_bits_and_words_of_a_text(model_folder: Path) -> None:
@@ -110,11 +114,11 @@ def test_bits_and_words_of_a_text(model_folder: Path) -> None:
     assert (figures["words"], figures["bytes"]) == (len(TEXT.split()), len(TEXT.encode()))
 
 
-def test_batches_of_windows_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_does_not_depend_on_the_batch_of_windows(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model(model_folder)
     ids = np.array(tokenizer.encode(TEXT * 5))
     together = score(model, ids, 8)
-    monkeypatch.setattr(evaluate, "LOGITS", 1)
+    monkeypatch.setattr(perplexity, "MAX_LOGITS", 1)
     alone = score(model, ids, 8)
     assert together.nats == pytest.approx(alone.nats, rel=1e-6) and together.tokens == alone.tokens == len(ids) - 1
 
@@ -122,7 +126,7 @@ def test_batches_of_windows_change_nothing(model_folder: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("length", "context", "stride"), [(2, 8, 4), (9, 8, 4), (10, 8, 4), (57, 8, 3), (40, 8, 8)])
 def test_windows_score_every_token_once_with_enough_before_it(length: int, context: int, stride: int) -> None:
     scored = []
-    for start, stop, first in windows(length, context, stride):
+    for start, stop, first in sliding_windows(length, context, stride):
         assert 0 < stop - start <= context
         targets = range(start + 1 + first, stop + 1)
         assert start == 0 or all(target - start > context - stride for target in targets)
@@ -140,7 +144,7 @@ def test_without_an_end_of_text_the_first_token_is_only_read(tmp_path: Path) -> 
     assert limited.tokens == 49
 
 
-def test_measures_of_written_texts_by_hand() -> None:
+def test_metrics_of_generated_texts_by_hand() -> None:
     texts = ["The cat and the hat.", "the cat"]
     assert distinct(texts, 1) == pytest.approx(5 / 8)  # the cat and hat .
     assert distinct(texts, 2) == pytest.approx(5 / 6)
@@ -177,10 +181,10 @@ def test_calibration_by_hand() -> None:
     assert double.tokens == 14 and double.calibration()["error"] == pytest.approx(found["error"])
 
 
-def test_texts_of_prepared_data_are_the_files_with_their_authors(data: Path) -> None:
-    held = list(prepared_texts(data))
-    assert len(held) == 4
-    for one in held:
+def test_held_out_texts_of_prepared_data_are_the_files_with_their_authors(data: Path) -> None:
+    texts = list(prepared_texts(data))
+    assert len(texts) == 4
+    for one in texts:
         assert one.text.strip() == (data.parent / one.name).read_text(encoding="utf-8").strip()
         assert one.author == one.name.split("_")[0]
 
@@ -189,8 +193,8 @@ def test_texts_of_files_are_cleaned_and_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Title: A\nAuthor: George Eliot\n\nIt rained.\n", encoding="utf-8")
     rows = [{"text": "One row."}, {"text": " "}, {"text": "Another row."}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    held = list(file_texts([str(tmp_path)]))
-    assert [(one.name, one.author) for one in held] == [
+    texts = list(file_texts(read_files([str(tmp_path)])))
+    assert [(one.name, one.author) for one in texts] == [
         ("a.txt", "George Eliot"),
         ("rows.jsonl, row 1", ""),
         ("rows.jsonl, row 3", ""),
@@ -223,7 +227,7 @@ def test_two_models_side_by_side(data: Path, data_model: Path, model_folder: Pat
     assert again["models"] == report["models"]
 
 
-def test_a_run_names_its_own_data_and_the_figures_are_the_trainings(
+def test_a_run_names_its_own_data_and_the_loss_is_that_of_its_texts(
     data: Path, data_model: Path, tmp_path: Path, capsys: Any
 ) -> None:
     run = tmp_path / "run"
@@ -233,28 +237,28 @@ def test_a_run_names_its_own_data_and_the_figures_are_the_trainings(
     assert evaluate.main(["--model", str(run), "--samples", "0", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["models"][0]
     assert "written" not in found
-    expected = sum((score_text(model, tokenizer, held.text, 12).nats for held in prepared_texts(data)), 0.0)
+    expected = sum((score_text(model, tokenizer, one.text, 12).nats for one in prepared_texts(data)), 0.0)
     assert found["total"]["loss"] * found["total"]["tokens"] == pytest.approx(expected)
 
 
-def test_copied_passages_of_what_was_written_are_told_with_their_source(data: Path) -> None:
+def test_copied_passages_are_reported_with_their_source(data: Path) -> None:
     from storage.catalogue import Catalogue
 
     index, catalogue = Index.open(data), Catalogue.load(data)
     assert catalogue is not None
     name = catalogue.name("train", 0)
     text = (data.parent / name).read_text(encoding="utf-8")
-    found = evaluate.originality(index, ["Quite other words, mostly.", "Zounds! " + text[200:500]], 0)
+    found = copied_passages(index, ["Quite other words, mostly.", "Zounds! " + text[200:500]], 0)
     assert found["runs"][0]["text_number"] == 1 and found["longest"] == found["runs"][0]["tokens"] > 60
     assert name in [source["name"] for source in found["runs"][0]["sources"]]
     assert found["share"] == pytest.approx(found["copied_tokens"] / found["tokens"])
 
 
-def test_held_out_texts_are_written_on_from_the_middle(data: Path, data_model: Path) -> None:
+def test_held_out_texts_are_continued_from_the_middle(data: Path, data_model: Path) -> None:
     model, tokenizer = load_model(data_model)
     params = GenerationParams(max_tokens=20, seed=1, top_k=0)
-    ours, real = evaluate.continuations(model, tokenizer, params, Texts(data, ()))
-    texts = [held.text for held in prepared_texts(data)]
+    ours, real = continuations(model, tokenizer, params, HeldOutTexts("", lambda: prepared_texts(data)))
+    texts = [one.text for one in prepared_texts(data)]
     assert len(ours) == len(real) == 4
     for own, other, text in zip(ours, real, texts, strict=True):
         assert other in text and len(own) <= max(len(other), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,16 +14,18 @@ from typing import Any
 
 import pytest
 
-import generate as terminal
+import generate as command
 import sampling
 from config import ConfigError, GenerationParams
-from generate import columns, main
-from inference import writing
+from generate import main
+from inference import decoder, writing
 from inference.decoder import Event
 from inference.prompts import GALLERY
+from inference.terminal import columns
 from inference.writing import encode_prompt, generate, prompt_window, stream
 from model import GPT
 from storage.gpt2_format import folder_defaults
+from support.forked import PYTHON
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 from tokenizer import char_tokenizer, train_bpe
 
@@ -70,7 +73,7 @@ def test_the_seed_in_a_result_writes_it_again(model: GPT) -> None:
     assert more[:2] == first and len({result.text for result in more}) == 20
 
 
-def test_dropout_is_off_and_the_mode_is_kept() -> None:
+def test_dropout_is_off_and_the_model_s_mode_is_restored() -> None:
     model = random_model(shape(tiny_tokenizer(), dropout=0.5), seed=2)
     expected = generate(model, tiny_tokenizer(), "It", PARAMS)
     model.train()
@@ -82,8 +85,8 @@ def test_dropout_is_off_and_the_mode_is_kept() -> None:
     assert model.training
 
 
-def test_no_character_is_ever_broken() -> None:
-    """Every character of several bytes is several tokens here; pieces are whole characters all the same."""
+def test_no_character_is_split_between_events() -> None:
+    """Every character of several bytes is several tokens here; events hold whole characters all the same."""
     tokenizer = train_bpe(["plain words only, so that nothing else is merged"] * 3, 260)
     text = "“Pip” paid £5 for café 🦉 — done"
     ids = tokenizer.encode(text)
@@ -100,21 +103,23 @@ def test_no_character_is_ever_broken() -> None:
         def __call__(self, *_: Any) -> int:
             return next(self.left)
 
-    original, sampling.sample = sampling.sample, Scripted()
+    original, decoder.sample = decoder.sample, Scripted()
     try:
         events = list(stream(model, tokenizer, "a", GenerationParams(max_tokens=len(ids))))
     finally:
-        sampling.sample = original
+        decoder.sample = original
     assert "".join(event.text for event in events) == text
     assert "\ufffd" not in "".join(event.text for event in events)
     assert all(event.text == "" or event.text in text for event in events)
 
 
-def test_a_text_that_ends_inside_a_character_ends_with_the_sign_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_ends_inside_a_character_ends_with_the_replacement_character(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tokenizer = train_bpe(["plain"] * 3, 258)
     model = random_model(shape(tokenizer, vocab_used=tokenizer.vocab_size), seed=1)
     half = tokenizer.encode("é")[0]
-    monkeypatch.setattr(sampling, "sample", lambda *_: half)
+    monkeypatch.setattr(decoder, "sample", lambda *_: half)
     (result,) = generate(model, tokenizer, "a", GenerationParams(max_tokens=1))
     assert result.text == "\ufffd" and result.finish_reason == "length"
     (result,) = generate(model, tokenizer, "a", GenerationParams(max_tokens=1, stop=("\ufffd",)))
@@ -130,10 +135,12 @@ def test_stop_strings_that_span_tokens(model: GPT) -> None:
     assert events[-1].finish_reason == "stop"
     held = whole.text[-3:] + "x"
     wanted = PARAMS.model_copy(update={"max_tokens": 60, "stop": (held,)})
-    assert generate(model, tiny_tokenizer(), "It was", wanted)[0].text == whole.text  # held back, then let go
+    assert (
+        generate(model, tiny_tokenizer(), "It was", wanted)[0].text == whole.text
+    )  # held back, then released at the end
 
 
-def test_no_tokens_are_no_text(model: GPT) -> None:
+def test_zero_tokens_give_an_empty_text(model: GPT) -> None:
     results = generate(model, tiny_tokenizer(), "It was", GenerationParams(max_tokens=0, n=2))
     assert [(result.text, result.finish_reason, result.tokens) for result in results] == [("", "length", 0)] * 2
 
@@ -197,7 +204,7 @@ def test_logprobs_come_with_the_tokens(model: GPT) -> None:
             assert len(event.top) == 3 and event.top[0][1] == tokenizer.decode([event.top[0][0]])
 
 
-def test_the_terminal_writes_text_out_and_all_else_to_error(
+def test_text_goes_to_standard_output_and_all_else_to_standard_error(
     folder: Path, model: GPT, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folder) == 0
@@ -245,7 +252,7 @@ def test_a_prompt_from_a_pipe(
     assert "not UTF-8 (byte 3)" in capsys.readouterr().err
 
 
-def test_a_long_prompt_is_said_to_be_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_is_cut_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--keep", "4", prompt="It was the best of times, " * 20) == 0
     assert "longer than this model's context of 48 tokens: only 36" in capsys.readouterr().err
 
@@ -369,9 +376,9 @@ def test_a_story_written_together(
     fresh = piece("I", reseeded)
     assert shown.out == "".join(f"{text}\n" for text in (first[6:], second, again, onward, fresh))
     assert out.read_text(encoding="utf-8") == f"It was{again}{onward}\n"
-    for said in (
+    for message in (
         "nothing to take back",
-        "nothing to write anew",
+        "nothing to write again",
         "--temperature '9'",
         "where NAME is one of",
         "top_k = 7",
@@ -380,7 +387,7 @@ def test_a_story_written_together(
         "/frob: no such command",
         "25 tokens",
     ):
-        assert said in shown.err, said
+        assert message in shown.err, message
 
 
 def test_ctrl_c_in_a_story_stops_the_piece_and_then_the_program(
@@ -431,7 +438,7 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert shown.stdout.splitlines()[-1] == "0 False"
     assert "--temperature" in shown.stdout and "[0 to 2]" in shown.stdout
-    command = f"{sys.executable} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 2"
+    command = f"{shlex.join(PYTHON)} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 2"
     shown = subprocess.run(
         ["sh", "-c", command],
         capture_output=True,
@@ -446,6 +453,6 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
 
 def test_a_damaged_prompt_setting_is_a_fault_not_a_crash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError):
-        terminal.parse_flags(terminal.GenerateArgs, ["--n", "0"])
+        command.parse_flags(command.GenerateFlags, ["--n", "0"])
     assert run(folder, prompt="\ud800") in (0, 1)
     assert "Traceback" not in capsys.readouterr().err

@@ -20,7 +20,7 @@ import devices
 import train
 from checkpoint import load_model, load_training
 from config import Config, GenerationParams, ModelConfig, TrainConfig
-from dataset import TokenData, Windows, pinned, prefetched, training_batches
+from dataset import TokenData, WindowSampler, pinned, prefetched, training_batches
 from devices import Team, seed_dropout
 from inference.writing import generate
 from loss import LinearCrossEntropy
@@ -181,10 +181,10 @@ def test_one_seed_one_dropout_mask() -> None:
 def test_batches_arrive_whole_through_pinned_memory(tmp_path: Path) -> None:
     """Far more batches than wait at once, each compared only after the next ones were sent on their way."""
     tokens = stream(tmp_path, np.arange(30_000) % 60_000, [9_000, 20_000])
-    windows = Windows(len(tokens), 64, seed=1)
-    plain = training_batches(tokens, windows, batch_size=8, micro_steps=2)
+    windows = WindowSampler(len(tokens), 64, seed=1)
+    plain = training_batches(tokens, windows, batch_size=8, grad_accum_steps=2)
     fast = training_batches(
-        tokens, Windows(len(tokens), 64, seed=1), batch_size=8, micro_steps=2, device=torch.device(DEVICE, 0)
+        tokens, WindowSampler(len(tokens), 64, seed=1), batch_size=8, grad_accum_steps=2, device=torch.device(DEVICE, 0)
     )
     ahead = [next(fast) for _ in range(200)]
     for x, y in ahead:
@@ -192,7 +192,7 @@ def test_batches_arrive_whole_through_pinned_memory(tmp_path: Path) -> None:
         assert x.is_cuda and x.is_contiguous()
         assert torch.equal(x.cpu(), expected[0]) and torch.equal(y.cpu(), expected[1])
     fast.close()
-    with prefetched(lambda: training_batches(tokens, windows, batch_size=8, micro_steps=1), pinned) as ready:
+    with prefetched(lambda: training_batches(tokens, windows, batch_size=8, grad_accum_steps=1), pinned) as ready:
         pair = next(ready)
     assert all(part.is_pinned() and part.is_contiguous() for part in pair)
 

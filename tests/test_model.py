@@ -1,4 +1,4 @@
-"""The GPT: counts, initialisation, causality, padding, loss, cache (correctness 1-7, 14, 33, 34)."""
+"""The GPT: counts, initialisation, causality, padding, loss, cache."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_a_copied_slot_goes_on_alone() -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_attention_formed_twice_is_the_same(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_attention_is_the_same(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout on a CPU over long windows: few heads' weights at a time, with the same masks in the backward pass."""
     held: list[tuple[int, ...]] = []
 
@@ -267,9 +267,9 @@ def test_attention_formed_twice_is_the_same(heads: int, monkeypatch: pytest.Monk
             model(ids(3, 12), ids(3, 12, seed=2)).backward()
         return [p.grad for p in model.parameters()]
 
-    kept = gradients(0.5 if heads == 2 else 1e-12, LONG=10**9)
+    kept = gradients(0.5 if heads == 2 else 1e-12, RECOMPUTE_FROM=10**9)
     assert any(shape[-2:] == (12, 12) for shape in held)
-    again = gradients(0.5 if heads == 2 else 1e-12, LONG=8, HELD=3 * heads * 12 * 12)
+    again = gradients(0.5 if heads == 2 else 1e-12, RECOMPUTE_FROM=8, RECOMPUTE_AT_ONCE=3 * heads * 12 * 12)
     assert held and not any(shape[-2:] == (12, 12) for shape in held)
     for first, second in zip(kept, again, strict=True):
         assert torch.equal(first, second) if heads == 2 else torch.allclose(first, second, atol=1e-6)

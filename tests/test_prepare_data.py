@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from corpus import documents, encoding, preparation
-from corpus.documents import Options, find, inspect
+from corpus import cleaning, encoding, finder, preparation
+from corpus.documents import Options
+from corpus.finder import find, inspect
 from storage import shards
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
@@ -103,8 +104,8 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
 ) -> None:
     common = ["--input", texts, *vocabulary(kind, 400)]
     run(*common, "--out", tmp_path / "whole", "--workers", 1)
-    monkeypatch.setattr(documents, "PIECE", 1000)
-    monkeypatch.setattr(encoding, "GROUP", 1)
+    monkeypatch.setattr(cleaning, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1)
     for count in (1, 2, 3):
         run(*common, "--out", tmp_path / f"w{count}", "--workers", count)
         assert hashes(tmp_path / f"w{count}") == hashes(tmp_path / "whole")
@@ -116,8 +117,8 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
 def test_one_document_is_split_by_position(
     group: int, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE", 700)
-    monkeypatch.setattr(encoding, "GROUP", group)
+    monkeypatch.setattr(cleaning, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", group)
     text = (texts / "more" / "s01.txt").read_text(encoding="utf-8")
     cut = int(len(text) * 0.75)
     for kind in ("char", "bpe"):
@@ -200,7 +201,7 @@ def test_memory_does_not_grow_with_the_text(suffix: str, texts: Path, tmp_path: 
 def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None:
     def chosen(fraction: float, *inputs: Path) -> set[str]:
         files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
-        corpus = documents.Corpus("x", files)
+        corpus = finder.Corpus("x", files)
         return {file.name for file, val in zip(files, encoding.choose_validation(corpus, fraction), strict=True) if val}
 
     assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
@@ -217,10 +218,10 @@ def test_a_sources_own_split_is_kept(texts: Path) -> None:
 
     files = [inspect(path, name, Options()) for path, name in find([str(texts)])][:4]
     files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
-    chosen = encoding.choose_validation(documents.Corpus("x", files), 0.9)
+    chosen = encoding.choose_validation(finder.Corpus("x", files), 0.9)
     assert chosen.tolist() == [False, True, True, False]
     files = [dataclasses.replace(file, split="train") for file in files]
-    assert encoding.choose_validation(documents.Corpus("x", files), 0.5).sum() == 2
+    assert encoding.choose_validation(finder.Corpus("x", files), 0.5).sum() == 2
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
@@ -361,10 +362,10 @@ def test_what_it_did_not_write_is_not_replaced(texts: Path, tmp_path: Path, caps
 INTERRUPTED = """
 import os, signal, sys
 import prepare_data
-from corpus import documents, encoding, preparation
+from corpus import cleaning, encoding, preparation
 from storage import shards
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
-documents.PIECE, encoding.GROUP, preparation.SAVE_SECONDS = 1000, 1, 0.0
+cleaning.CHUNK_BYTES, encoding.BATCH_BYTES, preparation.SAVE_SECONDS = 1000, 1, 0.0
 os.fsync = lambda number: None  # a killed process loses nothing that it wrote, and this saves seconds
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
@@ -464,7 +465,7 @@ def test_the_old_folder_stands_until_the_new_one_is_whole(
 def test_a_second_preparation_of_the_same_folder_is_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with preparation._unfinished(tmp_path / ".out.part", tmp_path / "out"):
+    with preparation._draft_folder(tmp_path / "out"):
         assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 0
@@ -472,8 +473,8 @@ def test_a_second_preparation_of_the_same_folder_is_refused(
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
 def test_parts_joined_are_the_whole(kind: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE", 900)
-    monkeypatch.setattr(encoding, "GROUP", 500)
+    monkeypatch.setattr(cleaning, "CHUNK_BYTES", 900)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 500)
     common = ["--input", texts, *vocabulary(kind, 400), "--val-fraction", 0.5, "--shard-tokens", 1024]
     run(*common, "--out", tmp_path / "whole")
     parts = [tmp_path / f"part{number}" for number in (1, 2)]
@@ -540,6 +541,6 @@ def test_copies_are_dropped_once_and_never_from_validation(texts: Path, tmp_path
         def __init__(self, split: str, documents: int):
             self.split, self.documents = split, documents
 
-    corpus = documents.Corpus("x", [Given("train", 3), Given("val", 2)])  # type: ignore[list-item]
+    corpus = finder.Corpus("x", [Given("train", 3), Given("val", 2)])  # type: ignore[list-item]
     numbers = [np.array([5, 6, 5], np.uint64), np.array([6, 0], np.uint64)]
     assert encoding.find_duplicates(corpus, numbers).tolist() == [False, True, True, False, False]

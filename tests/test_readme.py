@@ -1,6 +1,8 @@
-"""Every command that the README shows runs; `make demo` and `make test` are run by CI and by hand.
+"""Every command that the README and the pages of docs/ show runs, in the order of the pages.
 
-What trains or writes gets flags behind its own that make it small: shape, steps, tokens.
+What trains or writes gets flags behind its own that make it small: shape, steps, tokens. What needs a network, a server,
+an account or hours is run by hand (BY_HAND, RECORDS); of these the tests check that the program exists and knows the flags.
+The commands build on each other: run them with `--dist loadfile`, or one after the other.
 """
 
 from __future__ import annotations
@@ -10,86 +12,130 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
+from support.forked import PYTHON
 from support.helpers import ROOT, nonsense
 
-SMALL = [
-    "--model.n-layer",
-    "1",
-    "--model.n-head",
-    "2",
-    "--model.n-embd",
-    "16",
-    "--model.block-size",
-    "16",
-    "--train.batch-size",
-    "2",
-    "--train.tokens-per-step",
-    "0",
-    "--train.max-steps",
-    "2",
-    "--train.eval-tokens",
-    "200",
-    "--train.sample-interval",
-    "0",
-    "--train.no-tensorboard",
-    "--train.device",
-    "cpu",
-    "--train.epochs",
-    "0",
-]
+SMALL = shlex.split(
+    """
+    --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 2
+    --train.tokens-per-step 0 --train.max-steps 2 --train.eval-tokens 200 --train.sample-interval 0
+    --train.no-tensorboard --train.device cpu --train.epochs 0
+"""
+)
 BY_HAND = (
     "make ",
     "python3 -m venv",
     "pip install",
     "streamlit run",
     "python api.py",
-    "python prepare_data.py --preset",  # these two run against a hub in tests/test_sources.py
+    "python prepare_data.py --preset",  # these two run against a hub in tests/corpus/test_sources.py
     "python prepare_data.py --hub",
+    "python -m corpus.sources",
+    "python prepare_data.py --join",  # in tests/test_prepare_data.py
+    "python prepare_data.py --input /opt",
+    "python -m storage.s3",
+    "python benchmarks/",
+    "python sagemaker/",
+    "python lambda/",
+    "python tests/",
+    "python -m pytest",
+    "pytest ",
+    "git ",
+    "pre-commit ",
     "gunicorn",
-    "docker",
-    "curl",
-    "npx",
+    "docker ",
+    "vllm ",
+    "hf ",
+    "curl ",
+    "aws ",
+    "export ",
+    "npx ",
     "VLG_",
+    "HF_",
+    "GLIBC_TUNABLES",
+    "bash findings/",
 )
+RECORDS = ("results.md", "experiments.md", "decisions.md")  # how figures were measured: hours each
+FIRST = ("README.md", "training.md", "data.md", "writing.md", "serving.md", "formats.md")
+SHELLS = ("", "sh", "bash")
+OURS = ("python ", "torchrun ", "echo ")
 
 
-def commands() -> list[str]:
-    """The lines of the README's code blocks, without comments."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+def pages() -> list[Path]:
+    """README and docs/, in the order in which their commands build on each other."""
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return sorted(found, key=lambda page: FIRST.index(page.name) if page.name in FIRST else len(FIRST))
+
+
+def whole_lines(block: str) -> list[str]:
+    """The commands of a code block, without comments; a command may go over several lines."""
+    found, begun = [], ""
+    for line in block.splitlines():
+        begun += line.split("  #")[0].strip()
+        if begun.endswith("\\"):
+            begun = begun[:-1]
+            continue
+        try:
+            shlex.split(begun, posix=True)
+        except ValueError:  # an open quotation
+            begun += " "
+            continue
+        if begun and not begun.startswith("#"):
+            found.append(begun)
+        begun = ""
+    return found
+
+
+@lru_cache
+def commands(page: Path) -> tuple[str, ...]:
+    """The lines of a page's code blocks, and what stands inline and begins like a command."""
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        if (token.type == "fence" and token.info in SHELLS) or token.type == "code_block":
+            found += whole_lines(token.content)
+        for part in token.children or ():
+            if part.type == "code_inline" and re.match(r"(python3? (-m )?[\w./]+|torchrun .*\.py) ", part.content):
+                found.append(part.content)
+    return tuple(found)
 
 
 def runnable() -> list[str]:
-    found = [line for line in commands() if not line.startswith(BY_HAND)]
-    found += re.findall(
-        r"`((?:python|torchrun) [a-z_]+\.py[^`]*|torchrun [^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8")
-    )
-    return list(dict.fromkeys(found))
+    """Each command that is run here once, in the order of the pages."""
+    found = [line for page in pages() if page.name not in RECORDS for line in commands(page)]
+    return [line for line in dict.fromkeys(found) if line.startswith(OURS) and not line.startswith(BY_HAND)]
+
+
+def checked() -> list[str]:
+    """The commands of this repository's programs that are run by hand, each once."""
+    found = [re.sub(r"^(\w+=\S+ )+", "", line) for page in pages() for line in commands(page)]
+    return [
+        line for line in dict.fromkeys(found) if line.startswith(("python ", "torchrun ")) and line not in runnable()
+    ]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as a newcomer has it after one small training run, with a folder of own books."""
     folder = tmp_path_factory.mktemp("clone") / "project"
-    skip = shutil.ignore_patterns(
+    left_out = (
         ".git",
         ".venv",
         "runs",
+        "reports",
         "__pycache__",
         ".*_cache",
-        "tests",
-        "docs",
+        "images",
         "novels",
         "tokens",
         "node_modules",
     )
-    shutil.copytree(ROOT, folder, ignore=skip)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     (folder / "my_books").mkdir()
     for number in range(4):
         book = folder / "my_books" / f"{('Dickens', 'Austen')[number % 2]}_Book{number}_1850.txt"
@@ -104,14 +150,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def execute(folder: Path, words: list[str], text: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=240
+        [*PYTHON, *words], cwd=folder, env=environment, input=text, capture_output=True, text=True, timeout=240
     )
 
 
-def test_there_are_commands() -> None:
-    assert len(runnable()) >= 10
-    known = ("python ", "torchrun ", "echo ", ". ")
-    assert all(line.startswith((*BY_HAND, *known)) for line in commands())
+def test_the_pages_hold_commands_and_no_others_than_those_looked_after() -> None:
+    assert len(runnable()) >= 25 and len(checked()) >= 25
+    for page in pages():
+        if page.name in (*FIRST, "CONTRIBUTING.md", "scaling.md"):
+            strange = [line for line in commands(page) if not line.startswith((*OURS, *BY_HAND, ". "))]
+            assert not strange, f"{page.name}: {strange}"
 
 
 @pytest.mark.parametrize("line", runnable())
@@ -123,28 +171,38 @@ def test_the_command_runs(clone: Path, line: str) -> None:
         text = shlex.split(said)[1]
     words = shlex.split(line)
     if words[0] == "torchrun":  # two processes in place of eight, and the texts that are there
-        words = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            *words[3:],
-            "--data",
-            "data/sample/tokens",
-        ]
+        words = ["tests/support/team.py", "2", *words[3:], "--data", "data/sample/tokens"]
     else:
         words = words[1:]
-    script = next(word for word in words if word.endswith(".py"))
-    if script == "train.py" and "--help" not in words:
-        words += [*SMALL, "--resume"] if "--resume" in words else SMALL
-    if "--resume" in words:
-        words = [word for at, word in enumerate(words) if word != "--resume" or "--resume" not in words[:at]]
-    if script == "evaluate.py":
-        words += ["--max-tokens", "4", "--device", "cpu"]
-    if script == "generate.py":
+    if "train.py" in words and "--help" not in words:
+        words = [word for word in words if word != "--resume"] + SMALL + ["--resume"] * ("--resume" in words)
+    if words[0] == "evaluate.py":
+        words += ["--max-tokens", "4", "--samples", "1", "--limit-tokens", "100", "--device", "cpu"]
+    if words[0] == "generate.py":
         words += ["--max-tokens", "4"]
         text = text or ("The door\n/retry\n/undo\n/set temperature 0.5\n/quit\n" if "--interactive" in words else "")
     done = execute(clone, words, text)
     assert done.returncode == 0, done.stderr[-3000:]
-    if script == "generate.py":
+    if words[0] == "generate.py":
         assert done.stdout.strip()
+
+
+@lru_cache
+def help_of(clone: Path, program: tuple[str, ...]) -> str:
+    done = execute(clone, [*program, "--help"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.replace("_", "-")
+
+
+@pytest.mark.parametrize("line", checked())
+def test_a_command_run_by_hand_names_a_program_and_flags_that_exist(clone: Path, line: str) -> None:
+    words = line.split()
+    at = next(number for number, word in enumerate(words) if re.fullmatch(r"-m|[\w./]+\.py", word))
+    program = tuple(words[at : at + 2] if words[at] == "-m" else words[at : at + 1])
+    if program[1:] in (("pytest",), ("venv",)):
+        return
+    assert program[0] == "-m" or (ROOT / program[0]).is_file(), program[0]
+    flags = {word.split("=")[0].replace("_", "-") for word in words[at + len(program) :] if re.match(r"--\w", word)}
+    if flags:
+        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(clone, program))]
+        assert not unknown, f"{' '.join(program)} --help does not name {', '.join(unknown)}"

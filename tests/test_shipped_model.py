@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 import api
 import generate
-from server import service
+from server import lifecycle
 from support.api_support import settings, until
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 from ui import state
@@ -24,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with nothing but a model under models/, seen from another folder."""
     tokenizer = tiny_tokenizer()
     save(tmp_path.joinpath(*SHIPPED), random_model(shape(tokenizer)), tokenizer)
-    for module in (generate, service):
+    for module in (generate, lifecycle):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

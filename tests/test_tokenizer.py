@@ -106,7 +106,7 @@ def test_an_altered_or_missing_gpt2_vocabulary_is_refused(tmp_path: Path, monkey
     for name, content in real.items():
         (package / "data" / name).write_bytes(content)
     assert build().vocab_size == 50257
-    (package / "data" / "encoder.json").write_bytes(real["encoder.json"].replace(b"the", b"teh", 1))
+    (package / "data" / "encoder.json").write_bytes(real["encoder.json"].replace(b"the", b"teh", 1))  # codespell:ignore
     with pytest.raises(TokenizerError, match=r"encoder\.json is not OpenAI's"):
         build()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
@@ -183,37 +183,37 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, kinds: dict) -> None:
         with pytest.raises(TokenizerError, match=f"id {bad} "):
             kinds[name].decode([0, bad])
         with pytest.raises(TokenizerError):
-            kinds[name].stream().feed(bad)
+            kinds[name].detokenizer().feed(bad)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "char"])
-def test_streamed_pieces_join_to_the_whole_without_broken_characters(name: str, kinds: dict) -> None:
+def test_pieces_join_to_the_text_without_split_characters(name: str, kinds: dict) -> None:
     tokenizer = kinds[name]
-    stream = tokenizer.stream()
+    detokenizer = tokenizer.detokenizer()
     ids = tokenizer.encode(PROSE)
-    pieces = [stream.feed(token) for token in ids]
+    pieces = [detokenizer.feed(token) for token in ids]
     assert "".join(pieces) == PROSE == tokenizer.decode(ids)
     assert all("\ufffd" not in piece for piece in pieces)
-    assert stream.flush() == ""
+    assert detokenizer.flush() == ""
 
 
-def test_a_split_character_is_held_back() -> None:
+def test_a_split_character_is_held_back_until_it_is_whole() -> None:
     tokenizer = gpt2_tokenizer()
     ids = tokenizer.encode("🦉")
     assert len(ids) > 1
-    stream = tokenizer.stream()
-    assert [stream.feed(token) for token in ids] == [""] * (len(ids) - 1) + ["🦉"]
-    stream.feed(ids[0])
-    assert stream.flush() == "\ufffd" == tokenizer.decode(ids[:1])
-    assert stream.feed(tokenizer.encode("a")[0]) == "a"
+    detokenizer = tokenizer.detokenizer()
+    assert [detokenizer.feed(token) for token in ids] == [""] * (len(ids) - 1) + ["🦉"]
+    detokenizer.feed(ids[0])
+    assert detokenizer.flush() == "\ufffd" == tokenizer.decode(ids[:1])
+    assert detokenizer.feed(tokenizer.encode("a")[0]) == "a"
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, 50256), max_size=40))
-def test_any_ids_stream_as_they_decode(ids: list[int]) -> None:
+def test_any_ids_give_the_same_text_one_by_one(ids: list[int]) -> None:
     tokenizer = gpt2_tokenizer()
-    stream = tokenizer.stream()
-    assert "".join([*(stream.feed(token) for token in ids), stream.flush()]) == tokenizer.decode(ids)
+    detokenizer = tokenizer.detokenizer()
+    assert "".join([*(detokenizer.feed(token) for token in ids), detokenizer.flush()]) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "char", "char1"])
@@ -293,8 +293,8 @@ def test_bpe_sizes() -> None:
 def test_training_in_slices_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = PROSE * 30
     whole = train_bpe([text], 420).fingerprint
-    original = module._slices
-    monkeypatch.setattr(module, "_slices", lambda text: original(text, 50))
+    original = module._slices_at_words
+    monkeypatch.setattr(module, "_slices_at_words", lambda text: original(text, 50))
     assert train_bpe([text], 420).fingerprint == whole
     assert "".join(original(text, 50)) == text
     assert len(list(original(text, 50))) > 50
@@ -322,7 +322,7 @@ def test_an_enormous_run_of_spaces_is_encoded(monkeypatch: pytest.MonkeyPatch) -
     expected = [tokenizer.encode(text) for text in texts]
     monkeypatch.setattr(module, "LONG_RUN", 10)
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert sum(len(list(module._calm(text))) for text in texts) > len(texts)
+    assert sum(len(list(module._split_long_whitespace(text))) for text in texts) > len(texts)
     monkeypatch.undo()
     text = "a" + "\n" * 1_200_000 + "b"
     assert tokenizer.decode(tokenizer.encode_array(text).tolist()) == text

@@ -1,4 +1,4 @@
-"""The training loop: what it optimises, what it leaves behind, when it stops (correctness 9, 12, 13, 16, 18, 21, 24, 25)."""
+"""The training loop: what it optimises, what it leaves behind, when it stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from dataset import TokenData
 from devices import Team
 from model import GPT
 from support.helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
+from training import metrics
 from training import optimizer as optimizers
+from training import state as training_state
 from training import step as training_step
 from training.checkpointing import Saver
 from training.metrics import time_left
@@ -81,12 +83,12 @@ def batches(count: int, rows: int, seed: int = 0):
         yield x[:, :-1], x[:, 1:]
 
 
-def gradients(model: GPT, source, micro: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(model: GPT, source, accumulate: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients a step hands to the optimizer, and the loss it reports."""
     caught: dict[str, torch.Tensor] = {}
     optimizer = Optimizer(model, settings)
     optimizer.parts[0].step = lambda: caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
+    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, accumulate, settings, "fp32", ALONE)
     return caught, loss
 
 
@@ -246,7 +248,7 @@ def test_the_time_left_is_the_nearest_end(
     assert time_left(math.inf, 2.0, 1, 50.0) == 10 and time_left(math.inf, 2.0, 1, 70.0) == 0
     assert time_left(math.inf, 2.0, 0, 5.0) is None
     now = [0.0]
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def taking(*_: object) -> tuple[float, float, bool]:
         now[0] += 10
@@ -265,7 +267,7 @@ def test_the_time_left_is_the_nearest_end(
 
 def test_best_is_the_minimum_ever_seen(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([3.0, 1.0, 2.0, 1.0, 5.0, 9.0])
-    monkeypatch.setattr(training_step, "validate", lambda *a: next(figures))
+    monkeypatch.setattr(training_state, "validate", lambda *a: next(figures))
     run(tiny_data, tmp_path / "a", "--train.max-steps", "25")
     assert [row["val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 2.0, 1.0, 5.0]
     assert [row["best_val_loss"] for row in rows(tmp_path / "a", "val_loss")] == [3.0, 1.0, 1.0, 1.0, 1.0]
@@ -294,12 +296,19 @@ def test_validation_is_repeatable_and_weighted_by_tokens(tiny_data: Path) -> Non
     assert training_step.validate(model, data.val, 8, 7, "fp32", ALONE) == pytest.approx(found[0], rel=1e-6)
 
 
-def test_training_mode_comes_back_after_an_exception() -> None:
+def test_validation_takes_no_gradients_and_training_mode_comes_back_after_an_exception(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = GPT(TINY)
     model.train()
-    with pytest.raises(RuntimeError), training_step.eval_mode(model):
+
+    def failing(*_: object) -> None:
         assert not model.training and not torch.is_grad_enabled()
-        raise RuntimeError
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(RuntimeError, match="seen"):
+        training_step.validate(model, TokenData.open(tiny_data).val, 8, 3, "fp32", ALONE)
     assert model.training and torch.is_grad_enabled()
 
 
@@ -403,13 +412,13 @@ def test_speed_leaves_out_compilation_evaluation_and_checkpoints(
 
     count = itertools.count()
     save = Saver.__call__
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(training_step, "take_step", lambda *a: taking(500 if next(count) < 2 else 2, (2.0, 1.0, True)))
-    monkeypatch.setattr(training_step, "validate", lambda *a: taking(100, 2.0))
+    monkeypatch.setattr(training_state, "validate", lambda *a: taking(100, 2.0))
     monkeypatch.setattr(Saver, "__call__", lambda self, progress, best: taking(30, save(self, progress, best=best)))
     monkeypatch.setattr(devices, "peak_flops", lambda *a: 1e12)
     monkeypatch.setattr(devices, "energy_meter", lambda device: lambda: 3.6e6 * now[0])
-    monkeypatch.setattr(devices, "gpu_memory", lambda device: 12.5)
+    monkeypatch.setattr(training_state, "gpu_memory", lambda device: 12.5)
     flags = ["--train.max-steps", "10", "--train.eval-interval", "2", "--train.checkpoint-interval", "3"]
     assert run(tiny_data, tmp_path / "a", *flags) == 0
     found = rows(tmp_path / "a")
@@ -611,11 +620,20 @@ def test_the_running_average() -> None:
 
     progress = Progress()
     assert progress.running_loss == math.inf
-    progress.count(4.0)
+    progress.add_loss(4.0)
     assert progress.running_loss == pytest.approx(4.0)
     for _ in range(500):
-        progress.count(2.0)
+        progress.add_loss(2.0)
     assert progress.running_loss == pytest.approx(2.0, abs=1e-3)
+
+
+def test_progress_keeps_its_keys_on_disk() -> None:
+    from training.checkpointing import Progress
+
+    progress = Progress(step=3, evals_since_best=2, losses=[1.5])
+    kept = progress.to_state()
+    assert kept["stale"] == 2 and "evals_since_best" not in kept
+    assert Progress.from_state(json.loads(json.dumps(kept))) == progress
 
 
 def test_a_preset_needs_no_flags_but_its_texts(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
-"""One dial: minutes. The settings that make the most of them on this machine, from the text that is there.
+"""All settings from the training time alone: the best model that this machine can train on this text in so many minutes.
 
     python train.py --input my_books/ --minutes 10
     python train.py --data data/mine --minutes 60
 
-The machine is measured for a few seconds; then compute and text decide vocabulary, size, context, batch and rates.
+The machine is measured for a few seconds; compute and text then determine vocabulary, size, context, batch and rates.
 The arithmetic and what it was tuned on: docs/decisions.md, "One dial".
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from typing import Any
 
 from config import ROOT, ConfigError, ModelConfig, TrainConfig, build, to_toml
 
-# (layers, width) from small to large; a head is 64 wide, or 32 in the narrow ones
-LADDER = (
+# (layers, width) from small to large; a head has 64 channels, or 32 where 64 do not divide the width
+SIZES = (
     (2, 64),
     (2, 96),
     (2, 128),
@@ -37,11 +36,11 @@ LADDER = (
 )
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 REFERENCE = 5e12  # FLOPs: about a minute of two cores, where the rules below were tuned
-MOST_EPOCHS = 30.0  # passes beyond which a text has nothing more to give
+MOST_EPOCHS = 30.0  # passes after which a model learns nothing more from a text
 BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
-PREPARING = 1.2e6  # bytes of text a second and core that a new vocabulary and the encoding take, at the slowest
-GUESS = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose what the machine is measured with
-SETTLING = 2.0  # seconds for building the model and opening files
+PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabulary and encoding, at the slowest
+ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
+START_S = 2.0  # seconds for building the model and opening files
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Budget:
 
 
 def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
-    """A rung of the ladder as a model; wider ones see farther."""
+    """The ModelConfig of one size; a wider model gets a longer context."""
     block = 64 if width < 192 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
-    most = int(budget.text / BYTES_PER_TOKEN / 20)  # a tiny text: windows short enough for some variety
+    most = int(budget.text / BYTES_PER_TOKEN / 20)  # at least some twenty different windows in a tiny text
     while block > 32 and block > most:
         block //= 2
     return ModelConfig(
@@ -68,40 +67,40 @@ def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
 
 
 def cost(model: ModelConfig) -> float:
-    """FLOPs of training on one token: 6 N + 12 L C T, the position table looked up free (as GPT.flops_per_token)."""
+    """FLOPs of training on one token: 6 N + 12 L C T without the position table (as GPT.flops_per_token)."""
     matrices = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
     return 6.0 * matrices + 12.0 * model.n_layer * model.n_embd * model.block_size
 
 
 def fitting_vocabulary(width: int, text: float) -> int:
-    """Ids of a new vocabulary: 4096, or 32 a channel where that is more, and each to be seen some fifty times in the text."""
+    """Ids of a new vocabulary: 4096, or 32 per channel if that is more, but each should occur some fifty times in the text."""
     most = min(max(4096, 32 * width), text / BYTES_PER_TOKEN / 50)
     return max([size for size in VOCABULARIES if size <= most], default=VOCABULARIES[0])
 
 
 def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
-    """The rung whose tokens, all that the compute allows, come nearest to a good number for each parameter in its blocks.
+    """The size that the compute trains on a good number of tokens for each parameter in its blocks.
 
     That is 10 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
 
     vocab: ids of texts that are prepared already; 0 chooses. A text that would be read more than MOST_EPOCHS times
     counts as so many times its length.
     """
-    rungs = []
+    candidates = []
     most = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN
-    for layers, width in LADDER:
+    for layers, width in SIZES:
         model = shape(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
         tokens = min(budget.flops / cost(model), most)
         good = 10.0 * (tokens * cost(model) / REFERENCE) ** 0.06
         ratio = tokens / (12 * layers * width**2)
-        rungs.append((abs(math.log(ratio / good)), model))
-    return min(rungs, key=lambda rung: rung[0])[1]
+        candidates.append((abs(math.log(ratio / good)), model))
+    return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: int) -> tuple[dict[str, Any], float]:
     """([train] table, dropout) for this shape; `fits`: the largest micro-batch that memory holds.
 
-    The batch grows with the cube root of the compute, for whose sake the noise may fall; rates fall with the width.
+    The batch grows with the cube root of the compute, as longer training gains from less noise; rates fall with the width.
     """
     tokens = budget.flops / cost(model)
     epochs = tokens * BYTES_PER_TOKEN / budget.text
@@ -165,9 +164,9 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
 
 
 def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -> Path:
-    """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`; what was prepared from the same texts so is kept.
+    """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`, unless that has been done before.
 
-    out: none is a folder in data/ named after the first input. Raises ConfigError and DocumentError as `prepare` does.
+    out: None stands for a folder in data/ named after the first input. Raises ConfigError and DocumentError as `prepare` does.
     """
     from corpus.preparation import PrepareFlags, prepare
 
@@ -177,19 +176,54 @@ def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -
 
 
 def text_size(inputs: tuple[str, ...]) -> float:
-    """Bytes of text that `inputs` will give for training, by the sizes of the files."""
-    from corpus.documents import find
+    """Bytes of text for training in `inputs`, estimated by the sizes of the files."""
+    from corpus.finder import find
 
     return 0.9 * sum(path.stat().st_size for path, _ in find(inputs))
 
 
-def turn(
-    minutes: float, inputs: tuple[str, ...], data: Path | None, began: float, others: list[str]
-) -> tuple[dict[str, Any], Path]:
-    """The tables of a preset, and the prepared data, for `minutes` counted from `began` (time.monotonic).
+@dataclass(frozen=True)
+class Choice:
+    """What `autotune` has chosen, and on what grounds."""
+
+    tables: dict[str, Any]  # as of a preset
+    data: Path  # the prepared texts
+    minutes: float  # as asked for
+    rate: float  # FLOP/s measured
+    budget: Budget  # what training may use
+    ends_early: bool  # the text is read MOST_EPOCHS times before the minutes are over
+
+    def described(self) -> str:
+        """The choice in words, and as a preset."""
+        minutes = self.budget.flops / self.rate / 60
+        note = (
+            f"note: in {minutes:.1f} minutes this text is read {MOST_EPOCHS:.0f} times, and more would teach nothing: "
+            f"training ends then, not after {self.minutes:g}\n"
+        )
+        return (note if self.ends_early else "") + (
+            f"measured {self.rate / 1e9:,.0f} GFLOP/s; {minutes:.1f} minutes and {self.budget.text / 1e6:.1f} MB of text "
+            f"for training. Chosen, as a preset:\n\n{to_toml(self.tables)}"
+        )
+
+
+def refusals(minutes: float, inputs: tuple[str, ...], data: Path | None, others: list[str]) -> list[str]:
+    """Why these flags leave `autotune` nothing to choose, or nothing to train on; empty if it can begin."""
+    prepared = data is not None and (data / "manifest.json").is_file()
+    found = [f"--minutes chooses everything itself: leave out {name}" for name in others]
+    if not minutes:
+        found.append("--input goes with --minutes; for a preset prepare the texts with prepare_data.py")
+    if data and not inputs and not prepared:
+        found.append(f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared in it")
+    if inputs and prepared:
+        found.append(f"--data {data} is prepared already: leave out --input to train on it, or name a new folder")
+    return found
+
+
+def autotune(minutes: float, inputs: tuple[str, ...], data: Path | None, began: float, others: list[str]) -> Choice:
+    """The settings and the prepared data for `minutes` counted from `began` (time.monotonic).
 
     Measures the machine, and with `inputs` prepares the texts, in `data` if given, which takes its share of the time;
-    without either the sample stories are taken. others: flags given beside that leave no choice. Raises ConfigError.
+    without either the sample stories are taken. others: flags given that leave no choice. Raises ConfigError.
     """
     import torch
 
@@ -197,16 +231,7 @@ def turn(
     from storage.shards import Manifest
     from training.plan import available_memory, fitting_batch
 
-    faults = [f"--minutes chooses everything itself: leave out {name}" for name in others]
-    faults += [] if minutes else ["--input goes with --minutes; for a preset prepare the texts with prepare_data.py"]
-    prepared = data is not None and (data / "manifest.json").is_file()
-    if data and not inputs and not prepared:
-        faults.append(
-            f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared in it"
-        )
-    if inputs and prepared:
-        faults.append(f"--data {data} is prepared already: leave out --input to train on it, or name a new folder")
-    if faults:
+    if faults := refusals(minutes, inputs, data, others):
         raise ConfigError(faults)
     device = pick_device("auto")
     precision, _ = pick_precision("auto", device)
@@ -217,13 +242,16 @@ def turn(
     seconds = minutes * 60
 
     def left() -> float:
-        return seconds - SETTLING - (time.monotonic() - began)
+        return seconds - START_S - (time.monotonic() - began)
 
-    guess = choose_model(Budget(GUESS[device.type == "cuda"] * seconds, text), vocab)
+    # 1 the machine, with a model of about the size that will be chosen
+    guess = choose_model(Budget(ASSUMED_RATE[device.type == "cuda"] * seconds, text), vocab)
     rate = measured_rate(device, precision, guess)
+
+    # 2 the texts, with the vocabulary of the model that the time left after preparing will allow
     if data is None or manifest is None:
-        spare = text / PREPARING / max(1, torch.get_num_threads())
-        vocab = choose_model(Budget(rate * max(0.5 * seconds, left() - spare), text)).vocab_size
+        preparing_s = text / PREPARE_RATE / max(1, torch.get_num_threads())
+        vocab = choose_model(Budget(rate * max(0.5 * seconds, left() - preparing_s), text)).vocab_size
         data = prepared_for(inputs, vocab, data)
         manifest = Manifest.load(data)
     if left() < 10:
@@ -233,16 +261,13 @@ def turn(
                 "(prepared texts are kept for the next time)"
             ]
         )
+
+    # 3 the model and its training, with the time that is left indeed
     budget = Budget(rate * left(), manifest.splits.train.bytes)
     model = choose_model(budget, manifest.tokenizer.vocab_size)
     enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * cost(model)
-    if enough < budget.flops:
-        budget = Budget(enough, budget.text)
-        print(
-            f"note: in {enough / rate / 60:.1f} minutes this text is read {MOST_EPOCHS:.0f} times, and more would teach "
-            f"nothing: training ends then, not after {minutes:g}",
-            file=sys.stderr,
-        )
+    ends_early = enough < budget.flops
+    budget = Budget(min(enough, budget.flops), budget.text)
     fits = fitting_batch(model, TrainConfig(max_steps=1), 1, available_memory(device), precision, device.type)
     train, dropout = choose_training(model, budget, round(min(left(), budget.flops / rate) / 60, 3), max(1, fits))
     tables = {
@@ -251,9 +276,4 @@ def turn(
         "train": train,
         "generation": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1},
     }
-    print(
-        f"measured {rate / 1e9:,.0f} GFLOP/s; {budget.flops / rate / 60:.1f} minutes and {budget.text / 1e6:.1f} MB of "
-        f"text for training. Chosen, as a preset:\n\n{to_toml(tables)}",
-        file=sys.stderr,
-    )
-    return tables, data
+    return Choice(tables, data, minutes, rate, budget, ends_early)

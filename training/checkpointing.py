@@ -1,8 +1,8 @@
-"""A run: its folder and lock, its data and model, what it remembers, its checkpoints.
+"""What a run keeps for being resumed, and how it is written and read.
 
-with locked(run):
-    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
-    save(progress, best=False)
+>>> start = resumed_run(checkpoint, data, tokenizer)       # model, progress and training state, exactly as they were
+>>> save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
+>>> save(progress, best=False)                             # last/, whole or not at all
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config
-from training.model_setup import gathered
+from config import Config, ConfigError
+from training.model_setup import full_state_dict
 
 if TYPE_CHECKING:
     from dataset import TokenData
@@ -26,17 +26,20 @@ if TYPE_CHECKING:
     from training.optimizer import Optimizer
 
 
+ON_DISK = {"evals_since_best": "stale"}  # where a field of Progress has another key in training_state.json
+
+
 @dataclass
 class Progress:
     """Everything besides weights and optimizer that a resumed run needs; saved with every checkpoint."""
 
     step: int = 0  # optimizer steps done
-    windows: int = 0  # training windows used, over all ranks
+    windows: int = 0  # training windows used, over all ranks: the position in the data
     best_val: float = math.inf  # lowest validation loss ever seen
     best_step: int = 0
-    stale: int = 0  # validation passes since the best one
-    average: float = 0.0  # running average of the training loss (decay 0.98), uncorrected
-    average_weight: float = 0.0
+    evals_since_best: int = 0  # validation passes without an improvement
+    average: float = 0.0  # running average of the training loss (decay 0.98), biased towards 0 at first
+    average_weight: float = 0.0  # the sum of its weights, which undoes the bias
     best_average: float = math.inf  # lowest running average
     epoch_loss: float = 0.0  # sum over the steps of the present epoch
     epoch_steps: int = 0
@@ -44,15 +47,15 @@ class Progress:
     skipped: int = 0  # steps with a non-finite loss
     losses: list[float] = field(default_factory=list)  # of the steps since the last log line
     val_loss: float | None = None  # of the last validation pass
-    elapsed_s: float = 0.0  # wall-clock over all sessions of the run
+    elapsed_s: float = 0.0  # wall-clock time over all sessions of the run
     energy_j: float = 0.0  # drawn by the GPUs over all sessions, where NVML tells
 
     @property
     def running_loss(self) -> float:
         return self.average / self.average_weight if self.average_weight else math.inf
 
-    def count(self, loss: float) -> None:
-        """Take in one step's loss."""
+    def add_loss(self, loss: float) -> None:
+        """Take one step's loss into the averages."""
         self.average = 0.98 * self.average + 0.02 * loss
         self.average_weight = 0.98 * self.average_weight + 0.02
         self.best_average = min(self.best_average, self.running_loss)
@@ -60,13 +63,46 @@ class Progress:
         self.epoch_steps += 1
         self.losses.append(loss)
 
-    def spike(self, loss: float) -> bool:
+    def is_spike(self, loss: float) -> bool:
         """Whether a loss lies more than a nat above the running average, once that has settled (46 steps)."""
         return self.average_weight > 0.6 and loss > self.running_loss + 1.0
 
+    def to_state(self) -> dict[str, Any]:
+        """The fields under their keys on disk."""
+        return {ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """What `to_state` gave, in this or an earlier version."""
+        names = {key: name for name, key in ON_DISK.items()}
+        return cls(**{names.get(key, key): value for key, value in state.items()})
+
+
+@dataclass
+class Start:
+    """Where a run begins: with a model, or where a checkpoint of it ended."""
+
+    model: GPT
+    progress: Progress = field(default_factory=Progress)
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
+
+
+def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> Start:
+    """Model, progress and training state of a checkpoint. Raises ConfigError where the data has another tokenizer."""
+    from checkpoint import load_model, load_training
+
+    model, kept = load_model(checkpoint)
+    if kept.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
+        )
+    state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
+    return Start(model, Progress.from_state(state["progress"]), checkpoint, state)
+
 
 def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
-    """What the model folder's README and config.json say of its making."""
+    """What the model folder's README and config.json say about its training."""
     splits, val_loss = data.manifest.splits, progress.val_loss
     return {
         "description": config.description,
@@ -81,13 +117,13 @@ def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str,
 
 
 def bits_per_byte(loss: float, data: TokenData) -> float:
-    """Nats a token -> bits a UTF-8 byte of the validation text: the figure that compares across tokenizers."""
+    """Nats per token -> bits per UTF-8 byte of the validation text, which compare across tokenizers."""
     split = data.manifest.splits.val
     return loss / math.log(2) * split.tokens / max(1, split.bytes)
 
 
-def shelve(run: Path) -> None:
-    """Put last/ aside as last-STEP/, so that writing the next one does not replace it."""
+def keep_last(run: Path) -> None:
+    """Rename last/ to last-STEP/, so that writing the next one does not replace it."""
     last = run / "last"
     if (last / "checksums.json").is_file():
         step = json.loads((last / "checksums.json").read_text(encoding="utf-8"))["step"] or 0
@@ -112,15 +148,15 @@ class Saver:
     tokens_per_step: int
     seconds: float = 0.0  # time spent writing
     folders: int = 0  # best/ and last/ written
-    step: int = -1  # of the newest last/
+    step: int = -1  # of the newest last/ (of a resumed run, of the one it goes on from)
 
     def __call__(self, progress: Progress, *, best: bool) -> None:
         """Save best/ (weights only) or last/ (weights and training state), whole or not at all."""
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
-        weights = gathered(self.model.state_dict())
-        moments = {} if best else gathered(self.optimizer.state_dict())
+        weights = full_state_dict(self.model.state_dict())
+        moments = {} if best else full_state_dict(self.optimizer.state_dict())
         if self.team.leader:
             card = model_card(self.config, self.data, progress)
             shared: dict[str, Any] = {"card": card, "generation": self.config.generation, "weights": weights}
@@ -129,7 +165,7 @@ class Saver:
             else:
                 state = {
                     "step": progress.step,
-                    "progress": asdict(progress),
+                    "progress": progress.to_state(),
                     "optimizer": moments,
                     "scaler": self.scaler.state_dict(),
                     "world": self.team.size,
@@ -137,7 +173,7 @@ class Saver:
                     "tokens_per_step": self.tokens_per_step,
                 }
                 if self.config.train.keep_last > 1:
-                    shelve(self.run)
+                    keep_last(self.run)
                 save_training(self.run / "last", self.model, self.tokenizer, state=state, **shared)
                 prune_checkpoints(self.run, self.config.train.keep_last)
         self.team.barrier()

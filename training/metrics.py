@@ -1,4 +1,4 @@
-"""What a run leaves behind besides weights: metrics.jsonl, samples.jsonl, loss.png, TensorBoard, the lines on the screen.
+"""Records of a run: metrics.jsonl, samples.jsonl, loss.png, TensorBoard, the lines on the screen; and its speed.
 
 log = RunLog(Path("runs/novels"), total_steps=2000)
 log.metrics({"step": 10, "train_loss": 4.2})
@@ -16,13 +16,9 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from storage.atomic import replace_text
-
-if TYPE_CHECKING:
-    from dataset import TokenData
-    from model import GPT
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -84,12 +80,62 @@ def line(values: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+class Throughput:
+    """A run's clock, and the tokens per second of its steps alone.
+
+    Left out are evaluation, samples and checkpoints, and the first steps of a session, which compile and warm caches.
+    tokens_per_step: over all ranks. elapsed_before: seconds of the run's earlier sessions.
+    """
+
+    WARMUP_STEPS = 2
+
+    def __init__(self, tokens_per_step: int, elapsed_before: float = 0.0):
+        self.tokens_per_step, self.elapsed_before = tokens_per_step, elapsed_before
+        self.began = time.monotonic()
+        self.steps = 0  # of this session
+        self.last_s = 0.0  # seconds of the last step
+        self.recent_steps = self.all_steps = 0
+        self.recent_s = self.all_s = 0.0
+
+    def elapsed_s(self) -> float:
+        """Wall-clock seconds of the run, earlier sessions included."""
+        return self.elapsed_before + time.monotonic() - self.began
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one optimizer step."""
+        began = time.monotonic()
+        yield
+        self.last_s = time.monotonic() - began
+        if self.steps >= self.WARMUP_STEPS:
+            self.recent_s, self.recent_steps = self.recent_s + self.last_s, self.recent_steps + 1
+            self.all_s, self.all_steps = self.all_s + self.last_s, self.all_steps + 1
+        self.steps += 1
+
+    def restart(self) -> None:
+        """Let `recent` begin anew."""
+        self.recent_s, self.recent_steps = 0.0, 0
+
+    def recent(self) -> float | None:
+        """Tokens per second since `restart`; None where no step counts yet."""
+        return self.recent_steps * self.tokens_per_step / self.recent_s if self.recent_s else None
+
+    def overall(self) -> float | None:
+        """Tokens per second of this session; None where no step counts yet."""
+        return self.all_steps * self.tokens_per_step / self.all_s if self.all_s else None
+
+    def pace(self) -> float:
+        """Tokens per second to foretell the end with: `recent`, or at first the last step's."""
+        return self.recent() or self.tokens_per_step / max(self.last_s, 1e-9)
+
+
 class RunLog:
     """Writes one run's records. `enabled=False` (ranks other than 0) makes every method a no-op.
 
-    done: steps a resumed run has behind it, -1 for one from the beginning; what was recorded of later ones is dropped, as
-    they come again.
+    done: steps that a resumed run has done, -1 for a new one; records of later steps are dropped, as those are repeated.
     """
+
+    LIVE_S = 0.3  # seconds between changes of the live line
 
     def __init__(
         self,
@@ -102,8 +148,8 @@ class RunLog:
         done: int = -1,
     ):
         self.folder, self.total, self.enabled = folder, total_steps, enabled
-        self.started = time.monotonic()
         self.tty = sys.stderr.isatty()
+        self._live_at = time.monotonic()
         self._live = ""
         self._writer: Any = None
         self._wandb: Any = None
@@ -120,7 +166,7 @@ class RunLog:
         if wandb:
             import wandb as client  # type: ignore[import-not-found, unused-ignore]
 
-            known = folder / ".wandb"  # a resumed run goes on there, too
+            known = folder / ".wandb"  # a resumed run continues the same record
             if not known.is_file():
                 known.write_text(uuid.uuid4().hex, encoding="utf-8")
             project, key = "victorian-literature-generator", known.read_text(encoding="utf-8")
@@ -133,9 +179,10 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def live(self, step: int, loss: float, tokens_per_s: float, eta_s: float | None) -> None:
-        """The line that changes in place; only in a terminal."""
-        if not (self.enabled and self.tty):
+        """The line that changes in place, a few times a second; only in a terminal."""
+        if not (self.enabled and self.tty) or time.monotonic() - self._live_at <= self.LIVE_S:
             return
+        self._live_at = time.monotonic()
         share = f"{step / self.total:4.0%} " if self.total else ""
         self._clear()
         self._live = f"{share}step {step:,}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
@@ -215,21 +262,8 @@ def draw_losses(folder: Path) -> Path | None:
     return folder / "loss.png"
 
 
-def announce(
-    log: RunLog, model: GPT, data: TokenData, precision: str, device: str, tokens_per_step: int, total: int
-) -> None:
-    """What is about to be trained, on what, for how long."""
-    splits, steps = data.manifest.splits, f"{total:,}" if total else "unlimited"
-    log.say(
-        f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device}, {precision}   {tokens_per_step:,} tokens a step, {steps} steps, context {model.config.block_size}"
-    )
-    for name, count, size in model.report():
-        log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-
-
 def finish(summary: dict[str, Any]) -> None:
-    """The summary on standard error, and the command to go on with."""
+    """Print the summary on standard error, with the command that comes next."""
     done = summary.pop("done")
     print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
     run = Path(summary["run"])

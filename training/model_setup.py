@@ -1,4 +1,4 @@
-"""The model that a run starts from, and the same model as the loop calls it: compiled, distributed, gathered again.
+"""The model that a run starts from, compiled and distributed for the loop, and its full weights for the disk.
 
 >>> model = start_model(config, data, tokenizer)      # new, or from the weights that `--init-from` names
 >>> module = wrapped(model.to(device), config, team, device)
@@ -30,7 +30,7 @@ def origin_shape(origin: str) -> dict[str, Any]:
 
 
 def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> list[str]:
-    """What of the asked shape the weights of `origin` do not allow: all but the context and the dropout."""
+    """Where the asked shape differs from that of `origin`, whose weights allow another context and dropout only."""
     free = ("block_size", "dropout", "vocab_used")
     return [
         f"--model.{name.replace('_', '-')} {value}: --init-from {origin} has {theirs[name]}: leave it out (only "
@@ -41,9 +41,9 @@ def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> lis
 
 
 def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
-    """A new model of the right vocabulary, or the weights of `config.init_from` with this run's dropout and context.
+    """A new model with the tokenizer's vocabulary, or that of `config.init_from` with this run's dropout and context.
 
-    Where the texts have styles that the weights do not know yet, these get rows of their own.
+    Styles in the texts that the weights do not know yet get new rows of the embedding.
     """
     import torch
 
@@ -80,7 +80,7 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def with_rows(model: GPT, tokens: int) -> GPT:
-    """The model with rows for `tokens` ids, the new ones near the mean of the others, so that they start out unlikely."""
+    """The model with `tokens` rows in its embedding; new rows lie near the mean of the others and start out unlikely."""
     import torch
 
     from model import GPT
@@ -100,7 +100,7 @@ def with_rows(model: GPT, tokens: int) -> GPT:
 
 
 def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> torch.nn.Module:
-    """The model as the loop calls it: compiled and distributed. The wrappers never reach the disk."""
+    """The model as the loop calls it: compiled and distributed. Saved weights never carry a wrapper's names."""
     import torch
 
     module: torch.nn.Module = model
@@ -124,28 +124,30 @@ def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> tor
     return module
 
 
-def whole(value: Any) -> Any:
-    """A sharded tensor gathered (on all ranks together), anything else as it is."""
+def full_tensor(value: Any) -> Any:
+    """A sharded tensor gathered from all ranks (a joint call), anything else as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with full tensors on every rank, whatever is sharded (a joint call under FSDP)."""
-    return {name: gathered(value) if isinstance(value, dict) else whole(value) for name, value in state.items()}
+def full_state_dict(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with full tensors on every rank, also where they are sharded (a joint call under FSDP)."""
+    return {
+        name: full_state_dict(value) if isinstance(value, dict) else full_tensor(value) for name, value in state.items()
+    }
 
 
-def kept_batch(tokens_per_step: int, batch: int, block: int, world: int) -> int:
-    """The largest micro-batch up to `batch` that keeps `tokens_per_step` on `world` processes; `batch` if none does."""
-    fits = (size for size in range(batch, 0, -1) if tokens_per_step % (size * block * world) == 0)
-    return next(fits, batch)
-
-
-def whole_model(model: GPT, team: Team) -> GPT:
-    """The model itself, or under FSDP an unsharded copy of it (a joint call)."""
+def unsharded_model(model: GPT, team: Team) -> GPT:
+    """The model itself, or under FSDP an unsharded copy of it on the CPU (a joint call)."""
     if team.mode != "fsdp":
         return model
     from model import GPT
 
     plain = GPT(model.config)
-    plain.load_state_dict({name: whole(value).cpu() for name, value in model.state_dict().items()})
+    plain.load_state_dict({name: full_tensor(value).cpu() for name, value in model.state_dict().items()})
     return plain
+
+
+def dividing_batch(tokens_per_step: int, batch: int, block: int, world: int) -> int:
+    """The largest micro-batch up to `batch` that keeps `tokens_per_step` on `world` processes; `batch` if none does."""
+    fits = (size for size in range(batch, 0, -1) if tokens_per_step % (size * block * world) == 0)
+    return next(fits, batch)

@@ -3,19 +3,22 @@
     python train.py --preset story-small --plan
     python train.py --preset victorian --plan p4d.24xlarge --price-per-hour 22
 
-On this machine a few real steps are taken in a process of their own and measured; for another machine the speed comes
-from its data sheet and a stated utilisation.
+On this machine a few real steps are measured in a process of their own; for another machine the speed comes from its data
+sheet and an assumed utilisation, which is printed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,9 @@ from config import ROOT, Config, ConfigError, ModelConfig, TrainConfig, build
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from model import GPT
 
 
 MFU = 0.40  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
@@ -89,20 +95,20 @@ def memory_needed(
     C, T, H, V = model.n_embd, model.block_size, model.n_head, model.vocab_size
     wide = 4 if precision == "fp32" else 2
     tokens = batch * T
-    # kept for backward a token and block: two LayerNorm inputs (float32), their outputs, q k v, attention and its
-    # output, both sides of the GELU
+    # kept for the backward pass, per token and block: two LayerNorm inputs (float32), their outputs, q k v, attention
+    # and its output, both sides of the GELU
     kept = 2 * 4 * C + wide * (2 * C + 3 * C + C + 4 * C + 4 * C) + (4 * H if precision != "fp32" else 0)
     once = 0
     if model.dropout:
         heads = heads_at_once(batch, T, H, model.dropout, device)
-        kept += 2 * C + ((2 * wide + 1) * H * T if device == "cpu" and not heads else 0)  # masks; CPUs hold the weights
-        once = 8 * wide * heads * T  # or those of few heads, their gradients, and what forms them
+        kept += 2 * C + ((2 * wide + 1) * H * T if device == "cpu" and not heads else 0)  # masks; on CPUs the weights
+        once = 8 * wide * heads * T  # recomputed: the weights of a few heads, their gradients, what they come from
     rows = min(tokens, chunk_rows(V, torch.device(device)))
     moments = 1.35 if train.optimizer == "muon" else 2
-    copies = 2 if precision != "fp32" else 0  # autocast keeps narrow copies of the matrices
+    copies = 2 if precision != "fp32" else 0  # autocast keeps 16-bit copies of the matrices
     return Memory(
         weights=(4 + copies) * count // shards,
-        gradients=(4 * count + 4 * V * C) // shards,  # and the head's share while it is formed
+        gradients=(4 * count + 4 * V * C) // shards,  # and the head's, while it is computed
         optimizer=int(4 * moments * count) // shards,
         activations=tokens * (model.n_layer * kept + 6 * 4 * C + once),
         logits=rows * V * (4 + 4 + wide),
@@ -158,7 +164,7 @@ def largest_batch(
 def too_large(
     model: ModelConfig, train: TrainConfig, batch: int, room: int, precision: str, device: str, world: int
 ) -> str:
-    """The refusal: what is needed, what is there, and flags that would fit."""
+    """The refusal in words: memory needed, memory there is, and flags that would fit."""
     need = memory_needed(model, train, batch, precision, device).total
     text = f"--train.batch-size {batch} at --model.block-size {model.block_size} needs about {gigabytes(need)}, {gigabytes(room)} are there: "
     fits = fitting_batch(model, train, world, room, precision, device)
@@ -185,11 +191,21 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> dict[str, float]:
-    """Take a few real steps in a process of their own, and one look, sample and checkpoint: {"seconds" a micro-step,
-    "update_s" a step's rest, "look_s" and "sample_s" a token, "save_s" the weights, "bytes" at the peak}.
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a run take on one machine, in seconds."""
 
-    Raises ConfigError where the process runs out of memory.
+    step_s: float  # an optimizer step
+    eval_s: float = 0.0  # a token of validation
+    sample_s: float = 0.0  # a token of a sample
+    save_s: float = 0.0  # writing the weights once
+    peak_bytes: float | None = None  # most memory held, where it was measured
+
+
+def measure_here(config: Config, batch: int, accumulate: int, precision: str, steps: int = 4) -> Costs:
+    """Measure a few real steps, an evaluation, a sample and a checkpoint in a process of their own.
+
+    accumulate: micro-batches in a step. Raises ConfigError where the process runs out of memory.
     """
     job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps}
     done = subprocess.run(
@@ -204,7 +220,8 @@ def measure_here(config: Config, batch: int, precision: str, steps: int = 4) -> 
         reason = done.stderr.strip().splitlines()[-1:] or [f"ended with code {done.returncode}"]
         raise ConfigError([f"the trial steps at --train.batch-size {batch} failed: {reason[0]}: try a smaller one"])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    step_s = found["micro_batch_s"] * accumulate + found["update_s"]
+    return Costs(step_s, found["eval_s"], found["sample_s"], found["save_s"], found["bytes"])
 
 
 def peak_memory() -> int:
@@ -224,101 +241,128 @@ def peak_memory() -> int:
 
 
 def trial(job: dict[str, Any]) -> dict[str, float]:
-    """The measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds."""
-    import tempfile
-    import time
+    """The measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds.
 
+    Seconds of a micro-batch, of the rest of a step, of a token validated or sampled, of writing the weights; peak bytes.
+    """
     import torch
 
-    from devices import Team, autocast, pick_device
+    from devices import Team, pick_device
     from model import GPT
-    from storage.atomic import write_tensors
-    from training.metrics import RunLog
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
-    from training.step import eval_mode, take_step
+    from training.step import take_step
 
-    config = build(Config, job["config"])
+    config, precision = build(Config, job["config"]), job["precision"]
     device = pick_device(config.train.device)
     team = Team(0, 1, "none", device)
     model = GPT(config.model).to(device)
     module = wrapped(model, config, team, device)
     optimizer = Optimizer(model, config.train)
-    scaler = torch.amp.GradScaler(device.type, enabled=job["precision"] == "fp16")
-    shape = (job["batch"], config.model.block_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    batches = random_batches(job["batch"], config.model, device)
 
-    def batches() -> Any:
-        while True:
-            x = torch.randint(0, config.model.tokens, shape)
-            yield x.to(device), x.roll(1).to(device)
+    def step(accumulate: int) -> None:
+        take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, team)
 
-    def timed(work: Any) -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    source = batches()
-    timings: dict[int, list[float]] = {1: [], 2: []}
-
-    def step(micro: int) -> None:
-        take_step(module, optimizer, scaler, source, micro, config.train, job["precision"], team)
-
+    # steps of one micro-batch and of two in turn: their difference is a micro-batch, what remains is the update
     step(1)
+    timings: dict[int, list[float]] = {1: [], 2: []}
     began = time.perf_counter()
     while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
-        for micro, found in timings.items():
-            found.append(timed(lambda micro=micro: step(micro)))
+        for accumulate, found in timings.items():
+            found.append(timed(functools.partial(step, accumulate), device))
     once, twice = (statistics.median(found) for found in timings.values())
+    micro_batch_s = max(twice - once, 0.3 * once)
+    rest = trial_overhead(config, model, module, batches, precision, device)
+    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
+    return {
+        "micro_batch_s": micro_batch_s,
+        "update_s": max(0.0, once - micro_batch_s),
+        "bytes": float(peak),
+        **rest,
+    }
 
-    def look() -> None:
-        with eval_mode(module), autocast(device, job["precision"]):
-            float(module(*next(source)))
 
-    def write() -> None:
+def random_batches(batch: int, model: ModelConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless micro-batches (x, y) of random tokens, each [batch, T]."""
+    import torch
+
+    while True:
+        x = torch.randint(0, model.tokens, (batch, model.block_size))
+        yield x.to(device), x.roll(1).to(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, what it has started on a GPU included."""
+    import torch
+
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def trial_overhead(
+    config: Config,
+    model: GPT,
+    module: torch.nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    precision: str,
+    device: torch.device,
+) -> dict[str, float]:
+    """Seconds of a token of validation (`eval_s`) and of a sample (`sample_s`), and of writing the weights (`save_s`)."""
+    import tempfile
+
+    import torch
+
+    from devices import autocast
+    from inference.writing import eval_mode
+    from storage.atomic import write_tensors
+    from training.metrics import RunLog
+
+    sampled = min(16, config.model.block_size)
+
+    def evaluate() -> None:
+        with eval_mode(module), autocast(device, precision):
+            float(module(*next(batches)))
+
+    def sample() -> None:
         cache = model.new_cache(1)
-        for at in range(min(16, config.model.block_size)):
+        for at in range(sampled):
             model.decode([at % config.model.tokens], cache, [0])
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         log = RunLog(Path(folder), total_steps=1, tensorboard=config.train.tensorboard)
-        log.metrics({"step": 1, "train_loss": 1.0})
-        look()
-        look_s = timed(look) / (shape[0] * shape[1])
+        log.metrics({"step": 1, "train_loss": 1.0})  # a run's memory includes that of its records
+        evaluate()
+        eval_s = timed(evaluate, device) / next(batches)[0].numel()
         with eval_mode(model):
-            write()
-            sample_s = timed(write) / min(16, config.model.block_size)
-        save_s = timed(lambda: write_tensors(Path(folder) / "weights", model.state_dict()))
+            sample()
+            sample_s = timed(sample, device) / sampled
+        save_s = timed(lambda: write_tensors(Path(folder) / "weights", model.state_dict()), device)
         log.close()
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
-    seconds = max(twice - once, 0.3 * once)
-    rest = {"look_s": look_s, "sample_s": sample_s, "save_s": save_s}
-    return {"seconds": seconds, "update_s": max(0.0, once - seconds), "bytes": float(peak), **rest}
+    return {"eval_s": eval_s, "sample_s": sample_s, "save_s": save_s}
 
 
-def besides(
-    train: TrainConfig, steps: int, epochs: float, val_tokens: int, found: dict[str, float]
-) -> dict[str, float]:
-    """Seconds a run of `steps` spends on evaluation, samples and checkpoints, each evaluation a new best.
-
-    found: "look_s", "sample_s" and "save_s" as `trial` measures them, and "step_s", of a step.
-    """
+def overhead(train: TrainConfig, steps: int, epochs: float, val_tokens: int, costs: Costs) -> dict[str, float]:
+    """Seconds that a run of `steps` spends on evaluation, samples and checkpoints, if each evaluation is a new best."""
     ends = math.floor(epochs) if train.each_epoch else 0
-    looks = (math.ceil(steps / train.eval_interval) if train.eval_interval else 1) + ends
+    evaluations = (math.ceil(steps / train.eval_interval) if train.eval_interval else 1) + ends
     samples = (1 + steps // train.sample_interval if train.sample_interval else 0) + ends
     saves = 1 + (steps // train.checkpoint_interval if train.checkpoint_interval else 0)
     if train.checkpoint_minutes:
-        saves += int(steps * found["step_s"] / 60 / train.checkpoint_minutes)
+        saves += int(steps * costs.step_s / 60 / train.checkpoint_minutes)
     return {
-        "evaluation": looks * min(train.eval_tokens or val_tokens, val_tokens) * found["look_s"],
-        "samples": samples * train.sample_tokens * found["sample_s"],
-        "checkpoints": (looks + 3 * saves) * found["save_s"],  # two moments beside the weights
+        "evaluation": evaluations * min(train.eval_tokens or val_tokens, val_tokens) * costs.eval_s,
+        "samples": samples * train.sample_tokens * costs.sample_s,
+        "checkpoints": (evaluations + 3 * saves) * costs.save_s,  # two moments beside the weights
     }
 
 
 def corpus_tokens(preset: str, config: Config, data: Path | None) -> tuple[int, int]:
-    """Training and validation tokens of the data that would be used; a published figure where it is not prepared yet."""
+    """(training, validation) tokens of the data that would be used; a published figure where it is not prepared yet."""
     from corpus.preparation import default_out
     from storage.shards import Manifest
 
@@ -330,7 +374,7 @@ def corpus_tokens(preset: str, config: Config, data: Path | None) -> tuple[int, 
 
 
 def vocabulary(preset: str, config: Config, data: Path | None) -> ModelConfig:
-    """The model's settings with the vocabulary the data has, or will have at most."""
+    """The model's settings with the vocabulary that the data has, or at most will have."""
     from config import GPT2_TOKENS
     from corpus.preparation import default_out
     from storage.shards import Manifest
@@ -339,7 +383,7 @@ def vocabulary(preset: str, config: Config, data: Path | None) -> ModelConfig:
     if (folder / "manifest.json").is_file():
         tokenizer = Manifest.load(folder).tokenizer
         used = tokenizer.vocab_size
-        if tokenizer.styles and 0 < config.model.vocab_size < used:  # as runs.fitted does
+        if tokenizer.styles and 0 < config.model.vocab_size < used:  # as model_setup.fitted does
             return build(ModelConfig, config.model.model_dump() | {"vocab_size": used, "vocab_used": used})
     else:
         used = {"gpt2": GPT2_TOKENS, "char": 100}.get(config.data.tokenizer, config.data.vocab_size)
@@ -348,95 +392,180 @@ def vocabulary(preset: str, config: Config, data: Path | None) -> ModelConfig:
     )
 
 
-def main_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> int:
-    """Print the plan on standard output. Raises ConfigError where the run cannot fit.
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for: this machine, or one from the tables."""
 
-    data: the prepared texts; none: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
+    label: str
+    kind: str  # of device: cpu, cuda …
+    precision: str
+    world: int  # devices
+    memory: int  # bytes of one device that a run may use
+    gpu: str = ""  # its name in the tables; empty: this machine, which is measured
+    warning: str = ""
+
+
+def this_machine(train: TrainConfig) -> Machine:
+    """The device that training would use here."""
+    from devices import device_name, pick_device, pick_precision
+
+    device = pick_device(train.device)
+    precision, warning = pick_precision(train.precision, device)
+    return Machine(device_name(device), device.type, precision, 1, available_memory(device), warning=warning)
+
+
+def named_machine(target: str, train: TrainConfig) -> Machine:
+    """A GPU or an AWS instance by name. Raises ConfigError where the tables do not have it."""
+    world, gpu = INSTANCES.get(target, (1, target.upper()))
+    match = gpu if gpu in GPU_MEMORY else next((key for key in GPU_MEMORY if key in gpu), None)
+    if match is None:
+        known = ", ".join([*INSTANCES, *GPU_MEMORY])
+        raise ConfigError([f"--plan {target}: unknown; choose `here` or one of {known}"])
+    precision = "bf16" if train.precision == "auto" else train.precision
+    return Machine(
+        f"{world} x {match} ({target})", "cuda", precision, world, int(GPU_MEMORY[match] * 0.95e9), gpu=match
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need; `print_plan` says it in words."""
+
+    preset: str
+    config: Config  # with the vocabulary filled in
+    parts: list[tuple[str, int, int]]  # (component, parameters, bytes), the total last
+    machine: Machine
+    batch_size: int
+    grad_accum_steps: int
+    tokens_per_step: int
+    estimated_bytes: int  # of memory on one device
+    costs: Costs
+    basis: str  # of the speed: measured or assumed
+    steps: int  # 0: only the clock ends the run
+    corpus: int  # training tokens, 0 where they are not known
+    overhead_s: dict[str, float]  # evaluation, samples, checkpoints
+    data: Path  # where the prepared texts are, or would be
+    price_per_hour: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """In the steps alone."""
+        return self.tokens_per_step / self.costs.step_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the first step to the last checkpoint."""
+        return self.steps * self.costs.step_s + sum(self.overhead_s.values())
+
+
+def data_sheet_costs(machine: Machine, flops_per_token: float, tokens_per_step: int) -> tuple[Costs, str]:
+    """(costs, what they rest on) by the GPU's data sheet. Raises ConfigError for a format it does not name."""
+    from devices import peak_flops
+
+    rate = peak_flops(machine.gpu, machine.precision)
+    if rate is None:
+        raise ConfigError(
+            [f"--train.precision {machine.precision}: {machine.gpu} has no figure for it: try --train.precision fp16"]
+        )
+    token_s = flops_per_token / (machine.world * rate * MFU)
+    basis = f"{MFU:.0%} of {rate * machine.world / 1e12:,.0f} TFLOP/s assumed"
+    return Costs(tokens_per_step * token_s, eval_s=token_s / 3), basis  # forward alone is a third of training
+
+
+def make_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> Plan:
+    """Work out what a run needs. Raises ConfigError where it cannot fit.
+
+    data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
     the target, in any currency; 0 leaves the cost out.
     """
     import torch
 
     from corpus.preparation import default_out
-    from devices import device_name, peak_flops, pick_device, pick_precision
     from model import GPT
-    from training.metrics import duration
     from training.step import grad_accum_steps, total_steps
 
+    # 1 model and machine
     model, train = vocabulary(preset, config, data), config.train
     config = config.model_copy(update={"model": model})
     with torch.device("meta"):
-        shape = GPT(model)
-    print(f"{preset}: {config.description}")
-    for name, count, size in shape.report():
-        print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-    here = target == "here"
-    if here:
-        device = pick_device(train.device)
-        precision, warning = pick_precision(train.precision, device)
-        world, room, kind, label = 1, available_memory(device), device.type, device_name(device)
-        if warning:
-            print(f"note: {warning}")
-    else:
-        world, gpu = INSTANCES.get(target, (1, target.upper()))
-        match = gpu if gpu in GPU_MEMORY else next((key for key in GPU_MEMORY if key in gpu), None)
-        if match is None:
-            known = ", ".join([*INSTANCES, *GPU_MEMORY])
-            raise ConfigError([f"--plan {target}: unknown; choose `here` or one of {known}"])
-        precision = "bf16" if train.precision == "auto" else train.precision
-        room, kind, label = int(GPU_MEMORY[match] * 0.95e9), "cuda", f"{world} x {match} ({target})"
-    shards = world if train.parallel == "fsdp" else 1
-    batch = train.batch_size or fitting_batch(model, train, world, room, precision, kind, shards)
-    need = memory_needed(model, train, max(1, batch), precision, kind, shards)
-    if not batch or need.total > room:
-        raise ConfigError([too_large(model, train, max(1, batch), room, precision, kind, world)])
-    micro = grad_accum_steps(train, batch, model.block_size, world)
-    tokens_per_step = micro * batch * world * model.block_size
+        gpt = GPT(model)
+    machine = this_machine(train) if target == "here" else named_machine(target, train)
+
+    # 2 memory, and with it the batch
+    shards = machine.world if train.parallel == "fsdp" else 1
+    fits = (machine.precision, machine.kind, shards)
+    batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory, *fits)
+    need = memory_needed(model, train, max(1, batch), *fits).total
+    if not batch or need > machine.memory:
+        refusal = too_large(model, train, max(1, batch), machine.memory, machine.precision, machine.kind, machine.world)
+        raise ConfigError([refusal])
+    accumulate = grad_accum_steps(train, batch, model.block_size, machine.world)
+    tokens_per_step = accumulate * batch * machine.world * model.block_size
+
+    # 3 time
     corpus, val_tokens = corpus_tokens(preset, config, data)
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
-    print(f"on {label}, {precision}: micro-batch {batch} x {micro} accumulated = {tokens_per_step:,} tokens a step")
-    if here:
-        found = measure_here(config, batch, precision)
-        seconds, used = found["seconds"] * micro + found["update_s"], found["bytes"]
-        print(f"memory: {gigabytes(used)} measured of {gigabytes(room)} free (estimated {gigabytes(need.total)})")
-        speed, how = tokens_per_step / seconds, "measured over a few steps"
-        found["step_s"] = seconds
+    if machine.gpu:
+        costs, basis = data_sheet_costs(machine, gpt.flops_per_token(), tokens_per_step)
     else:
-        rate = peak_flops(match or "", precision)
-        if rate is None:
-            raise ConfigError(
-                [f"--train.precision {precision}: {match} has no figure for it: try --train.precision fp16"]
-            )
-        speed, how = (
-            world * rate * MFU / shape.flops_per_token(),
-            f"{MFU:.0%} of {rate * world / 1e12:,.0f} TFLOP/s assumed",
-        )
-        forward = shape.flops_per_token() / 3 / (world * rate * MFU)
-        found = {"step_s": tokens_per_step / speed, "look_s": forward, "sample_s": 0.0, "save_s": 0.0}
-        print(f"memory: about {gigabytes(need.total)} of {gigabytes(room)} a GPU")
-    print(f"speed: {speed:,.0f} tokens/s ({how})")
-    if not steps:
-        print(
-            f"ends by the clock after {train.max_minutes:g} minutes: about {speed * train.max_minutes * 60:,.0f} tokens"
-        )
-        return 0
-    passed = steps * tokens_per_step / corpus if corpus else 0.0
-    extra = besides(train, steps, passed, val_tokens, found)
-    total_s = steps * tokens_per_step / speed + sum(extra.values())
-    passes = f" = {passed:.1f} passes over {corpus:,} tokens" if corpus else ""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in extra.items() if seconds >= 1)
-    print(
-        f"time: {duration(total_s)} for {steps:,} steps, {steps * tokens_per_step:,} tokens{passes}{f' (of it {parts})' if parts else ''}"
+        costs, basis = measure_here(config, batch, accumulate, machine.precision), "measured over a few steps"
+    epochs = steps * tokens_per_step / corpus if corpus else 0.0
+    return Plan(
+        preset,
+        config,
+        gpt.report(),
+        machine,
+        batch,
+        accumulate,
+        tokens_per_step,
+        need,
+        costs,
+        basis,
+        steps,
+        corpus,
+        overhead(train, steps, epochs, val_tokens, costs),
+        data or default_out(preset),
+        price_per_hour,
     )
-    if train.max_minutes and total_s > train.max_minutes * 60:
-        print(
-            f"note: --train.max-minutes {train.max_minutes:g} ends it after {train.max_minutes * 60 / total_s:.0%} of that"
-        )
-    if price_per_hour:
-        print(f"cost: {total_s / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour")
-    if not corpus:
-        print(f"note: no prepared texts in {data or default_out(preset)} yet, so epochs are not counted")
-    return 0
+
+
+def print_plan(plan: Plan) -> None:
+    """Print a plan on standard output."""
+    from training.metrics import duration
+
+    machine, costs, train = plan.machine, plan.costs, plan.config.train
+    print(f"{plan.preset}: {plan.config.description}")
+    for name, count, size in plan.parts:
+        print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+    if machine.warning:
+        print(f"note: {machine.warning}")
+    print(
+        f"on {machine.label}, {machine.precision}: micro-batch {plan.batch_size} x {plan.grad_accum_steps} accumulated = "
+        f"{plan.tokens_per_step:,} tokens a step"
+    )
+    room, estimate = gigabytes(machine.memory), gigabytes(plan.estimated_bytes)
+    if costs.peak_bytes is not None:
+        print(f"memory: {gigabytes(costs.peak_bytes)} measured of {room} free (estimated {estimate})")
+    else:
+        print(f"memory: about {estimate} of {room} a GPU")
+    print(f"speed: {plan.tokens_per_s:,.0f} tokens/s ({plan.basis})")
+    if not plan.steps:
+        tokens = plan.tokens_per_s * train.max_minutes * 60
+        print(f"ends by the clock after {train.max_minutes:g} minutes: about {tokens:,.0f} tokens")
+        return
+    tokens = plan.steps * plan.tokens_per_step
+    passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.overhead_s.items() if seconds >= 1)
+    including = f" (including {parts})" if parts else ""
+    print(f"time: {duration(plan.total_s)} for {plan.steps:,} steps, {tokens:,} tokens{passes}{including}")
+    if train.max_minutes and plan.total_s > train.max_minutes * 60:
+        done = train.max_minutes * 60 / plan.total_s
+        print(f"note: --train.max-minutes {train.max_minutes:g} ends it after {done:.0%} of that")
+    if plan.price_per_hour:
+        print(f"cost: {plan.total_s / 3600 * plan.price_per_hour:,.2f} at {plan.price_per_hour:g} an hour")
+    if not plan.corpus:
+        print(f"note: no prepared texts in {plan.data} yet, so epochs are not counted")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""A run's folder: its name, its lock, the texts it trains on, its newest checkpoint, and the request to stop.
+"""A run's folder: its name, its lock, its newest checkpoint; the texts it trains on; and the request to stop.
 
-with locked(run):
-    stop = Stop()
-    stop.install()
+>>> with locked(run):
+...     stop = Stop()
+...     stop.install()
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from config import ROOT, ConfigError, preset_values
+from storage.atomic import exclusive_lock
 
 
 def last_good(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None where it was stopped before its first one.
+    """The newest undamaged checkpoint of a run; None where it was stopped before its first one.
 
-    Raises CheckpointError where there are some and all are damaged: beginning anew would write over what can be saved.
+    Raises CheckpointError where all are damaged: a new start would overwrite what could still be rescued.
     """
     from checkpoint import CHECKPOINT_NAME, CheckpointError, newest_checkpoint
 
@@ -65,26 +65,14 @@ class Stop:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run folder: a second trainer on it is refused. The lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no flock
-        except OSError:
-            raise ConfigError(
-                [f"--out {folder}: another train.py is writing there: stop it, or give another --out"]
-            ) from None
-        yield
+    refusal = f"--out {folder}: another train.py is writing there: stop it, or give another --out"
+    return exclusive_lock(folder / ".lock", refusal)
 
 
 def prepared(folder: Path | None, preset: str) -> Path:
-    """The data folder to train on; the preset's own texts are prepared where they are not yet (by the leader alone)."""
+    """The data folder to train on; the preset's own texts are prepared first if need be (by the leader alone)."""
     if folder is not None and str(folder).startswith("s3:"):
         from storage.s3 import download_folder, s3_url
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from config import ConfigError, TrainConfig
 from dataset import TokenStream, validation_batches
 from devices import Team, autocast
+from inference.writing import eval_mode
 
 if TYPE_CHECKING:
     from training.checkpointing import Progress
@@ -34,15 +34,15 @@ def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block
     """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
     ends = [
         train.max_steps,
-        math.ceil(train.epochs * per_epoch / windows_per_step),
+        math.ceil(train.epochs * per_epoch / windows_per_step),  # the last step may reach into the next epoch
         math.ceil(train.max_tokens / (windows_per_step * block_size)),
     ]
     return min((end for end in ends if end), default=0)
 
 
 def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
-    """Micro-batches a rank accumulates in one step. Raises ConfigError where tokens_per_step does not divide."""
-    once = batch_size * block_size * world
+    """Micro-batches that a rank accumulates in one step. Raises ConfigError where tokens_per_step is no multiple of one."""
+    once = batch_size * block_size * world  # tokens of one micro-batch on every rank
     if not train.tokens_per_step:
         return 1
     if train.tokens_per_step % once:
@@ -57,22 +57,11 @@ def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the dropout of one step on one rank: a resumed run needs no saved generator state."""
+    """Seed of the dropout masks of one step on one rank, so that a resumed run needs no saved generator state."""
     return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
 
 
-@contextlib.contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back even after an exception."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
+@torch.no_grad()
 def validate(
     model: torch.nn.Module,
     stream: TokenStream,
@@ -83,16 +72,17 @@ def validate(
     limit: int = 0,
 ) -> float:
     """Mean loss over the fixed validation pass, in nats a token, weighted by tokens; the same on every rank."""
-    # under FSDP every forward pass is a joint one, so all ranks take the same batches
+    # Under FSDP a forward pass gathers weights from all ranks, so all must take the same batches.
     rank, world = (0, 1) if team.mode == "fsdp" else (team.rank, team.size)
+    # In double precision, as thousands of batches are summed; Apple's MPS has none.
     nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
     count = 0
     with eval_mode(model), autocast(team.device, precision):
         for x, y in validation_batches(stream, block_size, batch_size, limit, rank, world):
             loss = model(x.to(team.device), y.to(team.device))
-            nats += loss.to(nats.device).double() * y.numel()
+            nats += loss.to(nats.device).double() * y.numel()  # the last batch is a shorter one: weight by tokens
             count += y.numel()
-    total = team.total([float(nats), float(count)])
+    total = team.total([float(nats), float(count)])  # over all ranks
     return total[0] / total[1]
 
 
@@ -101,40 +91,49 @@ def take_step(
     optimizer: Optimizer,
     scaler: Any,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    micro: int,
+    grad_accum_steps: int,
     train: TrainConfig,
     precision: str,
     team: Team,
 ) -> tuple[float, float, bool]:
-    """One optimizer step over `micro` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
+    """One optimizer step over `grad_accum_steps` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
 
     Order: scale, backward, unscale, clip, check, step, update, zero. Where the loss or the gradient is not finite no
     parameter changes; with fp16 that is the scaler's ordinary answer to an overflow, and all ranks answer alike.
     """
+    # 1 gradients: forward and backward over the micro-batches, which add up as if they were one large batch
     total = torch.zeros((), device=team.device)
-    for number in range(micro):
-        x, y = next(batches)
+    for number in range(grad_accum_steps):
+        x, y = next(batches)  # each [B, T]
+        # Ranks exchange gradients once a step, with the last backward pass.
         if team.mode == "ddp":
-            module.require_backward_grad_sync = number == micro - 1  # type: ignore[assignment]
+            module.require_backward_grad_sync = number == grad_accum_steps - 1  # type: ignore[assignment]
         elif team.mode == "fsdp":
-            module.set_requires_gradient_sync(number == micro - 1)  # type: ignore[operator]
+            module.set_requires_gradient_sync(number == grad_accum_steps - 1)  # type: ignore[operator]
         with autocast(team.device, precision):
             loss = module(x, y)
-        scaler.scale(loss / micro).backward()
-        total += loss.detach() / micro
+        # In fp16 small gradients would round to zero: the scaler multiplies the loss, and with it every gradient.
+        scaler.scale(loss / grad_accum_steps).backward()
+        total += loss.detach() / grad_accum_steps  # on the device: reading it here would wait for the GPU every time
+
+    # 2 clipping: back to the true scale, then no longer than grad_clip all parameters together
     for part in optimizer.parts:
         scaler.unscale_(part)
     parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)  # the norm before clipping
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    # 3 update: only where loss and gradient are finite. The norm covers all parameters and ranks, so no part of the
+    # optimizer steps where another cannot, and no rank where another does not.
     mean = team.total([float(total)])[0] / team.size
     finite = math.isfinite(mean) and math.isfinite(float(norm))
-    if finite:  # `norm` covers all parameters and ranks: no part of the optimizer steps where another cannot
+    if finite:
         for part in optimizer.parts:
             scaler.step(part)
+    # fp16: half the scale after an overflow, twice after many good steps. Other formats have nothing to adapt.
     if finite or scaler.is_enabled():
         scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # or the next step would add to these gradients
     return mean, float(norm), finite
 
 
@@ -146,8 +145,8 @@ def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: f
         return "all steps done"
     if train.target_loss and progress.step and progress.running_loss < train.target_loss:
         return f"running average of the loss {progress.running_loss:.4f} is below --train.target-loss {train.target_loss:g}"
-    if train.patience and progress.stale >= train.patience:
-        return f"no better validation loss in {progress.stale} passes (--train.patience)"
+    if train.patience and progress.evals_since_best >= train.patience:
+        return f"no better validation loss in {progress.evals_since_best} passes (--train.patience)"
     if train.max_minutes and minutes >= train.max_minutes:
         return f"--train.max-minutes {train.max_minutes:g} are over"
     return ""
@@ -156,9 +155,10 @@ def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: f
 def bad_step(
     progress: Progress, scaler: Any, train: TrainConfig, loss: float, norm: float, run: Path, log: RunLog
 ) -> None:
-    """A step whose loss or gradient was not finite: allowed for, or TrainingFailed. Nothing has changed by it."""
+    """Count a step whose loss or gradient was not finite, which changed no weight. Raises TrainingFailed after too many."""
+    # In fp16 an overflow is ordinary, and the scaler has halved its factor; below 1 there is nothing left to halve.
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1.0:
-        return  # fp16 overflow: the scaler has halved its factor
+        return
     progress.skipped += 1
     what = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}"
     if progress.skipped > train.skip_bad_steps:

@@ -1,4 +1,4 @@
-"""Where the words come from: an engine in this process, a server's URL, or a WebSocket gateway; one interface.
+"""Where text is generated: an engine in this process, a server, or a WebSocket gateway, behind one interface.
 
     >>> backend = connect(Place("server", "http://127.0.0.1:8000"))
     >>> for update in backend.write("The fog", GenerationParams(max_tokens=20)):
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from inference.engine import Engine
 
 CONNECT_S = 5.0
-SILENCE_S = 120.0  # a server that says nothing for this long has gone
-FAREWELL_S = 5.0  # that a server which was asked to stop is still listened to
-LISTEN_S = 0.5  # between two looks at the clock while nothing comes
-BROKEN_OFF = ("endpoint_failed", "stream_truncated", "stalled")  # what a gateway says when the model behind it has died
+SILENCE_S = 120.0  # a server that sends nothing for this long is taken for dead
+STOP_WAIT_S = 5.0  # how long to wait for the end of a text after asking to stop
+RECEIVE_S = 0.5  # how long one wait for a message lasts before the time limits are checked
+RETRYABLE_CODES = ("endpoint_failed", "stream_truncated", "stalled")  # error codes of a gateway whose model has died
 
 
 class BackendError(RuntimeError):
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Update:
-    """One step of a text: `started`, then `text` pieces of sample `index`, then `ended` once for each sample."""
+    """One event of a text: `started`, then `text` pieces of sample `index`, then `ended` once for each sample."""
 
     kind: Literal["started", "text", "ended"]
     index: int = 0
@@ -65,7 +65,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could stand at a place, with its probability."""
+    """A token the model could have chosen instead, with its probability."""
 
     text: str
     probability: float
@@ -73,7 +73,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of a text: where it begins (characters), how likely it was, its rank, what else was likely."""
+    """A token of a text: where it starts (in characters), its probability and rank, and the likeliest alternatives."""
 
     text: str
     start: int
@@ -83,8 +83,8 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """How much of a text the model sees: its tokens, the context, the first visible character; `exact` or estimated."""
+class VisibleText:
+    """How much of a text the model reads: its tokens, the context, the first character read; `exact` or estimated."""
 
     tokens: int
     context: int
@@ -92,31 +92,31 @@ class Seen:
     exact: bool = True
 
 
-class Writing(Protocol):
-    """A text being written: iterate over its updates; `cancel` from any thread ends it soon."""
+class UpdateStream(Protocol):
+    """The updates of a text being generated; `cancel` from any thread ends it soon."""
 
     def __iter__(self) -> Iterator[Update]: ...
     def cancel(self) -> None: ...
 
 
 class Backend(Protocol):
-    """What the pages need of a model, wherever it is."""
+    """A model as the pages use it, wherever it runs."""
 
     place: Place
     name: str
     styles: list[str]
-    """What `GenerationParams.style` can name; empty where the model has none, or where nobody tells."""
+    """Values of `GenerationParams.style`; empty where the model has none or they are unknown."""
 
-    def write(self, prompt: str, params: GenerationParams) -> Writing: ...
+    def write(self, prompt: str, params: GenerationParams) -> UpdateStream: ...
     def score(self, text: str, top: int = 10) -> list[Scored]: ...
     def originality(self, text: str) -> dict[str, Any]: ...
-    def seen(self, text: str, params: GenerationParams) -> Seen | None: ...
+    def visible_text(self, text: str, params: GenerationParams) -> VisibleText | None: ...
     def alive(self) -> bool: ...
     def close(self) -> None: ...
 
 
-class LocalWriting:
-    """A job of the engine as updates."""
+class LocalStream:
+    """An engine job as updates."""
 
     def __init__(self, job: Any):
         self.job = job
@@ -146,9 +146,9 @@ class LocalBackend:
         self.styles = engine.styles
         self.index: Index | None = None
 
-    def write(self, prompt: str, params: GenerationParams) -> Writing:
+    def write(self, prompt: str, params: GenerationParams) -> UpdateStream:
         try:
-            return LocalWriting(self.engine.submit(prompt, params))
+            return LocalStream(self.engine.submit(prompt, params))
         except (ValueError, RuntimeError) as error:
             raise BackendError(str(error)) from None
 
@@ -179,13 +179,15 @@ class LocalBackend:
         try:
             data = data_of(Path(self.place.where))
             if data is None:
-                raise BackendError("this model does not say what it was trained on, so nothing can be compared")
+                raise BackendError(
+                    "this model folder does not say which texts it was trained on, so originality cannot be checked"
+                )
             self.index = self.index or Index.open(data)
             return asdict(self.index.check(text))
         except (OSError, ValueError) as error:
             raise BackendError(str(error)) from None
 
-    def seen(self, text: str, params: GenerationParams) -> Seen | None:
+    def visible_text(self, text: str, params: GenerationParams) -> VisibleText | None:
         from inference.writing import prompt_window
 
         tokenizer, context = self.engine.tokenizer, self.engine.context
@@ -196,7 +198,7 @@ class LocalBackend:
         kept, cut = prompt_window(ids, context, params)
         newest = len(kept) - min(params.keep, len(kept) - 1) if cut else len(ids)
         start = len(text) - len(tokenizer.decode(ids[-newest:])) if cut else 0
-        return Seen(len(ids), context, max(0, start))
+        return VisibleText(len(ids), context, max(0, start))
 
     def alive(self) -> bool:
         return True
@@ -205,7 +207,7 @@ class LocalBackend:
         self.engine.close(timeout=5.0, finish=False)
 
 
-class SocketWriting:
+class SocketStream:
     """One request over a WebSocket of its own."""
 
     def __init__(self, url: str, headers: dict[str, str], prompt: str, params: GenerationParams):
@@ -216,7 +218,7 @@ class SocketWriting:
         self.cancelled = threading.Event()
         self.n = params.n
         body = {name: value for name, value in params.model_dump(mode="json").items() if value is not None}
-        shown = url.partition("?")[0]  # a token in the address is nobody else's business
+        shown = url.partition("?")[0]  # without the query, which may hold a key
         try:
             self.socket = connect(url, additional_headers=headers, open_timeout=CONNECT_S, max_size=None)
         except InvalidURI:
@@ -243,20 +245,20 @@ class SocketWriting:
             return
 
     def _messages(self) -> Iterator[dict[str, Any]]:
-        """What comes for this request, tokens in the order of their `seq`; ends early once cancelled and silent."""
+        """The messages of this request, tokens in the order of `seq`; ends early once cancelled and silent."""
         from websockets.exceptions import ConnectionClosed
 
         heard, due = time.monotonic(), 0
         early: dict[int, dict[str, Any]] = {}
         while True:
             try:
-                message = json.loads(self.socket.recv(timeout=LISTEN_S))
+                message = json.loads(self.socket.recv(timeout=RECEIVE_S))
             except TimeoutError:
                 silence = time.monotonic() - heard
-                if self.cancelled.is_set() and silence > FAREWELL_S:
+                if self.cancelled.is_set() and silence > STOP_WAIT_S:
                     return
                 if silence > SILENCE_S:
-                    raise BackendLost("the server fell silent") from None
+                    raise BackendLost(f"the server sent nothing for {SILENCE_S:g} s") from None
                 continue
             except (ConnectionClosed, OSError) as error:
                 if self.cancelled.is_set():
@@ -266,7 +268,7 @@ class SocketWriting:
                 continue
             heard = time.monotonic()
             if message.get("type") != "token":
-                yield from (early[seq] for seq in sorted(early))  # those before them were lost
+                yield from (early[seq] for seq in sorted(early))  # earlier ones were lost
                 early.clear()
                 yield message
                 continue
@@ -344,12 +346,12 @@ class RemoteBackend:
             raise failure(content.get("error") or {}, answer.status_code)
         return content
 
-    def write(self, prompt: str, params: GenerationParams) -> Writing:
-        return Measured(self, SocketWriting(self.socket_url, self.headers, prompt, params), len(prompt))
+    def write(self, prompt: str, params: GenerationParams) -> UpdateStream:
+        return MeasuredStream(self, SocketStream(self.socket_url, self.headers, prompt, params), len(prompt))
 
     def score(self, text: str, top: int = 10) -> list[Scored]:
         if self.gateway:
-            raise BackendError("a gateway only writes; to look inside, choose a model folder or a server")
+            raise BackendError("a gateway cannot score texts: choose a model folder or a server on the Model page")
         return [
             Scored(
                 token["text"],
@@ -363,16 +365,18 @@ class RemoteBackend:
 
     def originality(self, text: str) -> dict[str, Any]:
         if self.gateway:
-            raise BackendError("a gateway only writes; to find copied passages, choose a model folder or a server")
+            raise BackendError(
+                "a gateway cannot check originality: choose a model folder or a server on the Model page"
+            )
         report: dict[str, Any] = self._http("POST", "/v1/originality", {"text": text})
         return report
 
-    def seen(self, text: str, params: GenerationParams) -> Seen | None:
+    def visible_text(self, text: str, params: GenerationParams) -> VisibleText | None:
         if self.context is None:
             return None
         room = self.context - min(params.max_tokens, self.context // 4) - params.keep
         start = max(0, len(text) - round(max(1, room) * self.characters_a_token))
-        return Seen(round(len(text) / self.characters_a_token), self.context, start, exact=False)
+        return VisibleText(round(len(text) / self.characters_a_token), self.context, start, exact=False)
 
     def alive(self) -> bool:
         if self.gateway:
@@ -387,10 +391,10 @@ class RemoteBackend:
         return
 
 
-class Measured:
-    """A writing that tells its backend how many characters a token of the prompt had."""
+class MeasuredStream:
+    """A stream that measures characters per token of its prompt for the backend's estimates."""
 
-    def __init__(self, backend: RemoteBackend, inner: SocketWriting, characters: int):
+    def __init__(self, backend: RemoteBackend, inner: SocketStream, characters: int):
         self.backend, self.inner, self.characters = backend, inner, characters
 
     def cancel(self) -> None:
@@ -409,7 +413,7 @@ def reason(error: BaseException) -> str:
 
 
 def refused(url: str, error: Exception) -> BackendError:
-    """A handshake that was answered, but not with a WebSocket."""
+    """The error for a handshake that was answered, but not with a WebSocket."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return BackendError(f"{url}: the key was not accepted: give the right one")
@@ -421,7 +425,7 @@ def refused(url: str, error: Exception) -> BackendError:
 def failure(error: dict[str, Any], status: int | None = None) -> BackendError:
     """The server's error object as an exception; one that passes with time is a BackendLost."""
     message = error.get("message") or f"the server answered {status}"
-    if error.get("type") == "unavailable_error" or status == 503 or error.get("code") in BROKEN_OFF:
+    if error.get("type") == "unavailable_error" or status == 503 or error.get("code") in RETRYABLE_CODES:
         return BackendLost(message)
     return BackendError(message)
 

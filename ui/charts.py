@@ -38,7 +38,7 @@ def run_frame(rows_by_run: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
 
 
 def thinned(frame: pd.DataFrame, most: int = 1500) -> pd.DataFrame:
-    """At most `most` rows a run, evenly taken; the browser draws no more than it can show."""
+    """At most `most` rows a run, evenly spaced, so that the browser stays fast."""
     parts = [part.iloc[:: max(1, -(-len(part) // most))] for _, part in frame.groupby("run", sort=False)]
     import pandas as pd
 
@@ -76,7 +76,7 @@ def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> An
 
 
 def curve_chart(frame: pd.DataFrame, column: str, *, x: str = "step") -> alt.Chart:
-    """One logged quantity, a line a run."""
+    """One logged quantity, a line for each run."""
     import altair as alt
 
     title, form = CURVES[column]
@@ -115,7 +115,7 @@ def bars(frame: pd.DataFrame, x: str, y: str, *, title: str, kind: str = "N", y_
 
 
 def by_model(frame: pd.DataFrame) -> Any:
-    """A colour a model; one model alone needs no legend, which would take the height of the plot."""
+    """A colour for each model; without a legend, which takes height from the plot, where there is only one."""
     import altair as alt
 
     several = frame["model"].nunique() > 1
@@ -123,7 +123,7 @@ def by_model(frame: pd.DataFrame) -> Any:
 
 
 def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: int = 24) -> alt.Chart:
-    """How often which values occur, one colour a model."""
+    """A histogram, one colour for each model."""
     import altair as alt
 
     return (
@@ -140,7 +140,7 @@ def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: 
 
 
 def scatter(frame: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str) -> alt.Chart:
-    """A point a passage."""
+    """A point for each passage."""
     import altair as alt
 
     return (

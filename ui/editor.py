@@ -1,7 +1,7 @@
-"""The sheet of paper on the Write page, as a Streamlit component: `sheet(desk.live(), key="sheet", ...)`.
+"""The text editor of the Write page, a Streamlit component: `story_editor(opened.view(), key="editor", ...)`.
 
-The writer types in the browser; the text comes here after a pause in typing and whenever the field is left, tagged with
-the revision it is an edit of. Keyboard commands arrive as the trigger `command`: continue, retry, stop, undo, redo.
+The writer types in the browser; the text arrives after a pause in typing and whenever the field loses focus, with the
+revision it is an edit of. Keyboard commands arrive as the trigger `command`: continue, retry, stop, undo, redo.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Any
 
 import streamlit as st
 
-from ui.desk import Live
+from ui.open_story import EditorView
 
 HERE = Path(__file__).parent
 CSS = (HERE / "editor.css").read_text("utf-8")
 JS = (HERE / "editor.js").read_text("utf-8")
 HTML = """
-<div class="sheet">
+<div class="editor">
   <input class="title" aria-label="Title" placeholder="Untitled" maxlength="200" autocomplete="off">
   <div class="page">
     <div class="mirror" aria-hidden="true"></div>
-    <textarea class="ink" spellcheck="false" rows="1" autocapitalize="sentences"></textarea>
+    <textarea class="input" spellcheck="false" rows="1" autocapitalize="sentences"></textarea>
   </div>
-  <div class="said" role="status" aria-live="polite"></div>
+  <div class="announcement" role="status" aria-live="polite"></div>
 </div>
 """
-PLACEHOLDER = "Write the first words here, or take one of the openings below. The model goes on from them."
+PLACEHOLDER = "Write the first words here, or choose one of the openings below. The model continues from them."
 
 
 @st.cache_resource(show_spinner=False)
 def _component() -> Any:
-    return st.components.v2.component("story_sheet", html=HTML, css=CSS, js=JS)
+    return st.components.v2.component("story_editor", html=HTML, css=CSS, js=JS)
 
 
-def sheet(
-    live: Live,
+def story_editor(
+    view: EditorView,
     *,
     rev: str,
     key: str,
@@ -47,7 +47,8 @@ def sheet(
     on_title: Callable[[], None],
     on_command: Callable[[], None],
 ) -> None:
-    """Show a story. `rev`: a name for the text as Python last changed it; `seen`: the first character the model still reads; `focus`: a new value moves the caret there.
+    """Show a story. rev: names the text as Python last changed it. seen: the first character that the model still reads.
+    focus: a new value moves the caret into the editor.
 
     The callbacks read `st.session_state[key]`: `.edit` ({"rev", "text", "tries"}), `.title`, `.command`.
     """
@@ -55,16 +56,16 @@ def sheet(
     component(
         key=key,
         data={
-            "text": live.text,
+            "text": view.text,
             "rev": rev,
-            "live": live.running,
-            "fresh": live.fresh,
+            "live": view.running,
+            "fresh": view.fresh,
             "seen": seen,
             "title": title,
             "focus": focus,
             "label": "Story",
             "placeholder": PLACEHOLDER,
-            "saying": "The model is writing.",
+            "announcement": "The model is writing.",
         },
         on_edit_change=on_edit,
         on_title_change=on_title,

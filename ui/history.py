@@ -1,4 +1,4 @@
-"""Everything ever written, in one SQLite file: stories as they stand, and every passage that a model wrote for them.
+"""The history in one SQLite file: every story, and every passage that a model wrote for it.
 
 >>> history = History(Path("history.sqlite"))
 >>> history.save_story("a1", text="The fog rolled in.", title="", extra={})
@@ -30,7 +30,7 @@ class Base(DeclarativeBase):
 
 
 class StoryRow(Base):
-    """One story as it stands."""
+    """One story."""
 
     __tablename__ = "stories"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -44,7 +44,7 @@ class StoryRow(Base):
 
 
 class PassageRow(Base):
-    """One passage as the model wrote it, chosen or not."""
+    """One passage as the model wrote it, used or not."""
 
     __tablename__ = "passages"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -62,7 +62,7 @@ class PassageRow(Base):
 
 
 class PresetRow(Base):
-    """Settings saved under a name of one's own."""
+    """Sampling settings saved under a name."""
 
     __tablename__ = "presets"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -93,7 +93,7 @@ def now() -> float:
 
 
 def default_path() -> Path:
-    """Where the history lies unless a flag says otherwise (Linux: ~/.local/share/victorian-literature-generator)."""
+    """Path of the history unless --history gives another (Linux: ~/.local/share/victorian-literature-generator)."""
     from platformdirs import user_data_path
 
     return user_data_path("victorian-literature-generator", appauthor=False) / "history.sqlite"
@@ -130,11 +130,11 @@ class History:
         self._session = sessionmaker(self._engine)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._engine.dispose()
 
     def save_story(self, story_id: str, *, text: str, title: str | None = None, extra: dict[str, Any]) -> None:
-        """Keep a story as it stands; `title` None leaves the title alone. A story without a word is not begun."""
+        """Save a story; `title` None leaves the title alone. A new story without a word is not saved."""
         with self._session.begin() as session:
             row = session.get(StoryRow, story_id)
             if row is None:
@@ -199,14 +199,14 @@ class History:
         self._change(story_id, title=title)
 
     def delete(self, story_id: str) -> None:
-        """Put a story into the bin, from which `restore` brings it back."""
+        """Move a story to the bin; `restore` undoes it."""
         self._change(story_id, deleted=now())
 
     def restore(self, story_id: str) -> None:
         self._change(story_id, deleted=None)
 
     def erase(self, story_id: str) -> None:
-        """Remove a story and its passages for good."""
+        """Delete a story and its passages permanently."""
         with self._session.begin() as session:
             session.execute(delete(PassageRow).where(PassageRow.story_id == story_id))
             session.execute(delete(StoryRow).where(StoryRow.id == story_id))
@@ -216,7 +216,7 @@ class History:
             session.execute(update(StoryRow).where(StoryRow.id == story_id).values(**values))
 
     def add_passage(self, **values: Any) -> None:
-        """Keep one passage; the fields are those of `PassageRow`."""
+        """Save one passage; the fields are those of `PassageRow`."""
         with self._session.begin() as session:
             session.add(PassageRow(created=now(), **values))
 
@@ -231,7 +231,7 @@ class History:
         return rows[::-1]
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Settings saved under names of one's own."""
+        """Saved sampling settings by name."""
         with self._session() as session:
             return {row.name: row.params for row in session.scalars(select(PresetRow).order_by(PresetRow.name))}
 

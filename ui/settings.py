@@ -13,64 +13,31 @@ from typing import Any
 
 import streamlit as st
 
-from config import ConfigError, GenerationParams, build
+from config import SETTINGS, ConfigError, GenerationParams, build
 from ui.backends import Place
 from ui.history import History
 
 DEFAULTS = GenerationParams()
 OWN = "This model's own"
+# What a named preset holds, with the usual values.
+MANNER: dict[str, Any] = {name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.manner}
+SLIDERS = tuple(name for name, setting in SETTINGS.items() if setting.slider)
+FIRST = ("max_tokens", "temperature")  # sliders that are always in view
 PRESETS: dict[str, dict[str, Any]] = {
-    "Faithful": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": 0.0},
-    "Balanced": {
-        name: getattr(DEFAULTS, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty", "min_p")
-    },
-    "Fanciful": {"temperature": 1.6, "top_k": 100, "top_p": 0.98, "repetition_penalty": 1.25, "min_p": 0.02},
+    "Faithful": MANNER | {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": 0.0},
+    "Balanced": MANNER,
+    "Fanciful": MANNER | {"temperature": 1.6, "top_k": 100, "top_p": 0.98, "repetition_penalty": 1.25, "min_p": 0.02},
 }
 ADJUSTED = "Adjusted"
-LABELS = {
-    "max_tokens": "Length",
-    "temperature": "Temperature",
-    "top_k": "Top-k",
-    "top_p": "Top-p",
-    "min_p": "Min-p",
-    "repetition_penalty": "Repetition penalty",
-    "n": "Versions at once",
-    "seed": "Seed",
-    "stop": "End before",
-    "keep": "Keep in view",
-    "style": "Style",
-}
-# Where a slider over all that is allowed would be too coarse to use: (lowest, highest), within the model's bounds.
-HANDY: dict[str, tuple[float, float]] = {
-    "max_tokens": (10, 1000),
-    "repetition_penalty": (1.0, 2.0),
-    "min_p": (0.0, 0.5),
-    "top_p": (0.05, 1.0),
-    "n": (1, 6),
-    "keep": (0, 256),
-}
-STEPS: dict[str, float] = {
-    "max_tokens": 10,
-    "temperature": 0.05,
-    "top_p": 0.01,
-    "min_p": 0.01,
-    "repetition_penalty": 0.05,
-}
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "min_p")
 PREFIX = "set_"
 
 
 def span(name: str) -> tuple[float, float]:
-    """A slider's ends: the bounds of the field, narrowed to the handy part."""
-    field = GenerationParams.model_fields[name]
-    limits = {
-        kind: getattr(part, kind) for part in field.metadata for kind in ("ge", "gt", "le", "lt") if hasattr(part, kind)
-    }
-    low = limits.get("ge", limits.get("gt", 0))
-    high = limits.get("le", limits.get("lt", low))
-    if name in HANDY:
-        low, high = max(low, HANDY[name][0]), min(high, HANDY[name][1]) if high > low else HANDY[name][1]
-    return low, high
+    """A slider's ends: the useful part of the field's bounds."""
+    ends = SETTINGS[name].slider
+    if ends is None:
+        raise ValueError(f"{name} has no slider")
+    return ends
 
 
 def clipped(name: str, value: Any) -> Any:
@@ -86,31 +53,29 @@ def own_of(place: Place) -> dict[str, Any]:
 
     try:
         found = (
-            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in SAMPLING}
+            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in MANNER}
             if place.kind == "local"
             else {}
         )
         build(GenerationParams, found)
     except (OSError, ValueError):
         return {}
-    return {**{name: getattr(DEFAULTS, name) for name in SAMPLING}, **found} if found else {}
+    return MANNER | found if found else {}
 
 
 def apply(values: Mapping[str, Any]) -> None:
     """Set the controls; only before they are drawn, or in a callback."""
     for name, value in values.items():
-        if name in ("seed", "style"):
-            st.session_state[PREFIX + name] = value
-        elif name == "stop":
+        if name == "stop":
             st.session_state[PREFIX + name] = "\n".join(text.replace("\n", "\\n") for text in value)
-        elif name in LABELS:
-            st.session_state[PREFIX + name] = clipped(name, value)
+        elif name in SETTINGS:
+            st.session_state[PREFIX + name] = clipped(name, value) if name in SLIDERS else value
 
 
 def current() -> GenerationParams:
     """The values of the controls. Raises ConfigError where they cannot be used together."""
     state = st.session_state
-    values = {name: state[PREFIX + name] for name in LABELS if name != "stop" and PREFIX + name in state}
+    values = {name: state[PREFIX + name] for name in SETTINGS if name != "stop" and PREFIX + name in state}
     lines = (line.replace("\\n", "\n") for line in state.get(PREFIX + "stop", "").split("\n"))
     stops = tuple(line for line in lines if line)
     return build(GenerationParams, {**values, "stop": stops, "style": values.get("style") or ""})
@@ -119,17 +84,23 @@ def current() -> GenerationParams:
 def matching(params: GenerationParams, known: Mapping[str, Mapping[str, Any]]) -> str:
     """The name of the preset that these values are, or `ADJUSTED`."""
     for name, values in known.items():
-        if all(
-            abs(getattr(params, key) - clipped(key, value)) < 1e-9 for key, value in values.items() if key in SAMPLING
-        ):
+        if all(_equal(params, key, value) for key, value in values.items() if key in MANNER):
             return name
     return ADJUSTED
+
+
+def _equal(params: GenerationParams, name: str, value: Any) -> bool:
+    held = getattr(params, name)
+    if name in SLIDERS:
+        return abs(held - clipped(name, value)) < 1e-9
+    return bool(held == (tuple(value) if isinstance(value, list) else value))
 
 
 def known_presets(place: Place | None, history: History) -> dict[str, dict[str, Any]]:
     """Every preset there is for this model, in the order of the menu."""
     own = own_of(place) if place else {}
-    return {**({OWN: own} if own else {}), **PRESETS, **history.presets()}
+    kept = {name: MANNER | values for name, values in history.presets().items()}
+    return {**({OWN: own} if own else {}), **PRESETS, **kept}
 
 
 def _choose() -> None:
@@ -146,7 +117,7 @@ def _roll() -> None:
 def _save(history: History) -> None:
     name = st.session_state.preset_name.strip()
     if name and name not in PRESETS and name not in (OWN, ADJUSTED):
-        history.save_preset(name, current().model_dump(mode="json", include=set(SAMPLING)))
+        history.save_preset(name, current().model_dump(mode="json", include=set(MANNER)))
         st.session_state.preset_name = ""
     elif name:
         st.session_state.preset_fault = f"{name}: that name is taken"
@@ -156,7 +127,7 @@ def start(place: Place | None, history: History) -> None:
     """Give every control its first value, once a session."""
     state = st.session_state
     if PREFIX + "temperature" not in state:
-        first = {name: getattr(DEFAULTS, name) for name in LABELS}
+        first = {name: getattr(DEFAULTS, name) for name in SETTINGS}
         known = known_presets(place, history)
         apply({**first, **known.get(OWN, {}), "seed": None})
 
@@ -166,12 +137,11 @@ def number(name: str) -> None:
     low, high = span(name)
     whole = isinstance(getattr(DEFAULTS, name), int)
     kind: Any = int if whole else float
-    step = STEPS.get(name, 1)
     st.slider(
-        LABELS[name],
+        SETTINGS[name].label,
         kind(low),
         kind(high),
-        step=kind(step),
+        step=kind(SETTINGS[name].step),
         key=PREFIX + name,
         help=GenerationParams.model_fields[name].description,
         persist_state="session",
@@ -187,7 +157,7 @@ def choose_style(styles: Sequence[str]) -> None:
         return
     chosen = st.session_state.get(key) or ""
     st.selectbox(
-        LABELS["style"],
+        SETTINGS["style"].label,
         ["", *styles, *([chosen] if chosen and chosen not in styles else [])],
         key=key,
         format_func=lambda name: name or "none in particular",
@@ -206,11 +176,12 @@ def sidebar(place: Place | None, history: History, styles: Sequence[str] = ()) -
     st.session_state.preset = found
     st.selectbox("Manner", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
     choose_style(styles)
-    number("max_tokens")
-    number("temperature")
+    for name in FIRST:
+        number(name)
     with st.expander("Finer choices", key="finer", on_change="rerun"):
-        for name in ("top_k", "top_p", "repetition_penalty", "min_p", "n", "keep"):
-            number(name)
+        for name in SLIDERS:
+            if name not in FIRST and not SETTINGS[name].rare:
+                number(name)
         with st.container(horizontal=True, vertical_alignment="bottom", wrap=False, gap="small"):
             st.number_input(
                 "Seed",
@@ -224,7 +195,7 @@ def sidebar(place: Place | None, history: History, styles: Sequence[str] = ()) -
             )
             st.button("Roll a seed", icon=":material/casino:", on_click=_roll, key="dice", help="Roll a seed")
         st.text_area(
-            LABELS["stop"],
+            SETTINGS["stop"].label,
             key=PREFIX + "stop",
             height=80,
             placeholder="one a line; \\n is a line break",
@@ -239,6 +210,11 @@ def sidebar(place: Place | None, history: History, styles: Sequence[str] = ()) -
             st.warning(fault)
         if found in own:
             st.button(f"Forget “{found}”", on_click=history.delete_preset, args=(found,), key="forget")
+    rare = [name for name in SLIDERS if SETTINGS[name].rare]
+    if rare:
+        with st.expander("Rarely used", key="rare", on_change="rerun"):
+            for name in rare:
+                number(name)
 
 
 def problems() -> list[str]:

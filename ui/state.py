@@ -1,4 +1,4 @@
-"""What all pages share: the flags, the history, the model in use, the story on the desk, small pieces of HTML."""
+"""What all pages share: flags, history, the model in use, the open story, escaping of HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from checkpoint import newest_model
 from cli import parse_flags
 from config import ROOT, ConfigError, Strict
 from ui.backends import Backend, BackendError, Place, connect
-from ui.desk import Desk, Desks
 from ui.history import History, default_path
+from ui.open_story import OpenStories, OpenStory
 
-LOADING = "Opening the model …"
-SWITCH_S = 0.0005  # an engine gives up the interpreter at every product, and would wait 5 ms for a busy page each time
+LOADING = "Loading the model …"
+SWITCH_S = 0.0005  # thread switch interval: the engine releases the interpreter lock at every matrix product, and would wait 5 ms each
 
 
 class AppFlags(Strict):
@@ -29,11 +29,11 @@ class AppFlags(Strict):
     model: Path | None = None
     """Model folder to begin with; none: the newest run's, else the newest under models/."""
     server: str = ""
-    """Write with a server (http://…) or a gateway (wss://…) instead. A key is read from VLG_KEY."""
+    """Use a server (http://…) or a gateway (wss://…) instead. The API key is read from VLG_KEY."""
     dtype: str = "auto"
-    """Arithmetic of a model folder's weights: auto, float32, bfloat16 or int8."""
+    """Number format of the weights: auto, float32, bfloat16 or int8."""
     history: Path | None = None
-    """SQLite file that keeps everything written; none: one in the user's data folder."""
+    """SQLite file of the history; none: one in the user's data folder."""
     runs: Path = ROOT / "runs"
     """Folder of training runs."""
     models: Path = ROOT / "models"
@@ -56,17 +56,17 @@ def flags() -> AppFlags:
 
 
 @st.cache_resource(show_spinner=False)
-def _desks(path: Path) -> Desks:
-    return Desks(History(path))
+def _open_stories(path: Path) -> OpenStories:
+    return OpenStories(History(path))
 
 
-def desks() -> Desks:
-    """Every story on a desk, for all sessions. Raises HistoryError where the file cannot be used."""
-    return _desks(flags().history or default_path())
+def open_stories() -> OpenStories:
+    """The open stories of all sessions. Raises HistoryError where the file cannot be used."""
+    return _open_stories(flags().history or default_path())
 
 
 def history() -> History:
-    return desks().history
+    return open_stories().history
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def found_models() -> list[FoundModel]:
 
 
 def default_place() -> Place | None:
-    """What the flags ask for, else the newest run's model, else of models/; None where there is nothing to write with."""
+    """What the flags name, else the newest run's model, else the newest under models/; None where there is none."""
     given = flags()
     if given.server:
         kind: Any = "gateway" if given.server.startswith(("ws://", "wss://")) else "server"
@@ -111,7 +111,7 @@ def default_place() -> Place | None:
 
 
 def place() -> Place | None:
-    """What this session writes with."""
+    """Where this session's model is."""
     chosen = st.session_state.get("place")
     if chosen is None:
         chosen = st.session_state["place"] = default_place()
@@ -124,7 +124,7 @@ def choose_place(chosen: Place) -> None:
 
 
 def stamp(chosen: Place) -> float:
-    """Changes when the model folder was written anew."""
+    """The time the model folder was last written; 0 for a server."""
     path = Path(chosen.where) / "model.safetensors"
     return path.stat().st_mtime if chosen.kind == "local" and path.is_file() else 0.0
 
@@ -140,7 +140,7 @@ def _backend(chosen: Place, stamp: float) -> Backend:
 
 
 def backend() -> Backend | None:
-    """The model of this session, opened; None where there is none, or where it cannot be used (see `fault`)."""
+    """The model of this session, loaded; None where there is none, or where it cannot be used (see `fault`)."""
     chosen = place()
     if chosen is None:
         return None
@@ -158,17 +158,17 @@ def fault() -> str:
     return st.session_state.get("place_fault", "")
 
 
-def desk() -> Desk:
-    """The story this session works on; the page's address names it, so that a reload brings it back."""
+def open_story() -> OpenStory:
+    """The story this session works on; the page's address names it, so that a reload finds it again."""
     state = st.session_state
     if "story_id" not in state:
-        state["story_id"] = desks().open(str(st.query_params.get("story", ""))[:64]).id
-    return desks().open(state["story_id"])
+        state["story_id"] = open_stories().get(str(st.query_params.get("story", ""))[:64]).id
+    return open_stories().get(state["story_id"])
 
 
-def put_on_desk(story_id: str = "") -> Desk:
-    """Work on another story, or on a new one."""
-    opened = desks().open(story_id)
+def switch_story(story_id: str = "") -> OpenStory:
+    """Switch this session to another story, or to a new one."""
+    opened = open_stories().get(story_id)
     st.session_state["story_id"] = opened.id
     return opened
 
@@ -179,15 +179,15 @@ def escaped(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For labels, where Streamlit reads Markdown: every character that could mean something is escaped."""
+    """For labels, where Streamlit reads Markdown: every special character is escaped."""
     return "".join("\\" + c if c in "\\`*_{}[]()#+-.!|<>$~:&^=" else c for c in " ".join(text.split()))
 
 
 def prose(text: str, *, small: bool = False) -> None:
-    """Text as it is, line breaks and all, in the book face."""
+    """Text with its line breaks, in the book typeface."""
     st.html(f'<div class="prose{" small" if small else ""}">{escaped(text) or "&nbsp;"}</div>')
 
 
 def note(parts: Sequence[str]) -> str:
-    """Facts on one quiet line."""
+    """Facts as one line of HTML."""
     return " · ".join(escaped(part) for part in parts if part)

@@ -1,17 +1,6 @@
 // The page's side of the WebSocket protocol. All text from the server becomes text nodes; nothing is parsed as HTML.
 "use strict";
 
-const PARAMETERS = [
-  // field, label, least, most, step, default, help; the server checks them again
-  ["max_tokens", "Length", 1, 4096, 1, 200, "Tokens at most; about four letters each."],
-  ["temperature", "Temperature", 0, 2, 0.05, 1.3, "Higher is more surprising; 0 always takes the likeliest."],
-  ["n", "Samples", 1, 16, 1, 1, "Texts written side by side."],
-  ["top_k", "Top-k", 0, 100, 1, 50, "Choose among this many tokens; 0 for all."],
-  ["top_p", "Top-p", 0.01, 1, 0.01, 0.95, "Choose among tokens that share this probability."],
-  ["min_p", "Min-p", 0, 0.99, 0.01, 0, "Drop tokens less likely than this share of the best."],
-  ["repetition_penalty", "Repetition penalty", 0.5, 3, 0.05, 1.2, "Above 1 shuns words already used."],
-  ["keep", "Opening kept", 0, 512, 1, 0, "Tokens of the opening that stay in view of a long story."],
-];
 const PING_MS = 4 * 60 * 1000; // gateways close a connection after ten silent minutes
 const FIRST_RETRY_MS = 500;
 const LAST_RETRY_MS = 30_000;
@@ -185,6 +174,9 @@ const REASONS = {
 
 let story = null;
 let line = null;
+let parameters = []; // [name, JSON schema] of each setting that has a slider
+let described = null; // address of the server that they are from
+let asking = false; // whether the connection has been asked for them
 
 function copy(text) {
   const done = () => notice("Copied.");
@@ -229,11 +221,23 @@ function onState(state, text) {
     finish(() => "The connection was lost; what was written is kept.");
     notice("The connection was lost.");
   }
+  if (state === "open" && described !== line.address) describe(line.address);
   busy(story !== null);
 }
 
 function onMessage(message) {
   if (message.type === "pong") return;
+  if (message.type === "settings") {
+    asking = false;
+    described = line.address;
+    buildSliders(message.settings);
+    return;
+  }
+  if (asking && message.type === "error" && message.request_id == null) {
+    asking = false; // a server that does not describe its settings
+    $("undescribed").hidden = parameters.length > 0;
+    return;
+  }
   if (!message.type && message.connectionId) {
     // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
     fault(`The gateway answered: ${message.message}`);
@@ -282,9 +286,9 @@ function describeError(error) {
 
 function values() {
   const body = {};
-  for (const [field, , , , step] of PARAMETERS) {
+  for (const [field, schema] of parameters) {
     const value = Number($(field).value);
-    body[field] = Number.isInteger(step) ? Math.round(value) : value;
+    body[field] = schema.type === "integer" ? Math.round(value) : value;
   }
   const seed = $("seed").value.trim();
   const style = $("style").value.trim();
@@ -308,7 +312,7 @@ function write(event) {
     return;
   }
   fault("");
-  story = new Story(id, prompt, body.n, seed);
+  story = new Story(id, prompt, body.n ?? 1, seed);
   $("pages").replaceChildren(...story.pages.map((page) => page.article));
   busy(true);
   notice("Waiting for the first word…");
@@ -330,23 +334,73 @@ function clear() {
   $("opening").focus();
 }
 
-function buildSliders() {
-  for (const [field, label, least, most, step, usual, help] of PARAMETERS) {
+/**
+ * The settings' JSON schemas from the server's own description; null where it cannot be read.
+ *
+ * A served page may fetch from its own server alone; a page opened from a file tries any.
+ */
+async function fetchSettings(address) {
+  if (location.protocol !== "file:" && new URL(address).host !== location.host) return null;
+  try {
+    const answer = await fetch(new URL("openapi.json", address.replace(/^ws/, "http")));
+    return (await answer.json()).components.schemas.GenerateBody.properties;
+  } catch {
+    return null; // a gateway has no such page, and other servers may not allow it
+  }
+}
+
+/** Sliders for what the server at `address` describes; without a description the connection is asked for one. */
+async function describe(address) {
+  const found = await fetchSettings(address);
+  if (address !== line.address) return;
+  if (found) {
+    described = address;
+    buildSliders(found);
+  } else if (described !== address) {
+    asking = line.send({ action: "settings" }) || asking;
+  }
+}
+
+/** Bounds of what may be typed; a bound that is itself excluded is moved by one step. */
+function limits(schema) {
+  const step = schema["x-step"];
+  return {
+    min: schema.minimum ?? (schema.exclusiveMinimum === undefined ? "" : schema.exclusiveMinimum + step),
+    max: schema.maximum ?? (schema.exclusiveMaximum === undefined ? "" : schema.exclusiveMaximum - step),
+    step: schema.type === "integer" ? 1 : "any",
+  };
+}
+
+/** A slider for each setting whose schema has one (`x-slider`: see `Setting` in config.py); values typed so far stay. */
+function buildSliders(schemas) {
+  const found = Object.entries(schemas).filter(([, schema]) => schema["x-slider"]);
+  if (JSON.stringify(found) === JSON.stringify(parameters)) return;
+  const held = parameters.map(([field]) => [field, $(field).value]);
+  const places = { sliders: [], rare: [] };
+  for (const [field, schema] of found) {
     const row = $("slider").content.firstElementChild.cloneNode(true);
     const [range, figure] = row.querySelectorAll("input");
     const [name, note] = [row.querySelector("label"), row.querySelector("small")];
-    name.textContent = label;
+    name.textContent = schema["x-label"];
     name.htmlFor = figure.id = field;
     note.id = `${field}-help`;
-    note.textContent = help;
+    note.textContent = schema.description ?? "";
     figure.setAttribute("aria-describedby", note.id);
-    range.setAttribute("aria-label", `${label}, slider`);
-    for (const input of [range, figure]) Object.assign(input, { min: least, max: most, step, value: usual });
-    figure.required = true;
+    range.setAttribute("aria-label", `${schema["x-label"]}, slider`);
+    const [min, max] = schema["x-slider"];
+    Object.assign(range, { min, max, step: schema["x-step"], value: schema.default });
+    Object.assign(figure, { ...limits(schema), value: schema.default, required: true });
     range.addEventListener("input", () => (figure.value = range.value));
     figure.addEventListener("input", () => (range.value = figure.value));
-    $("sliders").append(row);
+    places[schema["x-rare"] ? "rare" : "sliders"].push(row);
   }
+  parameters = found;
+  $("sliders").replaceChildren(...places.sliders);
+  $("rare").replaceChildren(...places.rare);
+  $("rarely").hidden = !places.rare.length;
+  $("undescribed").hidden = true;
+  recallSettings();
+  for (const [field, value] of held) if ($(field)) set(field, value);
 }
 
 function set(field, value) {
@@ -359,21 +413,29 @@ const KEPT = "victorian-generator";
 
 function remember() {
   try {
-    const kept = Object.fromEntries(PARAMETERS.map(([field]) => [field, $(field).value]));
+    const kept = Object.fromEntries(parameters.map(([field]) => [field, $(field).value]));
     localStorage.setItem(KEPT, JSON.stringify({ ...kept, opening: $("opening").value }));
   } catch {
     // private windows and files may have no storage
   }
 }
 
-function recall() {
+function kept() {
   try {
-    const kept = JSON.parse(localStorage.getItem(KEPT) ?? "{}");
-    for (const [field] of PARAMETERS) if (kept[field]) set(field, kept[field]);
-    if (typeof kept.opening === "string") $("opening").value = kept.opening;
+    return JSON.parse(localStorage.getItem(KEPT) ?? "{}");
   } catch {
-    // nothing kept, or damaged: the defaults stand
+    return {}; // nothing kept, or damaged: the defaults stand
   }
+}
+
+function recallSettings() {
+  const values = kept();
+  for (const [field] of parameters) if (values[field]) set(field, values[field]);
+}
+
+function recallOpening() {
+  const { opening } = kept();
+  if (typeof opening === "string") $("opening").value = opening;
 }
 
 /** The address typed, `?server=`, or this page's own server; http becomes ws. */
@@ -396,18 +458,18 @@ function connect() {
   const key = $("key").value;
   if (key) address.searchParams.set("token", key);
   line.connect(address.href);
+  describe(address.href);
 }
 
 const blank = $("blank");
-buildSliders();
-recall();
+recallOpening();
 line = new Line(onState, onMessage);
 $("desk").addEventListener("submit", write);
 $("stop").addEventListener("click", stop);
 $("clear").addEventListener("click", clear);
 $("connect").addEventListener("click", connect);
 $("reset").addEventListener("click", () => {
-  for (const [field, , , , , usual] of PARAMETERS) set(field, usual);
+  for (const [field, schema] of parameters) set(field, schema.default);
   $("seed").value = $("style").value = $("stops").value = "";
 });
 for (const id of ["server", "key"]) {

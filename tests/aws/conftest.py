@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,11 @@ if MISSING:
     raise pytest.UsageError(f"tests/aws needs {', '.join(MISSING)}: pip install -r requirements-aws.txt")
 
 from aws_fakes import FakeContainer, wait_for
+from deploy_relay import limits_json
 from local_aws import Faults
 from local_stack import Stack
+
+os.environ["LIMITS_JSON"] = limits_json()  # for tests that call limits.py directly
 
 
 @pytest.fixture(scope="session")

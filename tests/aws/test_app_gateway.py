@@ -10,7 +10,7 @@ from local_stack import Quotas, Stack
 
 from config import GenerationParams
 from ui.backends import BackendError, BackendLost, Place, connect
-from ui.jobs import Job
+from ui.background import BackgroundGeneration
 
 
 def bare(stack: Stack) -> str:
@@ -36,65 +36,75 @@ def test_words_come_before_the_end_and_every_sample_is_whole(stack: Stack, conta
 
 
 def test_the_key_travels_in_the_address_or_in_a_header(stack: Stack, container: FakeContainer) -> None:
-    job = Job(connect(Place("gateway", bare(stack), "local")), "It was", GenerationParams(max_tokens=2)).start()
-    job.join(10)
-    assert job.status == "done" and job.samples[0].text == "".join(words("It was", 2))
+    generation = BackgroundGeneration(
+        connect(Place("gateway", bare(stack), "local")), "It was", GenerationParams(max_tokens=2)
+    ).start()
+    generation.join(10)
+    assert generation.status == "done" and generation.samples[0].text == "".join(words("It was", 2))
     for place in (Place("gateway", bare(stack)), Place("gateway", bare(stack), "wrong")):
         with pytest.raises(BackendError, match="the key was not accepted"):
             connect(place).write("It was", GenerationParams())
 
 
 def test_stopping_ends_the_endpoints_work_and_keeps_the_words(stack: Stack, container: FakeContainer) -> None:
-    job = Job(connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=2000)).start()
-    wait_for(lambda: job.tokens > 3)
-    job.cancel()
-    job.join(10)
-    assert job.status == "stopped" and job.samples[0].reason == "cancelled"
-    assert job.samples[0].text == "".join(words("It was", job.tokens))
+    generation = BackgroundGeneration(
+        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=2000)
+    ).start()
+    wait_for(lambda: generation.tokens > 3)
+    generation.cancel()
+    generation.join(10)
+    assert generation.status == "stopped" and generation.samples[0].reason == "cancelled"
+    assert generation.samples[0].text == "".join(words("It was", generation.tokens))
     wait_for(lambda: container.running == 0)
 
 
 def test_gathered_tokens_are_counted(stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUSH_MS", "5000")
-    job = Job(connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=12)).start()
-    job.join(10)
-    assert job.samples[0].tokens == 12
+    generation = BackgroundGeneration(
+        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=12)
+    ).start()
+    generation.join(10)
+    assert generation.samples[0].tokens == 12
 
 
 @pytest.mark.parametrize("fault", ["abort", "ended"])
 def test_an_endpoint_that_dies_in_mid_story_is_waited_for(
     stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("ui.jobs.RETRY_S", 0.05)
+    monkeypatch.setattr("ui.background.RETRY_S", 0.05)
     container.fault = fault
-    job = Job(connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=9)).start()
-    wait_for(lambda: job.status == "lost")
-    kept = job.samples[0].text
-    assert kept.startswith("".join(words("It was", 3))) and job.message
+    generation = BackgroundGeneration(
+        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=9)
+    ).start()
+    wait_for(lambda: generation.status == "lost")
+    kept = generation.samples[0].text
+    assert kept.startswith("".join(words("It was", 3))) and generation.message
     container.fault = ""
-    job.join(15)
-    assert job.status == "done" and job.samples[0].text.startswith(kept) and job.tokens == 9
+    generation.join(15)
+    assert generation.status == "done" and generation.samples[0].text.startswith(kept) and generation.tokens == 9
     assert container.requests[1]["prompt"] == "It was" + "".join(words("It was", 3))
 
 
 def test_a_gateway_that_dies_in_mid_story_is_waited_for(
     container: FakeContainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ui.jobs.RETRY_S", 0.05)
-    monkeypatch.setattr("ui.jobs.LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr("ui.background.RETRY_S", 0.05)
+    monkeypatch.setattr("ui.background.MAX_RETRY_S", 0.2)
     container.pace = 0.03
     with Stack(container.url) as stack:
         port = stack.port
-        job = Job(connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=500)).start()
-        wait_for(lambda: job.tokens > 3)
-    wait_for(lambda: job.status == "lost")
-    kept = job.samples[0].text
+        generation = BackgroundGeneration(
+            connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=500)
+        ).start()
+        wait_for(lambda: generation.tokens > 3)
+    wait_for(lambda: generation.status == "lost")
+    kept = generation.samples[0].text
     with Stack(container.url, port=port):
-        wait_for(lambda: len(job.samples[0].text) > len(kept) + 10)
-        assert job.status == "running" and job.samples[0].text.startswith(kept)
-        job.cancel()
-        job.join(10)
-    assert job.status == "stopped"
+        wait_for(lambda: len(generation.samples[0].text) > len(kept) + 10)
+        assert generation.status == "running" and generation.samples[0].text.startswith(kept)
+        generation.cancel()
+        generation.join(10)
+    assert generation.status == "stopped"
 
 
 @pytest.mark.parametrize(("burst", "said"), [(1, "Too Many Requests"), (0.5, "429")])
@@ -107,7 +117,9 @@ def test_what_the_gateway_itself_refuses_is_told_at_once(container: FakeContaine
 
 def test_a_whole_answer_of_an_endpoint_that_cannot_stream(container: FakeContainer) -> None:
     with Stack(container.url, serverless=True) as stack:
-        job = Job(connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=6, n=2)).start()
-        job.join(15)
-    texts: list[Any] = [sample.text for sample in job.samples]
-    assert job.status == "done" and texts == ["".join(words("It was", 6, index)) for index in range(2)]
+        generation = BackgroundGeneration(
+            connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=6, n=2)
+        ).start()
+        generation.join(15)
+    texts: list[Any] = [sample.text for sample in generation.samples]
+    assert generation.status == "done" and texts == ["".join(words("It was", 6, index)) for index in range(2)]

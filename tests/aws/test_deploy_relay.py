@@ -13,8 +13,8 @@ import deploy_relay
 import pytest
 from deploy_relay import main, package, template, with_tokens
 
-from config import ConfigError
-from conftest import ROOT
+from config import ConfigError, GenerationParams
+from support.helpers import ROOT
 
 OUTPUTS = {"Url": "wss://api.execute-api.eu-west-1.amazonaws.com/prod", "ApiId": "api"}
 
@@ -75,7 +75,8 @@ def values(given: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_package_holds_the_handlers_and_is_reproducible() -> None:
     with zipfile.ZipFile(io.BytesIO(package())) as archive:
-        assert set(archive.namelist()) == set(deploy_relay.FILES)
+        assert set(archive.namelist()) == {*deploy_relay.FILES, "limits.json"}
+        assert json.loads(archive.read("limits.json")) == GenerationParams.model_json_schema()["properties"]
         assert archive.read("relay.py") == (ROOT / "lambda" / "relay.py").read_bytes()
     assert package() == package()
     assert "CodeUri: s3://b/k.zip" in template("s3://b/k.zip") and "../build" not in template("s3://b/k.zip")

@@ -17,7 +17,7 @@ import pytest
 from aws_fakes import FakeContainer, words
 from local_stack import Stack
 
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def load(name: str) -> Any:
@@ -187,7 +187,9 @@ def test_the_vllm_engine_is_requested(account: str, sent: Any, model: Path) -> N
     container = dict(sent)["CreateModel"]["PrimaryContainer"]
     assert re.fullmatch(r"763104351884\.dkr\.ecr\.eu-west-1\.amazonaws\.com/djl-inference:.+", container["Image"])
     with tarfile.open(fileobj=io.BytesIO(realtime.pack(model, "vllm"))) as tar:
-        assert tar.getnames() == ["config.json", "model.py", "model.safetensors", "serving.properties"]
+        assert tar.getnames() == [
+            "config.json", "model.py", "model.safetensors", "sampling_settings.json", "serving.properties"
+        ]  # fmt: skip
     assert "PutScalingPolicy" in dict(sent)
 
 
@@ -259,6 +261,7 @@ def formatter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     (tmp_path / "config.json").write_text('{"n_positions": 64}')
     (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [300, 301]}')
     (tmp_path / "tokenizer_config.json").write_text('{"styles": ["ash", "birch"]}')
+    (tmp_path / "sampling_settings.json").write_text(json.dumps(realtime.vllm_settings(tmp_path)))
     (tmp_path / "model.py").write_text((ROOT / "sagemaker" / "vllm_format.py").read_text())
     found = importlib.util.spec_from_file_location("vllm_model", tmp_path / "model.py")
     module = importlib.util.module_from_spec(found)
@@ -308,8 +311,13 @@ def test_vllm_writes_in_one_style_and_never_its_control_ids(formatter: Any) -> N
     assert "logit_bias" not in formatter.request({"prompt": "It"})
 
 
-def test_formatters_defaults_are_the_products(formatter: Any) -> None:
+def test_vllm_samples_as_the_folder_recommends(tmp_path: Path) -> None:
     from config import GenerationParams
 
-    for name, value in formatter.DEFAULTS.items():
-        assert GenerationParams.model_fields[name].default == value
+    usual = GenerationParams()
+    assert realtime.vllm_settings(tmp_path)["defaults"]["temperature"] == usual.temperature
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.4, "top_k": 0, "max_new_tokens": 9}')
+    settings = realtime.vllm_settings(tmp_path)
+    given = settings["defaults"]
+    assert (given["temperature"], given["top_k"], given["max_tokens"], given["top_p"]) == (0.4, 0, 9, usual.top_p)
+    assert settings["names"]["min_p"] == "min_p" and not {"keep", "style"} & set(settings["names"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from support.helpers import ROOT
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 
 DOCKERFILE = (ROOT / "sagemaker" / "Dockerfile").read_text()
@@ -52,7 +52,7 @@ def test_the_image_needs_no_network_and_no_writable_root() -> None:
     assert re.search(r'ENTRYPOINT \["', DOCKERFILE), "SIGTERM must reach the server: exec form"
     assert "EXPOSE 8080" in DOCKERFILE and "ARG TORCH_INDEX" in DOCKERFILE
     for source in re.findall(r"^COPY ((?!--from)\S+)", DOCKERFILE, re.MULTILINE):
-        assert source in ("*.py", "requirements.txt") or (ROOT / source).is_dir(), source
+        assert source in ("*.py", "requirements.txt", "pyproject.toml") or (ROOT / source).is_dir(), source
 
 
 def image_files(folder: Path) -> Path:

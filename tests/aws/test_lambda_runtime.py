@@ -21,7 +21,7 @@ import websockets
 from aws_fakes import FakeContainer, ask, hear, text, words
 from local_stack import Stack
 
-from conftest import ROOT
+from support.helpers import ROOT
 
 if importlib.util.find_spec("awslambdaric") is None:
     pytest.skip("needs awslambdaric: pip install -r requirements-aws.txt", allow_module_level=True)

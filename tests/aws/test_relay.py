@@ -9,15 +9,15 @@ import sys
 import time
 from typing import Any
 
-import annotated_types
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
 from local_stack import Quotas, Stack, load_relay
+from pydantic import ValidationError
 from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def talk(stack: Stack, conversation: Any) -> Any:
@@ -512,24 +512,51 @@ def test_prompts_and_texts_stay_out_of_the_logs(
         assert all(name in line for name in metrics["Dimensions"][0])
 
 
-def test_limits_are_those_of_the_api() -> None:
-    from limits import LIMITS, STOP_CHARACTERS, STOP_STRINGS, STYLE_CHARACTERS
+NUMBERS = [-101, -3, -1, -0.5, 0, 0.005, 0.01, 0.5, 1, 1.0, 2, 2.1, 16, 100, 101, 1e5, 100_001, 2**63 - 1, 2**63]
+OTHERS = [None, True, "", "x", "x" * 1001, ["x"], ["x"] * 17, [""], [3], {}, {"5": 1}, {"5": 101}, {"x": 1}, [None]]
 
-    fields = dict(GenerationParams.model_fields)
-    stop, style = fields.pop("stop"), fields.pop("style")
-    assert STYLE_CHARACTERS in [getattr(part, "max_length", None) for part in style.metadata]
-    assert set(LIMITS) == set(fields)
-    kinds = {"ge": annotated_types.Ge, "gt": annotated_types.Gt, "le": annotated_types.Le, "lt": annotated_types.Lt}
-    for name, field in fields.items():
-        for key, kind in kinds.items():
-            found = [getattr(part, key) for part in field.metadata if isinstance(part, kind)]
-            assert getattr(LIMITS[name], key) == (found[0] if found else None), (name, key)
-        assert (LIMITS[name].kind is float) == (field.annotation is float), name
-        assert LIMITS[name].null == (field.default is None), name
-    assert next(part.max_length for part in stop.metadata) == STOP_STRINGS
-    assert f"max_length={STOP_CHARACTERS}" in str(GenerationParams.model_json_schema()["properties"]["stop"]) or (
-        GenerationParams.model_json_schema()["properties"]["stop"]["items"]["maxLength"] == STOP_CHARACTERS
-    )
+
+@pytest.mark.parametrize("name", GenerationParams.model_fields)
+def test_limits_are_those_of_the_api(name: str) -> None:
+    """Each value is admitted or refused as the API's body does it."""
+    from limits import Refused, settings, validate
+
+    from server.schemas import GenerateBody
+
+    assert set(settings()) == set(GenerationParams.model_fields)
+    for value in [*NUMBERS, *OTHERS]:
+        if isinstance(value, float) and value.is_integer() and settings()[name].get("type") != "number":
+            continue  # 1.0 where an integer belongs is refused by the gateway alone
+        try:
+            GenerateBody.model_validate({"prompt": "It", name: value})
+            good = True
+        except ValidationError:
+            good = False
+        try:
+            validate({"prompt": "It", name: value}, 10**9, 10**9, 24_000)
+            admitted = True
+        except Refused as refused:
+            admitted = False
+            assert refused.error["param"] == name
+        assert admitted == good, (name, value)
+
+
+def test_the_gateway_describes_its_settings(stack: Stack) -> None:
+    async def conversation(socket: Any) -> Any:
+        await socket.send('{"action": "settings"}')
+        return json.loads(await socket.recv())
+
+    answer = talk(stack, conversation)
+    assert answer["type"] == "settings" and set(answer["settings"]) == set(GenerationParams.model_fields)
+    assert answer["settings"]["temperature"]["x-label"] == "Temperature"
+
+
+def test_a_gateways_own_maxima_are_described() -> None:
+    from limits import described, settings
+
+    found = described(50, 2)
+    assert (found["max_tokens"]["maximum"], found["max_tokens"]["default"], found["n"]["maximum"]) == (50, 50, 2)
+    assert settings()["max_tokens"]["maximum"] == 100_000
 
 
 def test_a_style_goes_through_the_gateway_to_the_model() -> None:

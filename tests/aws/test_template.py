@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from local_stack import ROUTES, STAGE, TIMEOUTS
 
-from conftest import ROOT
+from support.helpers import ROOT
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install -r requirements-aws.txt")
 TEMPLATE = ROOT / "lambda" / "template.yaml"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from support.helpers import ROOT
 
 
 def load(name: str) -> Any:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from config import ConfigError
-from corpus import documents, encoding
-from corpus.documents import Options, find, inspect
+from corpus import cleaning, encoding
+from corpus.documents import Options
+from corpus.finder import find, inspect
+from corpus.readers.registry import SUFFIXES
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, make_texts, paragraphs, run, tokens, told, wrapped
 from tokenizer import END_OF_TEXT
@@ -33,8 +35,8 @@ def test_jsonl_and_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytes
     )
     table = pyarrow.table({"text": pyarrow.array(rows, pyarrow.large_string()), "n": list(range(50))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
-    monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(encoding, "GROUP", 900)
+    monkeypatch.setattr(cleaning, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 900)
     clean = [row.replace("\r\n", "\n") for row in rows if row]
     for suffix in ("jsonl", "parquet"):
         out = tmp_path / suffix
@@ -98,7 +100,8 @@ def test_files_are_found_once_sorted_and_by_kind(texts: Path, tmp_path: Path, mo
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError) as caught:
         find([str(texts / "*.xyz"), str(tmp_path / "none")])
-    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl or .parquet" in caught.value.faults[1]
+    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl, .parquet" in caught.value.faults[1]
+    assert all(suffix in caught.value.faults[1] for suffix in SUFFIXES)
 
 
 BAD = {
@@ -116,7 +119,7 @@ BAD = {
 def test_what_cannot_be_read_is_named_before_any_work(
     name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE", 1024)
+    monkeypatch.setattr(cleaning, "CHUNK_BYTES", 1024)
     content, message = BAD[name]
     run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "good")
     (texts / name).write_bytes(content)

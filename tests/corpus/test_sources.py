@@ -17,12 +17,12 @@ import pytest
 
 from config import ConfigError
 from corpus import sources
-from corpus.sources import Place, SourceError, WebFile, fetch, part_of
+from corpus.sources import HubSelection, SourceError, WebFile, fetch, split_of
 from storage.shards import Manifest
+from support.helpers import ROOT
 from support.hub_server import Hub
 from support.samples import hashes, paragraphs, run, told, wrapped
 
-ROOT = Path(sources.__file__).parent
 YEARS = [1719, 1836, 1837, 1851, 1901, 1902, 1911]
 SAD = "Once there was a cat. “It’s sad,” she said. It cost £5 at the café."
 
@@ -103,7 +103,7 @@ def hub(sets: dict[str, dict[str, dict[str, bytes]]], tmp_path: Path, monkeypatc
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(sources, "WAIT", 0.001)
+        monkeypatch.setattr(sources, "FIRST_WAIT", 0.001)
         monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
         yield running
 
@@ -225,22 +225,22 @@ def test_a_busy_hub_and_a_broken_download(
 def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     from huggingface_hub import constants
 
-    first = fetch("pg19", Place())
+    first = fetch("pg19", HubSelection())
     asked = sum(hub.asked.values())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch("pg19", Place()) == first
+    assert fetch("pg19", HubSelection()) == first
     with pytest.raises(SourceError, match=r"--source tinystories: HF_HUB_OFFLINE is set .* give --input PATH"):
-        fetch("tinystories", Place())
+        fetch("tinystories", HubSelection())
     assert sum(hub.asked.values()) == asked
     first[2].path.unlink()  # one of two training files
     with pytest.raises(SourceError, match="not whole"):
-        fetch("pg19", Place())
+        fetch("pg19", HubSelection())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert fetch("pg19", Place()) == first
+    assert fetch("pg19", HubSelection()) == first
     nowhere = "http://127.0.0.1:1"
     monkeypatch.setenv("HF_ENDPOINT", nowhere)
     capsys.readouterr()
-    assert fetch("pg19", Place()) == first
+    assert fetch("pg19", HubSelection()) == first
     assert "going on with what is in" in capsys.readouterr().err
     assert run("--preset", "story-nano", "--out", tmp_path / "none") == 1
     shown = capsys.readouterr().err
@@ -249,12 +249,12 @@ def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_data_set_that_changes_is_not_mixed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = fetch("someone/rows", Place())
+    old = fetch("someone/rows", HubSelection())
     files = {"all.jsonl": b'{"text": "changed since"}\n' * 9}
     monkeypatch.setitem(hub.sets["someone/rows"], "main", files)
-    new = fetch("someone/rows", Place())
+    new = fetch("someone/rows", HubSelection())
     assert new[0].version != old[0].version and new[0].path.read_bytes() == files["all.jsonl"]
-    listing = sources.Listing("someone/rows", "main", "0" * 40, {"all.jsonl": 1})
+    listing = sources.DatasetFiles("someone/rows", "main", "0" * 40, {"all.jsonl": 1})
     with pytest.raises(SourceError, match="changed while it was fetched"):
         sources._hub_file("--hub someone/rows", listing, "all.jsonl")
 
@@ -275,7 +275,7 @@ def test_tiny_shakespeare_is_checked(hub: Hub, tmp_path: Path, monkeypatch: pyte
     train, val = documents_of("--preset", "shakespeare-char", out=tmp_path / "out")
     assert "".join(train + val).encode() == play and len(val[0]) == len(play) - int(len(play) * 0.9)
     asked = sum(hub.asked.values())
-    fetch("tinyshakespeare", Place())
+    fetch("tinyshakespeare", HubSelection())
     assert sum(hub.asked.values()) == asked
     monkeypatch.undo()
     assert isinstance(sources.NAMED["tinyshakespeare"], WebFile)
@@ -291,10 +291,11 @@ def test_the_real_tiny_shakespeare_is_the_one_expected(shared_data: Path) -> Non
 STOPPED = """
 import os, signal, sys
 import prepare_data
-from corpus import documents, encoding, preparation
+from corpus import encoding, preparation
+from corpus.readers import parquet
 from storage import shards
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
-documents.ROWS, encoding.GROUP, preparation.SAVE_SECONDS = 1000, 1, 0.0
+parquet.ROW_BYTES, encoding.BATCH_BYTES, preparation.SAVE_SECONDS = 1000, 1, 0.0
 append, calls = shards.ShardWriter.append, 0
 def stop(self, tokens):
     global calls
@@ -351,7 +352,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, hub: Hub, tm
     ],
 )
 def test_a_files_name_says_its_part(name: str, part: str) -> None:
-    assert part_of(name) == part
+    assert split_of(name) == part
 
 
 def test_what_counts_as_a_corpus() -> None:
@@ -381,7 +382,7 @@ def test_fetching_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert sources.main(["--corpus", "pg19"]) == 0
     assert sources.main(["--corpus", "nonsense"]) == 2
     with pytest.raises(ConfigError):
-        fetch("someone/gone", Place())
+        fetch("someone/gone", HubSelection())
 
 
 def test_the_readmes_commands(hub: Hub, tmp_path: Path) -> None:

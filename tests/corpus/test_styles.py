@@ -18,12 +18,15 @@ import evaluate
 import train
 from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
-from corpus.documents import Options, inspect
+from corpus.documents import Options
+from corpus.finder import inspect
 from corpus.styles import Control
-from dataset import TokenData, Windows, plain_windows, training_batches, validation_batches
+from dataset import TokenData, WindowSampler, plain_windows, training_batches, validation_batches
+from evaluation.held_out import prepared_texts
+from evaluation.perplexity import sliding_windows
 from evaluation.style_report import summary
 from generate import main
-from inference.decoder import Text, Writer
+from inference.decoder import BatchDecoder, Sequence
 from inference.engine import Engine
 from inference.writing import generate
 from model import GPT
@@ -229,15 +232,14 @@ def test_rows_tell_their_style_by_a_field(tmp_path: Path) -> None:
 def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     library: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prepare_data
     from corpus import encoding, preparation
 
-    monkeypatch.setattr(encoding, "GROUP", 600)  # several batches, some of them within a document
-    monkeypatch.setattr("corpus.documents.PIECE", 500)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 600)  # several batches, some of them within a document
+    monkeypatch.setattr("corpus.cleaning.CHUNK_BYTES", 500)
     flags = ("--input", library / "*.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--val-fraction", 0.34)
     flags += ("--control", "author", "--out", tmp_path / "out")
     monkeypatch.setattr(preparation, "SAVE_SECONDS", -1.0)
-    real, calls = prepare_data.encode, []
+    real, calls = preparation.encode, []
 
     def failing(*given: Any) -> Any:
         calls.append(given)
@@ -245,9 +247,9 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
             raise OSError("disk full")
         return real(*given)
 
-    monkeypatch.setattr(prepare_data, "encode", failing)
+    monkeypatch.setattr(preparation, "encode", failing)
     assert run(*flags, "--workers", 1) == 1 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(prepare_data, "encode", real)
+    monkeypatch.setattr(preparation, "encode", real)
     assert run(*flags, "--workers", 2) == 0
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "out", split), tokens(data, split))
@@ -289,7 +291,7 @@ def test_the_first_pattern_that_fits_counts() -> None:
     assert [control.mapped(name) for name in ("deep/a_b.txt", "flat/a_b.txt", "c.txt")] == ["one", "two", "rest"]
 
 
-# Windows
+# WindowSampler
 
 
 def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
@@ -312,7 +314,7 @@ def test_a_window_begins_with_its_documents_control_id(data: Path) -> None:
 def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     stream = TokenData.open(data).train
     lowest, T = stream.documents.lowest, 16
-    windows = Windows(len(stream), T, seed=1)
+    windows = WindowSampler(len(stream), T, seed=1)
     starts = windows.starts(0, 20 * windows.per_epoch)
     plain = plain_windows(starts)
     assert 0.08 < plain.mean() < 0.17
@@ -322,7 +324,7 @@ def test_an_eighth_of_the_training_windows_knows_no_styles(data: Path) -> None:
     text = stream.read(0, len(stream))
     text = text[text < lowest].tobytes()
     assert all(row.astype(np.uint16).tobytes() in text for row in x.numpy())
-    batches = training_batches(stream, windows, batch_size=len(starts), micro_steps=1)
+    batches = training_batches(stream, windows, batch_size=len(starts), grad_accum_steps=1)
     x, _ = next(batches)
     assert np.array_equal((x >= lowest).any(dim=1).numpy()[plain], np.zeros(plain.sum(), dtype=bool))
     assert (x[:, 0] >= lowest).numpy()[~plain].mean() > 0.9  # the rest lies in the document of nobody
@@ -494,14 +496,14 @@ def test_one_seed_one_text_in_style_alone_beside_others_and_on_every_surface(
 
 def test_a_blend_is_the_weighted_mean_of_log_probabilities(styled: tuple[GPT, Tokenizer]) -> None:
     tokenizer = styled[1]
-    text = Text(tokenizer, [], GenerationParams(style="ash:3,birch:1"), seed=0, index=0, context=24)
+    sequence = Sequence(tokenizer, [], GenerationParams(style="ash:3,birch:1"), seed=0, index=0, context=24)
     given = [torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-3.0, 1.0, 4.0])]
     rest = torch.full((tokenizer.vocab_size - 3,), -30.0)
-    for reading, logits in zip(text.readings, given, strict=True):
-        reading.logits = torch.cat((logits, rest))
+    for state, logits in zip(sequence.states, given, strict=True):
+        state.logits = torch.cat((logits, rest))
     expected = (0.75 * given[0].log_softmax(-1) + 0.25 * given[1].log_softmax(-1)).softmax(-1)
-    assert torch.allclose(text.mixture()[:3].softmax(-1), expected, atol=1e-6)
-    assert all(reading.logits is None for reading in text.readings)
+    assert torch.allclose(sequence.take_logits()[:3].softmax(-1), expected, atol=1e-6)
+    assert all(state.logits is None for state in sequence.states)
 
 
 def test_a_blend_that_waits_for_slots_is_not_overtaken_for_ever(styled: tuple[GPT, Tokenizer]) -> None:
@@ -523,19 +525,19 @@ def test_a_failure_in_one_style_ends_its_text_alone(
         alone = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40)).result()[0].text
         decode, birch = GPT.decode, tokenizer.styles["birch"]
         guilty: list[int] = []
-        read = Writer._read
+        prefill = BatchDecoder._prefill
 
-        def watched(self: Writer, readings: Any) -> None:
-            read(self, readings)
-            if self.held[readings[0].slot].ids[:1] == [birch]:
-                guilty.append(readings[0].slot)
+        def watched(self: BatchDecoder, states: Any) -> None:
+            prefill(self, states)
+            if self.prefix_cache[states[0].slot].ids[:1] == [birch]:
+                guilty.append(states[0].slot)
 
         def failing(self: GPT, ids: Any, cache: Any, slots: Any, rows: int = 0) -> Any:
             if any(slot in guilty and cache.length[slot] > 8 for slot in slots):
                 raise RuntimeError("out of memory")
             return decode(self, ids, cache, slots, rows)
 
-        monkeypatch.setattr(Writer, "_read", watched)
+        monkeypatch.setattr(BatchDecoder, "_prefill", watched)
         monkeypatch.setattr(GPT, "decode", failing)
         blend = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40, style="ash,birch"))
         other = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40))
@@ -575,7 +577,7 @@ def test_the_terminal_chooses_and_lists_styles(
     )
 
 
-# Does the dial work?
+# Do the styles work?
 
 
 @pytest.fixture(scope="module")
@@ -640,16 +642,16 @@ def test_the_right_style_has_the_lower_loss_and_the_table_shows_it(
     assert total["first"] == total["texts"] == len(found["texts"]) == 4 and total["chance"] == 2
     assert total["gain_over_wrong"]["mean"] == pytest.approx(total["wrong"] - total["right"])
     written = (tmp_path / "report.md").read_text()
-    assert "## Does the style dial work?" in written and f"**{found['matrix']['ash']['ash']:.3f}**" in written
+    assert "## Do the styles work?" in written and f"**{found['matrix']['ash']['ash']:.3f}**" in written
     model, tokenizer = load_model(model_folder)
     row = found["texts"][0]
-    held = next(text for text in evaluate.prepared_texts(data) if text.name == row["name"])
+    held = next(text for text in prepared_texts(data) if text.name == row["name"])
     ids = tokenizer.encode_array(held.text).astype(np.int64)
     begin = (len(ids) - 501) // 2
     ids, control = ids[begin : begin + 501], tokenizer.styles[row["style"]]
     losses = []
     with torch.no_grad():
-        for start, stop, first in evaluate.windows(len(ids), 8, 4):
+        for start, stop, first in sliding_windows(len(ids), 8, 4):
             x = torch.tensor([[control, *ids[start + 1 : stop].tolist()]])
             losses += torch.nn.functional.cross_entropy(
                 model(x)[0, first:], torch.from_numpy(ids[start + 1 + first : stop + 1]), reduction="none"

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from corpus import workers
-from corpus.workers import AHEAD, Pool, Progress
-
-ROOT = Path(workers.__file__).parent
+from corpus.workers import CALLS_PER_WORKER, Pool, Progress
+from support.helpers import ROOT
 
 
 def later(number: int) -> tuple[int, int]:
@@ -53,7 +52,7 @@ def test_arguments_are_read_only_a_little_ahead() -> None:
 
     with Pool(2) as pool:
         for done, _ in enumerate(pool.map(later, arguments()), 1):
-            assert read <= done + AHEAD * 2
+            assert read <= done + CALLS_PER_WORKER * 2
             if done == 20:
                 break
 
@@ -74,7 +73,7 @@ def test_a_killed_process_is_reported() -> None:
 
 def test_workers_end_when_their_parent_is_killed() -> None:
     code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/corpus']\n"
+        "import sys; sys.path[:0] = ['.', 'tests', 'tests/corpus']\n"
         "from corpus.workers import Pool; import test_workers, os, signal\n"
         "pool = Pool(2); found = {p for _, p in pool.map(test_workers.later, [(n,) for n in range(12)])}\n"
         "print(*found, flush=True); os.kill(os.getpid(), signal.SIGKILL)"

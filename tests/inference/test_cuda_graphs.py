@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from config import GenerationParams
-from inference.cuda_graphs import Graphs, agrees, graphed, spans
-from inference.decoder import Text, Writer
+from inference.cuda_graphs import DecodeGraphs, attention_spans, record_graphs, rows_are_independent
+from inference.decoder import BatchDecoder, Sequence
 from inference.quantize import prepare, row_counts
 from model import GPT, KVCache
 from support.tiny_models import random_model, shape, tiny_tokenizer
@@ -25,15 +25,15 @@ def filled(model: GPT, slots: int) -> KVCache:
 
 
 def test_spans_double_up_to_the_context() -> None:
-    assert spans(1024) == [128, 256, 512, 1024] and spans(1000) == [128, 250, 500, 1000]
-    assert spans(64) == [64] and spans(128) == [128] and spans(129) == [128, 129]
+    assert attention_spans(1024) == [128, 256, 512, 1024] and attention_spans(1000) == [128, 250, 500, 1000]
+    assert attention_spans(64) == [64] and attention_spans(128) == [128] and attention_spans(129) == [128, 129]
 
 
 @pytest.mark.parametrize("form", [{}, {"positions": "sinusoidal", "tied_head": False, "padding": 9}, {"bias": False}])
-def test_fixed_shapes_compute_what_the_plain_steps_do(form: dict) -> None:
+def test_fixed_shapes_give_the_plain_logits(form: dict) -> None:
     model = random_model(shape(tiny_tokenizer(), **form), seed=1)
     plain, fixed = filled(model, 7), filled(model, 7)
-    graphs = Graphs(model, fixed, (2, 8), LENGTHS)
+    graphs = DecodeGraphs(model, fixed, (2, 8), LENGTHS)
     asked = (([5, 6, 7], [0, 3, 6], 8, 3), ([9], [2], 2, 5), ([1, 2, 3, 4, 5, 6, 7], list(range(7)), 8, 3))
     for ids, slots, rows, steps in asked:
         for _ in range(steps):
@@ -47,7 +47,7 @@ def test_fixed_shapes_compute_what_the_plain_steps_do(form: dict) -> None:
     with pytest.raises(ValueError, match="full at 24"):
         for _ in range(30):
             graphs([1], [6], 2)
-    assert fixed.length[6] == 24 and set(graphs.plays) == {(8, 24), (2, 8), (2, 24)}
+    assert fixed.length[6] == 24 and set(graphs.steps) == {(8, 24), (2, 8), (2, 24)}
 
 
 class Thrice(nn.Module):
@@ -57,53 +57,55 @@ class Thrice(nn.Module):
         return x.repeat(1, 3)
 
 
-@pytest.mark.parametrize("mind", ["nothing", "rows", "span"])
-def test_attention_that_minds_its_neighbours_is_found_out(monkeypatch: pytest.MonkeyPatch, mind: str) -> None:
+@pytest.mark.parametrize("depends_on", ["nothing", "rows", "span"])
+def test_rows_that_depend_on_each_other_are_detected(monkeypatch: pytest.MonkeyPatch, depends_on: str) -> None:
     model = random_model(shape(tiny_tokenizer()), seed=1)
     model.h[0].attn.c_attn, model.h[0].attn.c_proj = Thrice(), nn.Identity()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        """Row by row and without what is masked, but for a last bit or two."""
+        """Row by row, without what is masked, with an error that depends on the rows or the span if asked."""
         seen = (attn_mask[:, 0, 0] == 0).sum(1).tolist()
         rows = [(q[at] @ k[at, :, :n].mT).softmax(-1) @ v[at, :, :n] for at, n in enumerate(seen)]
-        return torch.stack(rows) * (1 + 1e-6 * {"nothing": 0, "rows": len(q), "span": k.size(2)}[mind])
+        return torch.stack(rows) * (1 + 1e-6 * {"nothing": 0, "rows": len(q), "span": k.size(2)}[depends_on])
 
     monkeypatch.setattr("model.F.scaled_dot_product_attention", attend)
-    assert agrees(model, (2, 4), LENGTHS) is (mind == "nothing")
+    assert rows_are_independent(model, (2, 4), LENGTHS) is (depends_on == "nothing")
 
 
 def test_there_are_no_graphs_without_a_gpu() -> None:
     model = random_model(shape(tiny_tokenizer()), seed=1)
-    writer = Writer(model, 3)
-    assert writer.graphs is None and len(writer.cache.length) == 3
-    assert graphed(model, writer.cache, (1, 2)) is None
+    batch = BatchDecoder(model, 3)
+    assert batch.graphs is None and len(batch.cache.length) == 3
+    assert record_graphs(model, batch.cache, (1, 2)) is None
 
 
-def texts_of(model: GPT, slots: int) -> list[list[int]]:
+def written_by(model: GPT, slots: int) -> list[list[int]]:
     tokenizer = tiny_tokenizer()
     asked = [GenerationParams(max_tokens=30 + 7 * number, seed=number, temperature=1.0) for number in range(9)]
-    writer, waiting = Writer(model, slots), list(asked)
-    texts: list[Text] = []
-    while waiting or writer.texts:
-        while waiting and writer.free:
+    batch, waiting = BatchDecoder(model, slots), list(asked)
+    texts: list[Sequence] = []
+    while waiting or batch.sequences:
+        while waiting and batch.free_slots:
             params = waiting.pop(0)
             ids = tokenizer.encode("It was the best of times"[: 3 + 2 * len(waiting)])
-            texts.append(Text(tokenizer, ids, params, seed=params.seed or 0, index=0, context=model.config.block_size))
-            writer.add(texts[-1])
-        writer.step()
-    return [text.written for text in texts]
+            texts.append(
+                Sequence(tokenizer, ids, params, seed=params.seed or 0, index=0, context=model.config.block_size)
+            )
+            batch.add(texts[-1])
+        batch.step()
+    return [text.output_ids for text in texts]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_graphs_write_what_plain_steps_write_alone_and_together(dtype: str) -> None:
+def test_graphs_give_the_plain_logits_and_the_same_texts_in_any_batch(dtype: str) -> None:
     model = random_model(shape(tiny_tokenizer(), block_size=256, n_embd=64), seed=2).cuda()
     prepare(model, dtype)
-    writer = Writer(model, 4)
-    assert writer.graphs is not None, "this GPU's attention depends on a row's neighbours"
-    assert texts_of(model, 1) == texts_of(model, 4) == texts_of(model, 9)
+    batch = BatchDecoder(model, 4)
+    assert batch.graphs is not None, "this GPU's attention depends on a row's neighbours"
+    assert written_by(model, 1) == written_by(model, 4) == written_by(model, 9)
     plain, fixed = filled(model, 4), filled(model, 4)
-    graphs = graphed(model, fixed, row_counts(model))
+    graphs = record_graphs(model, fixed, row_counts(model))
     assert graphs is not None
     for _ in range(5):
         expected = model.decode([5, 6], plain, [1, 3], 8).cpu()

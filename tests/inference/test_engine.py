@@ -1,4 +1,4 @@
-"""The engine: texts as if alone amid load, cancellation, slow readers, limits, failures, scores, closing."""
+"""The engine: texts as if written alone under load, cancellation, slow readers, limits, failures, scores, closing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from config import GenerationParams
 from inference import decoder
-from inference.engine import Engine, EngineError, Event, Job, QueueFull
+from inference.engine import Engine, EngineError, Event, GenerationRequest, QueueFull
 from inference.writing import generate
 from model import GPT
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
@@ -45,7 +45,7 @@ def engine(model: GPT) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def patient(endless: tuple[GPT, Any]) -> Iterator[Engine]:
+def small_engine(endless: tuple[GPT, Any]) -> Iterator[Engine]:
     with Engine(*endless, slots=2, queue_size=3, event_buffer=20) as engine:
         yield engine
 
@@ -59,10 +59,10 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> bool:
 
 def idle(engine: Engine) -> bool:
     stats = engine.stats()
-    return stats["running"] == stats["waiting"] == 0 and sorted(engine._writer.free) == list(range(engine.slots))
+    return stats["running"] == stats["waiting"] == 0 and sorted(engine._decoder.free_slots) == list(range(engine.slots))
 
 
-def requests(count: int) -> list[tuple[str, GenerationParams]]:
+def mixed_requests(count: int) -> list[tuple[str, GenerationParams]]:
     rng = random.Random(5)
     prompts = ["It was", "I", "", "the worst of times, it was the best of times " * 4, "“Pip’s” £5"]
     return [
@@ -82,25 +82,25 @@ def requests(count: int) -> list[tuple[str, GenerationParams]]:
     ]
 
 
-def test_texts_amid_load_are_those_written_alone(model: GPT) -> None:
-    asked = requests(24)
+def test_texts_under_load_are_those_written_alone(model: GPT) -> None:
+    asked = mixed_requests(24)
     alone = [generate(model, tiny_tokenizer(), prompt, params) for prompt, params in asked]
     for slots in (1, 5, 16):
         with Engine(model, tiny_tokenizer(), slots=slots) as engine:
-            jobs = []
+            requests = []
             for prompt, params in asked:
-                jobs.append(engine.submit(prompt, params))
+                requests.append(engine.submit(prompt, params))
                 time.sleep(0.002)
             engine.submit("x", LONG).cancel()
-            assert [job.result() for job in jobs] == alone
+            assert [request.result() for request in requests] == alone
             assert until(lambda: idle(engine))
             assert engine.stats()["tokens"] >= sum(result.tokens for results in alone for result in results)
 
 
 def test_events_are_in_order_and_complete(engine: Engine) -> None:
-    job = engine.submit("It was", GenerationParams(max_tokens=30, n=6, seed=1), request_id="r1", logprobs=2)
-    events = list(job)
-    assert job.id == "r1" and job.seed == 1 and job.done and not job.truncated
+    request = engine.submit("It was", GenerationParams(max_tokens=30, n=6, seed=1), request_id="r1", logprobs=2)
+    events = list(request)
+    assert request.id == "r1" and request.seed == 1 and request.done and not request.truncated
     assert [event.seq for event in events] == list(range(len(events)))
     for index in range(6):
         kinds = [event.kind for event in events if event.index == index]
@@ -111,16 +111,16 @@ def test_events_are_in_order_and_complete(engine: Engine) -> None:
             assert event.logprob is not None and len(event.top) == 2
         if event.kind == "done":
             assert event.usage is not None and event.usage["total_tokens"] == sum(list(event.usage.values())[:2])
-    assert list(job) == []
+    assert list(request) == []
 
 
-def test_a_new_seed_is_told(engine: Engine) -> None:
-    job = engine.submit("It", GenerationParams(max_tokens=9))
-    assert job.result() == engine.submit("It", GenerationParams(max_tokens=9, seed=job.seed)).result()
+def test_a_new_seed_is_reported(engine: Engine) -> None:
+    request = engine.submit("It", GenerationParams(max_tokens=9))
+    assert request.result() == engine.submit("It", GenerationParams(max_tokens=9, seed=request.seed)).result()
 
 
 def test_reading_in_an_event_loop(engine: Engine, model: GPT) -> None:
-    asked = requests(8)
+    asked = mixed_requests(8)
 
     async def read(prompt: str, params: GenerationParams) -> list[str]:
         texts = [""] * params.n
@@ -136,36 +136,36 @@ def test_reading_in_an_event_loop(engine: Engine, model: GPT) -> None:
     assert found == expected
 
 
-def test_a_reader_whose_loop_has_ended_is_forgotten(patient: Engine) -> None:
-    async def glance() -> Job:
-        job = patient.submit("a", LONG)
-        await anext(job)
-        task = asyncio.ensure_future(anext(job))
+def test_a_reader_whose_event_loop_has_ended_is_dropped(small_engine: Engine) -> None:
+    async def glance() -> GenerationRequest:
+        request = small_engine.submit("a", LONG)
+        await anext(request)
+        task = asyncio.ensure_future(anext(request))
         await asyncio.sleep(0)
         task.cancel()
-        return job
+        return request
 
-    job = asyncio.run(glance())
-    patient.event_buffer = 10**9
-    job._waiter = asyncio.new_event_loop().create_future()
-    job._waiter.get_loop().close()
-    patient._wake()
-    assert until(lambda: job.done) and until(lambda: idle(patient))
+    request = asyncio.run(glance())
+    small_engine.event_buffer = 10**9
+    request._waiter = asyncio.new_event_loop().create_future()
+    request._waiter.get_loop().close()
+    small_engine._wake()
+    assert until(lambda: request.done) and until(lambda: idle(small_engine))
 
 
 def test_cancelling_frees_the_slots_within_two_tokens(endless: tuple[GPT, Any]) -> None:
     with Engine(*endless, slots=2, event_buffer=10**6) as engine:
-        job = engine.submit("a", LONG.model_copy(update={"n": 5}))
+        request = engine.submit("a", LONG.model_copy(update={"n": 5}))
         seen = 0
-        for event in job:
+        for event in request:
             if event.kind == "token":
                 seen += 1
             if seen == 10:
                 break
         steps = engine.stats()["tokens"]
-        job.cancel()
-        assert until(lambda: job.done) and until(lambda: idle(engine))
-        rest = list(job)
+        request.cancel()
+        assert until(lambda: request.done) and until(lambda: idle(engine))
+        rest = list(request)
         assert {event.index for event in rest if event.finish_reason == "cancelled"} == set(range(5))
         unread = sum(event.kind == "token" for event in rest)
         assert engine.stats()["tokens"] - steps <= 2 * 2 + unread
@@ -177,41 +177,41 @@ def test_cancellation_is_prompt(endless: tuple[GPT, Any], monkeypatch: pytest.Mo
     engine = Engine(*endless, slots=1)
     steps: list[bool] = []
     cancelled = threading.Event()
-    step = engine._writer.step
+    step = engine._decoder.step
 
     def counted() -> Any:
         steps.append(cancelled.is_set())
         return step()
 
-    monkeypatch.setattr(engine._writer, "step", counted)
-    with engine, engine.submit("a", LONG) as job:
-        for _, _ in zip(range(8), job, strict=False):
+    monkeypatch.setattr(engine._decoder, "step", counted)
+    with engine, engine.submit("a", LONG) as request:
+        for _, _ in zip(range(8), request, strict=False):
             pass
-        job.cancel()
+        request.cancel()
         cancelled.set()
-        assert until(lambda: job.done)
+        assert until(lambda: request.done)
         assert sum(steps) <= 2
 
 
-def test_leaving_a_with_block_cancels(patient: Engine) -> None:
-    with patient.submit("a", LONG) as job:
-        next(job)
-    assert until(lambda: job.done) and until(lambda: idle(patient))
+def test_leaving_a_with_block_cancels(small_engine: Engine) -> None:
+    with small_engine.submit("a", LONG) as request:
+        next(request)
+    assert until(lambda: request.done) and until(lambda: idle(small_engine))
 
 
-def test_a_reader_that_does_not_read_pauses_only_itself(patient: Engine) -> None:
-    stuck = patient.submit("a", LONG.model_copy(update={"seed": 3, "max_tokens": 300}))
-    assert until(lambda: patient.stats()["paused"] == 1)
+def test_a_reader_that_does_not_read_pauses_only_itself(small_engine: Engine) -> None:
+    stuck = small_engine.submit("a", LONG.model_copy(update={"seed": 3, "max_tokens": 300}))
+    assert until(lambda: small_engine.stats()["paused"] == 1)
     held = stuck.unread
     assert 20 <= held <= 22
-    quick = patient.submit("b", LONG.model_copy(update={"max_tokens": 200}))
+    quick = small_engine.submit("b", LONG.model_copy(update={"max_tokens": 200}))
     assert quick.result()[0].tokens == 200
     assert stuck.unread == held and not stuck.done
     assert stuck.result()[0].tokens == 300  # reads on: nothing is lost
-    assert until(lambda: idle(patient))
+    assert until(lambda: idle(small_engine))
 
 
-def test_a_reader_that_never_reads_is_given_up(endless: tuple[GPT, Any]) -> None:
+def test_a_reader_that_never_reads_is_cancelled(endless: tuple[GPT, Any]) -> None:
     with Engine(*endless, slots=1, event_buffer=5, stall_s=0.2) as engine:
         stuck = engine.submit("a", LONG)
         waiting = engine.submit("b", GenerationParams(max_tokens=3))
@@ -219,41 +219,43 @@ def test_a_reader_that_never_reads_is_given_up(endless: tuple[GPT, Any]) -> None
         assert stuck.result()[0].finish_reason == "cancelled"
 
 
-def test_a_deadline_ends_running_and_waiting_texts(patient: Engine) -> None:
-    patient.event_buffer = 10**9
+def test_a_deadline_ends_running_and_waiting_texts(small_engine: Engine) -> None:
+    small_engine.event_buffer = 10**9
     begun = time.monotonic()
-    jobs = [patient.submit("a", LONG.model_copy(update={"max_tokens": 4096}), deadline_s=0.4) for _ in range(3)]
-    reasons = [result.finish_reason for job in jobs for result in job.result()]
+    requests = [
+        small_engine.submit("a", LONG.model_copy(update={"max_tokens": 4096}), deadline_s=0.4) for _ in range(3)
+    ]
+    reasons = [result.finish_reason for request in requests for result in request.result()]
     assert reasons == ["deadline"] * 3 and time.monotonic() - begun >= 0.4
-    stuck = patient.submit("a", LONG, deadline_s=0.3)
-    patient.event_buffer = 5
-    assert until(lambda: patient.stats()["paused"] == 1 or stuck.done)
+    stuck = small_engine.submit("a", LONG, deadline_s=0.3)
+    small_engine.event_buffer = 5
+    assert until(lambda: small_engine.stats()["paused"] == 1 or stuck.done)
     assert until(lambda: stuck.done)
     assert stuck.result()[0].finish_reason == "deadline"
 
 
-def test_a_full_queue_refuses_with_a_time_to_wait(patient: Engine) -> None:
-    jobs = [patient.submit("a", LONG) for _ in range(2)]
-    assert until(lambda: patient.stats()["running"] == 2)
-    jobs += [patient.submit("a", LONG) for _ in range(3)]
+def test_a_full_queue_refuses_with_a_time_to_wait(small_engine: Engine) -> None:
+    requests = [small_engine.submit("a", LONG) for _ in range(2)]
+    assert until(lambda: small_engine.stats()["running"] == 2)
+    requests += [small_engine.submit("a", LONG) for _ in range(3)]
     with pytest.raises(QueueFull) as refused:
-        patient.submit("a", LONG)
+        small_engine.submit("a", LONG)
     assert 1 <= refused.value.retry_after <= 60 and isinstance(refused.value, EngineError)
-    assert patient.stats()["rejected"] == 1 and patient.stats()["waiting"] == 3
-    for job in jobs:
-        job.cancel()
-    assert until(lambda: idle(patient))
-    assert len(patient.submit("a", GenerationParams(max_tokens=3)).result()) == 1
+    assert small_engine.stats()["rejected"] == 1 and small_engine.stats()["waiting"] == 3
+    for request in requests:
+        request.cancel()
+    assert until(lambda: idle(small_engine))
+    assert len(small_engine.submit("a", GenerationParams(max_tokens=3)).result()) == 1
 
 
 def test_no_queue_still_fills_the_slots(endless: tuple[GPT, Any]) -> None:
     with Engine(*endless, slots=2, queue_size=0) as engine:
-        jobs = [engine.submit("a", LONG) for _ in range(2)]
+        requests = [engine.submit("a", LONG) for _ in range(2)]
         assert until(lambda: engine.stats()["running"] == 2)
         with pytest.raises(QueueFull):
             engine.submit("a", LONG)
-        for job in jobs:
-            job.cancel()
+        for request in requests:
+            request.cancel()
 
 
 def test_a_large_request_does_not_starve_a_small_one(endless: tuple[GPT, Any]) -> None:
@@ -261,11 +263,11 @@ def test_a_large_request_does_not_starve_a_small_one(endless: tuple[GPT, Any]) -
         large = engine.submit("a", GenerationParams(max_tokens=60, n=64, temperature=1.0))
         small = engine.submit("b", GenerationParams(max_tokens=5, temperature=1.0))
         assert small.result()[0].tokens == 5
-        assert large.ended < 32
+        assert large.samples_ended < 32
         assert len({result.text for result in large.result()}) > 60
 
 
-def test_what_can_never_be_written_is_refused_at_once(engine: Engine) -> None:
+def test_impossible_requests_are_refused_at_once(engine: Engine) -> None:
     tokenizer = tiny_tokenizer()
     for prompt, params, more in (
         ("a", GenerationParams(max_tokens=4097), {}),
@@ -286,54 +288,56 @@ def test_what_can_never_be_written_is_refused_at_once(engine: Engine) -> None:
 
 
 def test_a_prompt_beyond_the_context_is_cut(engine: Engine, model: GPT) -> None:
-    job = engine.submit("It was the best of times, " * 20, GenerationParams(max_tokens=60, seed=4))
-    assert job.truncated and job.prompt_tokens == 36
-    assert job.result() == generate(
+    request = engine.submit("It was the best of times, " * 20, GenerationParams(max_tokens=60, seed=4))
+    assert request.truncated and request.prompt_tokens == 36
+    assert request.result() == generate(
         model, tiny_tokenizer(), "It was the best of times, " * 20, GenerationParams(max_tokens=60, seed=4)
     )
 
 
-def test_nothing_asked_is_nothing_written(engine: Engine) -> None:
+def test_no_tokens_asked_gives_an_empty_text(engine: Engine) -> None:
     (result,) = engine.submit("It", GenerationParams(max_tokens=0)).result()
     assert (result.text, result.finish_reason) == ("", "length")
 
 
-def test_a_failure_ends_only_its_own_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_ends_only_its_own_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = engine.submit("It was", GenerationParams(max_tokens=60, seed=1)).result()
-    choose = decoder.Text.choose
+    sample_next = decoder.Sequence.sample_next
 
-    def broken(text: decoder.Text, logits: torch.Tensor) -> list[Event]:
-        if text.params.seed == 666 and text.index == 1 and len(text.written) == 4:
-            raise RuntimeError("no more ink")
-        return choose(text, logits)
+    def broken(sequence: decoder.Sequence, logits: torch.Tensor) -> list[Event]:
+        if sequence.params.seed == 666 and sequence.index == 1 and len(sequence.output_ids) == 4:
+            raise RuntimeError("out of memory")
+        return sample_next(sequence, logits)
 
-    monkeypatch.setattr(decoder.Text, "choose", broken)
+    monkeypatch.setattr(decoder.Sequence, "sample_next", broken)
     good = engine.submit("It was", GenerationParams(max_tokens=60, seed=1))
     bad = engine.submit("It was", GenerationParams(max_tokens=60, seed=666, n=3))
     assert good.result() == expected
     events = list(bad)
-    assert events[-1].kind == "error" and events[-1].message == "no more ink" and events[-1].index == 1
+    assert events[-1].kind == "error" and events[-1].message == "out of memory" and events[-1].index == 1
     assert bad.done and until(lambda: idle(engine)) and engine.stats()["failed"] == 1
-    with pytest.raises(EngineError, match="no more ink"):
+    with pytest.raises(EngineError, match="out of memory"):
         engine.submit("It was", GenerationParams(max_tokens=60, seed=666, n=3)).result()
     assert engine.submit("It was", GenerationParams(max_tokens=60, seed=1)).result() == expected
 
 
-def test_a_failure_of_the_engine_itself_is_told_and_survived(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_engine_itself_is_reported_and_survived(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = engine.submit("It was", GenerationParams(max_tokens=9, seed=1)).result()
 
     def broken() -> None:
-        raise RuntimeError("the roof fell in")
+        raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(engine._writer, "step", broken)
-    jobs = [engine.submit("It was", GenerationParams(max_tokens=9, seed=1)) for _ in range(3)]
+    monkeypatch.setattr(engine._decoder, "step", broken)
+    requests = [engine.submit("It was", GenerationParams(max_tokens=9, seed=1)) for _ in range(3)]
     messages = []
-    for job in jobs:
+    for request in requests:
         try:
-            assert job.result() == expected
+            assert request.result() == expected
         except EngineError as error:
             messages.append(str(error))
-    assert messages and all("the roof fell in" in message for message in messages)
+    assert messages and all("the device is lost" in message for message in messages)
     assert engine.submit("It was", GenerationParams(max_tokens=9, seed=1)).result() == expected
     assert until(lambda: idle(engine))
 
@@ -361,7 +365,7 @@ def test_scores_are_the_model_s_own(engine: Engine, model: GPT) -> None:
 
 def test_scores_beyond_the_context(engine: Engine, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first window as one pass, every later token with at least half the context before it."""
-    monkeypatch.setattr("inference.engine.CHUNK", 7)
+    monkeypatch.setattr("inference.scoring.CHUNK", 7)
     ids = [(5 * at) % 250 for at in range(150)]
     scores = engine.score(ids)
     context = model.config.block_size
@@ -393,11 +397,11 @@ def test_a_score_that_fails_is_the_caller_s_error(engine: Engine, monkeypatch: p
 
 def test_closing_lets_texts_finish(model: GPT) -> None:
     engine = Engine(model, tiny_tokenizer(), slots=2)
-    jobs = [engine.submit("It was", GenerationParams(max_tokens=30, seed=1)) for _ in range(5)]
+    requests = [engine.submit("It was", GenerationParams(max_tokens=30, seed=1)) for _ in range(5)]
     engine.close()
     assert not engine._thread.is_alive()
     expected = generate(model, tiny_tokenizer(), "It was", GenerationParams(max_tokens=30, seed=1))
-    assert [job.result() for job in jobs] == [expected] * 5
+    assert [request.result() for request in requests] == [expected] * 5
     for late in (lambda: engine.submit("a", LONG), lambda: engine.score("It")):
         with pytest.raises(EngineError, match="closed"):
             late()
@@ -407,11 +411,11 @@ def test_closing_lets_texts_finish(model: GPT) -> None:
 @pytest.mark.parametrize(("timeout", "finish"), [(5.0, False), (0.3, True), (None, False)])
 def test_closing_ends_what_runs_too_long(endless: tuple[GPT, Any], timeout: float | None, finish: bool) -> None:
     engine = Engine(*endless, slots=2, event_buffer=10)
-    jobs = [engine.submit("a", LONG) for _ in range(4)]
-    next(jobs[0])
+    requests = [engine.submit("a", LONG) for _ in range(4)]
+    next(requests[0])
     engine.close(timeout, finish=finish)
     assert not engine._thread.is_alive()
-    assert {result.finish_reason for job in jobs for result in job.result()} == {"cancelled"}
+    assert {result.finish_reason for request in requests for result in request.result()} == {"cancelled"}
 
 
 def test_loading_a_folder(model: GPT, tmp_path: Path) -> None:
@@ -431,28 +435,28 @@ def test_many_readers_some_stuck_some_gone(endless: tuple[GPT, Any]) -> None:
     """100 streams, of which 20 stop reading and 30 vanish: every other is completed, and nothing is left behind."""
     params = GenerationParams(max_tokens=40, temperature=1.0, seed=9)
 
-    async def read(number: int, job: Job) -> str:
+    async def read(number: int, request: GenerationRequest) -> str:
         text = ""
-        async for event in job:
+        async for event in request:
             text += event.text
             if number < 50 and event.kind == "token":
                 if number >= 20:
-                    job.cancel()
+                    request.cancel()
                 break
         return text
 
-    async def read_all(jobs: list[Job]) -> list[str]:
-        readers = (read(number, job) for number, job in enumerate(jobs))
+    async def read_all(requests: list[GenerationRequest]) -> list[str]:
+        readers = (read(number, request) for number, request in enumerate(requests))
         return await asyncio.wait_for(asyncio.gather(*readers), 120)
 
-    def crowd(engine: Engine) -> list[weakref.ref[Job]]:
-        jobs = [engine.submit("a", params) for _ in range(100)]
-        assert set(asyncio.run(read_all(jobs))[50:]) == {expected.text}
-        return [weakref.ref(job) for job in jobs]
+    def crowd(engine: Engine) -> list[weakref.ref[GenerationRequest]]:
+        requests = [engine.submit("a", params) for _ in range(100)]
+        assert set(asyncio.run(read_all(requests))[50:]) == {expected.text}
+        return [weakref.ref(request) for request in requests]
 
     with Engine(*endless, slots=8, queue_size=200, event_buffer=16, stall_s=0.5) as engine:
         (expected,) = engine.submit("a", params).result()
         gone = crowd(engine)
         assert until(lambda: idle(engine))
-        assert engine._jobs == [] and engine._owner == {}
-        assert until(lambda: not gc.collect() and not [job for job in gone if job() is not None])
+        assert engine._requests == [] and engine._request_of == {}
+        assert until(lambda: not gc.collect() and not [request for request in gone if request() is not None])

@@ -10,12 +10,12 @@ from torch import nn
 
 from inference import quantize
 from inference.quantize import (
-    HalfLinear,
+    Float16Linear,
     Int8Linear,
     PackedLinear,
     WeightOnlyInt8,
-    can_halve,
-    int8_kind,
+    float16_works,
+    int8_layer,
     load_for_writing,
     prepare,
     row_counts,
@@ -24,45 +24,45 @@ from model import GPT
 from support.tiny_models import random_model, shape, some_ids, tiny_tokenizer
 
 CPU = torch.device("cpu")
-KINDS = [PackedLinear, WeightOnlyInt8]
+LAYERS = [PackedLinear, WeightOnlyInt8]
 if "fbgemm" in torch.backends.quantized.supported_engines:
-    KINDS.append(Int8Linear)
-if can_halve(CPU):
-    KINDS.append(HalfLinear)
-NEAR = {PackedLinear: 1e-6, HalfLinear: 1e-3}  # relative distance from float32
+    LAYERS.append(Int8Linear)
+if float16_works(CPU):
+    LAYERS.append(Float16Linear)
+TOLERANCE = {PackedLinear: 1e-6, Float16Linear: 1e-3}  # relative distance from float32
 
 
 @pytest.fixture(autouse=True)
 def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights are packed too, and what was found about one test's model is forgotten before the next."""
-    monkeypatch.setattr(quantize, "WORTH_PACKING", 0)
-    monkeypatch.setattr(quantize, "_counts", {})
+    monkeypatch.setattr(quantize, "MIN_PACKED", 0)
+    monkeypatch.setattr(quantize, "_row_counts", {})
 
 
 def small(**values: Any) -> GPT:
     return random_model(shape(tiny_tokenizer(), **{"block_size": 32, "n_embd": 64, **values}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer_type", LAYERS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_each_kind_is_a_linear_layer(kind: Any, bias: bool, rows: int) -> None:
+def test_each_layer_type_computes_a_linear_layer(layer_type: Any, bias: bool, rows: int) -> None:
     torch.manual_seed(1)
     layer = nn.Linear(96, 40, bias=bias)
     x = torch.randn(rows, 96)
-    x[0] *= 1000  # a loud row must not drown the others
+    x[0] *= 1000  # a row of large numbers must not cost the others their precision
     with torch.inference_mode():
-        expected, found = layer(x), kind(layer.weight, layer.bias)(x)
+        expected, found = layer(x), layer_type(layer.weight, layer.bias)(x)
     off = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert found.shape == expected.shape and found.dtype == torch.float32
-    assert float(off.max()) < NEAR.get(kind, 0.03)
-    if kind is Int8Linear:
+    assert float(off.max()) < TOLERANCE.get(layer_type, 0.03)
+    if layer_type is Int8Linear:
         with torch.inference_mode():
-            silent = kind(layer.weight, layer.bias)(torch.zeros(2, 96))
-        assert torch.equal(silent, torch.zeros(2, 40) if layer.bias is None else layer.bias.expand(2, 40))
+            of_zeros = layer_type(layer.weight, layer.bias)(torch.zeros(2, 96))
+        assert torch.equal(of_zeros, torch.zeros(2, 40) if layer.bias is None else layer.bias.expand(2, 40))
 
 
-@pytest.mark.skipif(Int8Linear not in KINDS, reason="no FBGEMM on this machine")
+@pytest.mark.skipif(Int8Linear not in LAYERS, reason="no FBGEMM on this machine")
 @pytest.mark.parametrize("inside", [96, 97, 3072])
 def test_int8_sums_do_not_saturate(inside: int) -> None:
     """Activations at their limits, and weights of which neighbours are large together: the sums of the rounded numbers."""
@@ -74,9 +74,9 @@ def test_int8_sums_do_not_saturate(inside: int) -> None:
     x = torch.randn(8, inside, generator=generator).sign()
     x[0], x[1] = 1.0, -1.0
     x[2:4] = weight[[20, 40]].sign()
-    assert int8_kind(CPU) == (Int8Linear, "")
+    assert int8_layer(CPU) == (Int8Linear, "")
     layer = Int8Linear(weight, None)
-    rounded = torch.ops.quantized.linear_unpack(layer.pack)[0].dequantize()
+    rounded = torch.ops.quantized.linear_unpack(layer.packed)[0].dequantize()
     with torch.inference_mode():
         found, expected = layer(x), x.double() @ rounded.double().t()
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-4)
@@ -110,7 +110,7 @@ def test_a_prepared_model_computes_the_same(form: dict[str, Any], dtype: str) ->
     assert [row[:2] for row in model.report()] == [row[:2] for row in report]
 
 
-def test_auto_takes_what_the_processor_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_format_that_the_processor_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(quantize, "native_bf16", lambda device, native=native: native)
         model = small()
@@ -118,31 +118,31 @@ def test_auto_takes_what_the_processor_multiplies_fast(monkeypatch: pytest.Monke
         assert str(model.wte.weight.dtype) == f"torch.{dtype}"
     _, remark = prepare(small(), "bfloat16")
     assert "float32 is faster" in remark
-    monkeypatch.setattr(quantize, "WORTH_HALVING", 0)
-    assert prepare(small(), "auto") == ("float16" if can_halve(CPU) else "float32", "")
-    monkeypatch.setattr(quantize, "can_halve", lambda device: False)
+    monkeypatch.setattr(quantize, "MIN_FLOAT16", 0)
+    assert prepare(small(), "auto") == ("float16" if float16_works(CPU) else "float32", "")
+    monkeypatch.setattr(quantize, "float16_works", lambda device: False)
     assert prepare(small(), "auto") == ("float32", "")
     used, remark = prepare(small(), "float16")
     assert used == "float32" and "cannot keep weights in float16" in remark
 
 
-def test_int8_that_is_not_to_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_int8_says_why_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any) -> torch.Tensor:
         raise RuntimeError("int8pack: no kernel for this machine")
 
     monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
     monkeypatch.setattr(quantize, "Int8Linear", missing)
-    kind, reason = int8_kind(CPU)
-    assert kind is None and "no kernel for this machine" in reason
+    layer_type, reason = int8_layer(CPU)
+    assert layer_type is None and "no kernel for this machine" in reason
     model = small()
     used, remark = prepare(model, "int8")
     assert used in ("float32", "bfloat16")
     assert "int8 is not available: int8pack: no kernel for this machine" in remark and f"using {used}" in remark
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, w, s: torch.zeros(len(x), len(w)))
-    assert "computes wrongly" in int8_kind(CPU)[1]
+    assert "computes wrongly" in int8_layer(CPU)[1]
 
 
-def test_nothing_is_prepared_twice_or_in_an_unknown_way() -> None:
+def test_preparing_twice_or_in_an_unknown_format_is_refused() -> None:
     model = small()
     with pytest.raises(ValueError, match=r"--dtype int4: choose one of auto, float32"):
         prepare(model, "int4")
@@ -152,7 +152,7 @@ def test_nothing_is_prepared_twice_or_in_an_unknown_way() -> None:
 
 
 def test_small_weights_stay_as_they_are_and_small_models_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "WORTH_PACKING", 280 * 64)
+    monkeypatch.setattr(quantize, "MIN_PACKED", 280 * 64)
     monkeypatch.setattr(quantize, "THREADS", 3)
     before = torch.get_num_threads()
     try:
@@ -160,14 +160,14 @@ def test_small_weights_stay_as_they_are_and_small_models_take_one_thread(monkeyp
         prepare(model, "float32")
         assert torch.get_num_threads() == 1
         assert isinstance(model.lm_head, PackedLinear) and isinstance(model.h[0].mlp.c_fc, nn.Linear)
-        monkeypatch.setattr(quantize, "WORTH_THREADS", 10)
+        monkeypatch.setattr(quantize, "MIN_THREADED", 10)
         prepare(small(), "float32")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
-class Fickle(nn.Module):
+class RowDependent(nn.Module):
     """A linear layer whose last bits depend on the number of rows, or on a row's place."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, wrong: set[int], by_place: bool):
@@ -202,10 +202,10 @@ class Fickle(nn.Module):
 )
 def test_row_counts_are_those_that_agree(wrong: set[int], by_place: bool, expected: tuple[int, ...]) -> None:
     model = small()
-    quantize._replace(model, lambda weight, bias: Fickle(weight, bias, wrong, by_place))
+    quantize.replace_linears(model, lambda weight, bias: RowDependent(weight, bias, wrong, by_place))
     found = row_counts(model)
     assert found == expected
-    assert row_counts(model) is found  # tried once
+    assert row_counts(model) is found  # from the cache
 
 
 def test_loading_for_writing(tmp_path: Any) -> None:

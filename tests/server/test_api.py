@@ -1,4 +1,4 @@
-"""The server's texts: REST, events, JSON lines and WebSocket, alike on every surface, and ended when nobody reads."""
+"""Texts over REST, server-sent events, JSON lines and WebSocket: alike everywhere, and ended when nobody reads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_max_length_is_another_name_for_max_tokens(client: TestClient) -> None:
     assert tokens(max_length=0) == 0
 
 
-def test_a_batch_is_its_prompts_one_by_one(client: TestClient) -> None:
+def test_a_batch_gives_each_prompt_the_text_it_has_alone(client: TestClient) -> None:
     prompts = [PROMPT, "", "“the lamps”"]
     reply = client.post("/generate/batch", json={"prompts": prompts, **PARAMS}).json()
     alone = [client.post("/generate", json={"prompt": prompt, **PARAMS}).json() for prompt in prompts]
@@ -71,7 +71,7 @@ def test_a_batch_is_its_prompts_one_by_one(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/invocations"])
-def test_streams_hold_the_protocols_messages(client: TestClient, path: str) -> None:
+def test_streams_consist_of_the_protocols_messages(client: TestClient, path: str) -> None:
     body = {"prompt": PROMPT, "n": 2, "request_id": "s-1", **PARAMS}
     answer = client.post(path, json={**body, "stream": True})
     if path == "/generate":
@@ -86,7 +86,7 @@ def test_streams_hold_the_protocols_messages(client: TestClient, path: str) -> N
     assert answer.headers["x-accel-buffering"] == "no" and "no-cache" in answer.headers["cache-control"]
 
 
-def test_a_line_ends_only_where_it_should() -> None:
+def test_json_lines_escape_unicode_line_separators() -> None:
     from server.streaming import json_line
 
     line = json_line({"text": "a\x85b\u2028c\u2029d\ne“"})
@@ -117,7 +117,9 @@ def surfaces(client: TestClient) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_one_seed_one_text_with_narrow_weights(model: GPT, tokenizer: Tokenizer, tmp_path: Path, dtype: str) -> None:
+def test_one_seed_one_text_with_float16_and_int8_weights(
+    model: GPT, tokenizer: Tokenizer, tmp_path: Path, dtype: str
+) -> None:
     save(tmp_path / "model", model, tokenizer)
     narrow, _, remark = load_for_writing(tmp_path / "model", dtype=dtype)
     if remark:
@@ -253,11 +255,13 @@ def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> Non
         ("/v1/completions", {"prompt": [300]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": [["x"]]}, "prompt"),
-        ("/v1/completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": "x", "best_of": 17}, "best_of"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1.0}}, "logit_bias"),
         ("/v1/completions", {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
-        ("/v1/completions", {"prompt": "x", "logprobs": 6}, "logprobs"),
+        ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
         ("/v1/score", {"text": ""}, "text"),
     ):
         answer = client.post(path, json=body)
@@ -320,7 +324,9 @@ def test_a_deadline_ends_the_text(engine: Engine) -> None:
         ("/generate/batch", {}),
     ],
 )
-def test_a_vanished_client_stops_the_work(live: str, engine: Engine, path: str, body: dict[str, Any]) -> None:
+def test_a_client_that_disconnects_stops_its_generation(
+    live: str, engine: Engine, path: str, body: dict[str, Any]
+) -> None:
     import socket
 
     host, port = live.removeprefix("http://").split(":")
@@ -350,11 +356,11 @@ def test_the_openapi_document_states_this_servers_limits(engine: Engine) -> None
     assert document["components"]["schemas"]["BatchBody"]["properties"]["prompts"]["maxItems"] == 4
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     assert len(operations) == 13 and not any("422" in operation["responses"] for operation in operations)
-    assert document["security"] and not client.app.user_middleware[0].kwargs.get("allow_origins")  # type: ignore[attr-defined]
+    assert document["security"] and not client.app.state.service.origins.origins  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_a_reader_that_stops_reading_is_given_up(engine: Engine, kind: str) -> None:
+def test_a_client_that_stops_reading_loses_its_stream(engine: Engine, kind: str) -> None:
     app = api.create_app(settings(stall_s=0.3), engine)
     body = json.dumps({"prompt": PROMPT, "max_tokens": 4000, "stream": True, "action": "generate"}).encode()
     if kind == "http":
@@ -382,19 +388,19 @@ def test_a_reader_that_stops_reading_is_given_up(engine: Engine, kind: str) -> N
 
     async def serve() -> None:
         await asyncio.wait_for(app(scope, receive, send), 20)
-        assert not app.state.service.runs
+        assert not app.state.service.generations
 
     asyncio.run(serve())
     assert not any(message.get("more_body") is False for message in sent), "a cut stream must not look complete"
     assert until(lambda: engine.stats()["running"] == 0)
 
 
-def test_one_failing_text_of_a_batch_fails_it_with_its_own_error(client: TestClient, engine: Engine) -> None:
+def test_a_failing_text_fails_its_batch_with_its_own_error(client: TestClient, engine: Engine) -> None:
     service: Service = client.app.state.service  # type: ignore[attr-defined]
 
     def interrupt() -> None:
-        assert until(lambda: len(service.runs) == 2)
-        next(iter(service.runs)).interrupt()
+        assert until(lambda: len(service.generations) == 2)
+        next(iter(service.generations)).interrupt()
 
     thread = threading.Thread(target=interrupt)
     thread.start()

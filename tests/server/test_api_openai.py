@@ -1,7 +1,5 @@
 """OpenAI's own client as a contract test, and the OpenAPI document under schemathesis."""
 
-# ruff: noqa: F811  (fixtures are named twice: where they come from and where they are used)
-
 from __future__ import annotations
 
 import itertools
@@ -15,7 +13,7 @@ from starlette.testclient import TestClient
 import api
 from inference.engine import Engine
 from model import GPT
-from support.api_support import PROMPT, client, engine, live, model, openai_client, running, settings, tokenizer, until  # noqa: F401
+from support.api_support import PROMPT, openai_client, running, settings, until
 from tokenizer import Tokenizer
 
 
@@ -109,13 +107,13 @@ def test_openai_client_errors(live: str, engine: Engine) -> None:
         client.models.list()
 
 
-def test_openai_client_hears_of_a_failure_midway(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_client_raises_when_a_stream_fails_midway(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     app = api.create_app(settings(), engine)
     with running(app) as address, openai_client(address) as client:
         stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4000, stream=True)
         next(iter(stream))
-        for run in list(app.state.service.runs):
-            run.interrupt()
+        for generation in list(app.state.service.generations):
+            generation.interrupt()
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert until(lambda: engine.stats()["running"] == 0)

@@ -1,4 +1,4 @@
-"""What stands around the routes: health, keys, origins, logs, metrics, settings, limits and the way out."""
+"""Health, model lifecycle, keys, origins, logs, metrics, settings, limits and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import api
-from config import ConfigError, GenerationParams
+from config import SETTINGS, ConfigError, GenerationParams
 from inference.engine import Engine
 from model import GPT
 from server.service import Service
+from server.shutdown import drain
 from support.api_support import (
     PROMPT,
     openai_client,
@@ -47,7 +48,7 @@ def loggers() -> Iterator[None]:
         log.setLevel(level)
 
 
-def test_health_tells_loading_from_ready_from_failed(
+def test_health_distinguishes_loading_ready_and_failed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gate = threading.Event()
@@ -89,7 +90,7 @@ def test_health_tells_loading_from_ready_from_failed(
         assert until(lambda: client.get("/health").json()["error"]["code"] == "load_failed")
 
 
-def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
+def test_fields_left_out_take_the_model_folders_recommended_values(
     model: GPT, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without settings the server writes what the terminal writes without settings; OpenAI's defaults stay OpenAI's."""
@@ -123,7 +124,7 @@ def test_what_a_request_leaves_open_is_as_the_models_folder_recommends(
         assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
 
 
-def test_keys_open_the_server_and_nothing_else_does(engine: Engine) -> None:
+def test_only_a_valid_key_opens_the_server(engine: Engine) -> None:
     with TestClient(api.create_app(settings(api_keys="first-key, second-key"), engine)) as client:
         for path in ("/health", "/livez", "/readyz", "/ping", "/", "/docs", "/openapi.json", "/client.js"):
             assert client.get(path).status_code == 200, path
@@ -182,6 +183,73 @@ def test_origins_are_closed_unless_listed(engine: Engine, client: TestClient) ->
         ) not in ("*", "https://no.example")
 
 
+LISTED = "HTTPS://Pages.Example:443/"
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin", "allowed"),
+    [
+        (LISTED, "https://pages.example", True),
+        (LISTED, "https://pages.example:443", True),
+        (LISTED, "http://pages.example", False),
+        (LISTED, "https://pages.example:8443", False),
+        (LISTED, "https://pages.example.evil", False),
+        (LISTED, "null", False),
+        ("http://[::1]:80", "http://[::1]", True),
+        ("*", "https://anywhere.example", True),
+        ("*", "null", True),
+        ("null", "null", True),
+        ("null", "https://anywhere.example", False),
+    ],
+)
+def test_one_matcher_decides_on_origins_for_http_and_websocket(
+    engine: Engine, listed: str, origin: str, allowed: bool
+) -> None:
+    with TestClient(api.create_app(settings(origins=listed), engine)) as client:
+        answer = client.get("/health", headers={"Origin": origin})
+        assert (answer.headers.get("access-control-allow-origin") in (origin, "*")) is allowed
+        flight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        flight["Access-Control-Request-Headers"] = "x-stainless-os,x-stainless-lang,authorization"
+        answer = client.options("/v1/completions", headers=flight)
+        assert (answer.status_code == 200) is allowed
+        if allowed:
+            assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+        refused = False
+        try:
+            with client.websocket_connect("/ws", headers={"Origin": origin}):
+                pass
+        except WebSocketDisconnect:
+            refused = True
+        assert refused is not allowed
+
+
+def test_the_servers_own_page_needs_no_origin_in_the_settings(engine: Engine) -> None:
+    for host, origin in (("testserver:80", "http://testserver"), ("TestServer", "http://testserver:80")):
+        with (
+            TestClient(api.create_app(settings(), engine)) as client,
+            client.websocket_connect("/ws", headers={"Origin": origin, "Host": host}) as socket,
+        ):
+            socket.send_json({"action": "ping"})
+            assert socket.receive_json() == {"type": "pong"}
+
+
+def test_a_refused_origin_is_logged_with_what_it_was_compared_with(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("api").propagate = True
+    with TestClient(api.create_app(settings(origins="https://a.example/,b.example"), engine)) as client:
+        client.get("/health", headers={"Origin": "https://c.example"})
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws", headers={"Origin": "null"}):
+            pass
+        client.get("/health", headers={"Origin": "https://a.example"})
+        client.get("/health", headers={"Origin": "http://testserver"})
+    rows = [(record.getMessage(), record.fields) for record in caplog.records if "origin" in record.getMessage()]  # type: ignore[attr-defined]
+    assert [name for name, _ in rows] == ["origin_ignored", "origin_refused", "origin_refused"]
+    assert rows[0][1]["origin"] == "b.example" and "scheme" in rows[0][1]["message"]
+    assert rows[1][1] == {"origin": "https://c.example", "host": "testserver", "allowed": ["https://a.example"]}
+    assert rows[2][1]["origin"] == "null"
+
+
 def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     secret = "zanzibar moonlight"
     with caplog.at_level(logging.DEBUG, logger="api"):
@@ -213,7 +281,7 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
 
 
 def test_log_lines_are_json_and_hide_keys() -> None:
-    from server.service import HideQuery, JsonLog
+    from server.logs import HideQuery, JsonLog
 
     record = logging.LogRecord("api", logging.INFO, "", 0, "request", (), None)
     record.fields = {"status": 200}
@@ -266,8 +334,10 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
         assert client.get(f"/{name}").status_code == 200
     script = client.get("/client.js").text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script)
-    fields = set(re.findall(r'^  \["(\w+)", ', script, re.M)) | {"seed", "stop", "style"}
-    assert fields == set(GenerationParams.model_fields)
+    described = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
+    sliders = {name: setting.slider for name, setting in SETTINGS.items() if setting.slider}
+    assert {name: tuple(part["x-slider"]) for name, part in described.items() if "x-slider" in part} == sliders
+    assert described["top_p"]["x-label"] == "Top-p" and described["top_p"]["x-step"] == 0.01
     assert client.get("/../api.py").status_code == 404
 
 
@@ -277,7 +347,7 @@ def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None
     done = []
 
     async def stop() -> None:
-        await service.drain(lambda: done.append(True))
+        await drain(service, lambda: done.append(True))
 
     with (
         running(app) as address,
@@ -297,9 +367,7 @@ def test_a_text_ends_with_an_error_when_the_server_stops(engine: Engine) -> None
     assert until(lambda: engine.stats()["running"] == 0)
 
 
-def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_cancelled_during_tokenization_leaves_no_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(settings(), engine)
     started, jobs = threading.Event(), []
     submit = engine.submit
@@ -313,7 +381,7 @@ def test_a_prompt_abandoned_while_it_is_tokenized_leaves_no_job(
     monkeypatch.setattr(engine, "submit", slow)
 
     async def give_up() -> None:
-        task = asyncio.create_task(service.begin("fog " * 2000, GenerationParams(max_tokens=4000)))
+        task = asyncio.create_task(service.start("fog " * 2000, GenerationParams(max_tokens=4000)))
         await asyncio.to_thread(started.wait)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -343,3 +411,61 @@ def test_a_full_queue_is_429_with_retry_after(model: GPT, tokenizer: Tokenizer) 
         assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
         assert client.post("/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
     engine.close(5)
+
+
+def test_head_answers_like_get_without_a_body(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(api_keys="k"), engine)) as client:
+        for path in (
+            "/",
+            "/client.js",
+            "/health",
+            "/livez",
+            "/readyz",
+            "/ping",
+            "/docs",
+            "/openapi.json",
+            "/v1/models",
+        ):
+            whole = client.get(path, headers={"X-API-Key": "k"})
+            head = client.head(path, headers={"X-API-Key": "k"})
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == whole.headers["content-type"]
+            if "uptime_s" not in whole.text:
+                assert head.headers["content-length"] == str(len(whole.content))
+        assert client.head("/v1/models").status_code == 401
+        assert client.head("/nowhere").status_code == 401
+        assert client.head("/generate", headers={"X-API-Key": "k"}).status_code == 405
+        metrics = client.get("/metrics", headers={"X-API-Key": "k"}).text
+        assert 'vlg_requests_total{method="HEAD",route="/livez",status="200"} 1.0' in metrics
+
+
+def test_open_paths_stay_open_under_a_proxys_prefix(engine: Engine) -> None:
+    app = api.create_app(settings(api_keys="k"), engine)
+    with TestClient(app, root_path="/writer") as client:
+        assert client.get("/writer/health").status_code == client.get("/writer/livez").status_code == 200
+        assert client.get("/writer/v1/models").status_code == 401
+
+
+def test_model_names_may_hold_slashes_and_may_be_left_empty(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(name="house/victorian:mini"), engine)) as client:
+        assert client.get("/v1/models/house/victorian:mini").json()["id"] == "house/victorian:mini"
+        assert client.get("/v1/models/house").status_code == 404
+        assert client.get("/v1/models/").json()["object"] == "list"
+        for given in ({}, {"model": ""}, {"model": None}, {"model": "house/victorian:mini"}):
+            body = {"prompt": PROMPT, "max_tokens": 1, **given}
+            assert client.post("/v1/completions", json=body).status_code == 200, given
+        assert client.post("/v1/completions", json={"prompt": PROMPT, "model": "house"}).status_code == 404
+
+
+def test_messages_about_a_request_speak_of_its_fields(client: TestClient) -> None:
+    for given, message in (
+        ({"stop": [str(number) for number in range(17)]}, "stop: at most 16 items are allowed, not 17"),
+        ({"top_k": "3"}, "top_k: must be an integer"),
+        ({"temperature": -1}, "temperature: must be 0 or more"),
+        ({"stream": "yes"}, "stream: must be true or false"),
+        ({"wings": 2}, "wings: there is no such field"),
+        ({"prompt": 3}, "prompt: must be a string"),
+    ):
+        error = client.post("/generate", json={"prompt": "x", **given}).json()["error"]
+        assert error["message"] == message
+    assert client.post("/generate", json={}).json()["error"]["message"] == "prompt: is required"

@@ -9,6 +9,8 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +22,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoint import load_model, load_training, newest_checkpoint, save_model, save_training
-from config import GenerationParams, ModelConfig
+from config import ConfigError, GenerationParams, ModelConfig
 from model import GPT
 from storage import atomic
-from storage.atomic import CheckpointError, faults, pack, present, recover, replacing, sha256, unpack, write_tensors
+from storage.atomic import (
+    CheckpointError,
+    exclusive_lock,
+    faults,
+    pack,
+    present,
+    recover,
+    replacing,
+    sha256,
+    unpack,
+    write_tensors,
+)
+from support.helpers import ROOT
 from tokenizer import Tokenizer, char_tokenizer
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork to kill")
@@ -320,3 +334,43 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
     shutil.rmtree(tmp_path / "last")
     assert faults(tmp_path / "last")
+
+
+def test_a_lock_refuses_a_second_holder_and_leaves_no_file(tmp_path: Path) -> None:
+    lock = tmp_path / "runs" / ".lock"
+    with exclusive_lock(lock, "free"):
+        with pytest.raises(ConfigError, match=r"--out runs: taken"):
+            with exclusive_lock(lock, "--out runs: taken"):
+                pass
+        assert lock.is_file(), "the second one, refused, must not remove the lock of the first"
+    assert not lock.exists()
+    with pytest.raises(KeyError), exclusive_lock(lock, "free"):
+        raise KeyError
+    with exclusive_lock(lock, "free"):
+        pass
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from storage.atomic import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), "taken"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, lock], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="taken"), exclusive_lock(lock, "taken"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with exclusive_lock(lock, "taken"):
+        pass
+    assert not lock.exists()

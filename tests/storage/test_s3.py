@@ -179,9 +179,9 @@ def test_prepared_texts_go_up_and_training_starts_from_there(
     import prepare_data
     import train
     from support.helpers import TINY_FLAGS, nonsense
-    from training import checkpointing
+    from training import run_folder
 
-    monkeypatch.setattr(checkpointing, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "repository")
     (tmp_path / "text.txt").write_text(nonsense(6000))
     words = ["--input", str(tmp_path / "text.txt"), "--out", str(tmp_path / "data"), "--workers", "1"]
     words += ["--tokenizer", "char", "--s3-output"]

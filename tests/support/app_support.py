@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from config import GenerationParams
-from ui.backends import Alternative, BackendError, BackendLost, Place, Scored, Seen, Update
+from ui.backends import Alternative, BackendError, BackendLost, Place, Scored, Update, VisibleText
 
 NASTY = "<script>alert(1)</script> $x$ *a* _b_ `c`\n# b\n\n1. “é” & ~d~"
 
@@ -29,7 +29,7 @@ class Scripted:
         if prompt == "refuse":
             raise BackendError("the queue is full: try again in 3 seconds")
         self.requests.append((prompt, params))
-        return ScriptedWriting(self, params)
+        return ScriptedStream(self, params)
 
     def score(self, text: str, top: int = 10) -> list[Scored]:
         words = text.split(" ")
@@ -45,10 +45,10 @@ class Scripted:
             for at, (word, start) in enumerate(zip(words, starts, strict=True))
         ]
 
-    def seen(self, text: str, params: GenerationParams) -> Seen:
+    def visible_text(self, text: str, params: GenerationParams) -> VisibleText:
         words = text.split(" ")
         start = len(text) - len(" ".join(words[-30:])) if len(words) > 30 else 0
-        return Seen(len(words), 40, start)
+        return VisibleText(len(words), 40, start)
 
     def alive(self) -> bool:
         self.deaf -= 1
@@ -58,7 +58,7 @@ class Scripted:
         return
 
 
-class ScriptedWriting:
+class ScriptedStream:
     def __init__(self, backend: Scripted, params: GenerationParams):
         self.backend, self.params, self.cancelled = backend, params, False
 

@@ -30,10 +30,10 @@ def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "8 x A100 (p4d.24xlarge), fp16: micro-batch 16 x 2 accumulated = 524,288 tokens a step" in text
     assert figure(text, r"total +([\d,]+) parameters") == 125_262_336
     speed = figure(text, r"speed: ([\d,]+) tokens/s")
-    looks = 23 * 5_242_880 / 3  # evaluations of 5,532 steps, in training's price of a token
-    hours = (5532 * 524_288 + looks) / speed / 3600
+    evaluation = 23 * 5_242_880 / 3  # tokens evaluated in 5,532 steps, a third of the price of training on them
+    hours = (5532 * 524_288 + evaluation) / speed / 3600
     assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=1e-3)
-    assert "(of it evaluation " in text
+    assert "(including evaluation " in text
     assert "40% of 2,496 TFLOP/s assumed" in text
 
 
@@ -111,18 +111,18 @@ def test_unprepared_data_uses_known_figures() -> None:
     assert load_config("starter").model.vocab_size == 0
 
 
-def test_what_a_run_does_besides_steps() -> None:
-    found = {"look_s": 0.01, "sample_s": 0.5, "save_s": 2.0, "step_s": 1.0}
+def test_overhead_of_evaluation_samples_and_checkpoints() -> None:
+    costs = plan.Costs(step_s=1.0, eval_s=0.01, sample_s=0.5, save_s=2.0)
     settings = TrainConfig(
         max_steps=100, eval_interval=30, eval_tokens=50, sample_interval=40, sample_tokens=10, checkpoint_minutes=0
     )
-    assert plan.besides(settings, 100, 2.5, 1000, found) == {
+    assert plan.overhead(settings, 100, 2.5, 1000, costs) == {
         "evaluation": 4 * 50 * 0.01,  # at 30, 60, 90 and the end
         "samples": 3 * 10 * 0.5,  # before the first step, at 40 and 80
         "checkpoints": (4 + 3) * 2.0,  # a best each time, one last of three times the bytes
     }
     each = settings.model_copy(update={"eval_interval": 0, "sample_interval": 0, "each_epoch": True, "eval_tokens": 0})
-    assert plan.besides(each, 100, 2.5, 1000, found)["evaluation"] == 3 * 1000 * 0.01  # two epochs and the end
-    assert plan.besides(each, 100, 2.5, 1000, found)["samples"] == 2 * 10 * 0.5
+    assert plan.overhead(each, 100, 2.5, 1000, costs)["evaluation"] == 3 * 1000 * 0.01  # two epochs and the end
+    assert plan.overhead(each, 100, 2.5, 1000, costs)["samples"] == 2 * 10 * 0.5
     timed = settings.model_copy(update={"checkpoint_minutes": 0.5, "checkpoint_interval": 50})
-    assert plan.besides(timed, 100, 2.5, 1000, found)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0
+    assert plan.overhead(timed, 100, 2.5, 1000, costs)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0

@@ -1,4 +1,4 @@
-"""Exact resume: interrupted equals uninterrupted, bit for bit, however it was interrupted (correctness 17, 20, 21)."""
+"""Exact resume: interrupted equals uninterrupted, bit for bit, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ import torch
 import devices
 import train
 from checkpoint import load_training, newest_checkpoint
-from dataset import TokenData, Windows
+from dataset import TokenData, WindowSampler
+from support.forked import PYTHON
 from support.helpers import ROOT, TINY_FLAGS, prepare_text
 from test_train import rows, run, same, weights
 from training import plan
+from training import state as training_state
 from training import step as training_step
 
 LONG = ["--train.max-steps", "20"]
@@ -57,7 +59,7 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, reque
 
 def per_epoch(data: Path) -> int:
     """Optimizer steps in an epoch of the tiny run, not a whole number of them."""
-    return Windows(len(TokenData.open(data).train), 16, 1337).per_epoch // 4
+    return WindowSampler(len(TokenData.open(data).train), 16, 1337).per_epoch // 4
 
 
 @pytest.mark.parametrize("place", ["first step", "mid-epoch", "epoch edge", "past the edge", "epoch 2", "last but one"])
@@ -91,7 +93,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_a_resumed_run_remembers_its_best(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(training_step, "validate", lambda *_: next(found))
+    monkeypatch.setattr(training_state, "validate", lambda *_: next(found))
     flags = ["--train.eval-interval", "5", "--train.max-steps"]
     assert run(tiny_data, tmp_path / "run", *flags, "10") == 0
     best = weights(tmp_path / "run", "best")
@@ -204,7 +206,7 @@ def test_stopped_before_its_first_checkpoint_a_run_begins_anew(
     assert run(tiny_data, out, *flags, "--train.sample-tokens", "5") == 1
     assert rows(out)[-1]["step"] == 3 and not (out / "last").exists()
     assert train.main(["--resume", "--out", str(out)]) == 0
-    assert f"no checkpoint in {out} yet: beginning anew" in capsys.readouterr().err
+    assert f"no checkpoint in {out} yet: starting from the beginning" in capsys.readouterr().err
     assert_equal_runs(whole, out)
     assert (whole / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
 
@@ -300,7 +302,7 @@ def command(data: Path, out: Path, *flags: str) -> list[str]:
 def test_a_signal_saves_and_ends_with_code_0(tiny_data: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(tiny_data, out, "--train.max-steps", "1000000"), stderr=subprocess.PIPE, text=True
+        [*PYTHON, *command(tiny_data, out, "--train.max-steps", "1000000")[1:]], stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(rows(out)) > 3)
@@ -336,7 +338,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
         "training_step.take_step, run_folder.Stop.install = slow, remember\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    words = [sys.executable, "-c", script, *command(tiny_data, out, *LONG)[2:]]
+    words = [*PYTHON, "-c", script, *command(tiny_data, out, *LONG)[2:]]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (out / "waiting").exists())

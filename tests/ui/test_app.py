@@ -1,9 +1,11 @@
-"""The app without a browser and without Streamlit: stories, jobs, history, exports, settings, runs."""
+"""The app without a browser and without Streamlit: stories, generations, history, exports, settings, runs."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,15 +17,16 @@ import pytest
 
 from config import GenerationParams
 from support.app_support import NASTY, Scripted, wait
-from ui import settings, training
+from support.helpers import ROOT
+from ui import settings, training_runs
 from ui.backends import BackendError, BackendLost, Place, RemoteBackend, Update, connect
-from ui.batch import Batch, read_prompts, table
-from ui.desk import Desk, Desks
+from ui.background import BackgroundGeneration
+from ui.comparison import Comparison, read_prompts, table
 from ui.export import export
-from ui.figures import distinct, passage_frame, repetition
 from ui.history import History, HistoryError, title_of
-from ui.jobs import Job
-from ui.story import Story, Take
+from ui.open_story import OpenStories, OpenStory
+from ui.passage_statistics import distinct, passage_frame, repetition
+from ui.story import Story, Version
 
 
 @pytest.fixture
@@ -36,14 +39,14 @@ def history(tmp_path: Path) -> Iterator[History]:
 # Stories
 
 
-def test_a_run_of_typing_is_one_step_of_undo_and_a_pause_begins_another() -> None:
+def test_typing_without_a_pause_is_one_undo_step() -> None:
     moment = [0.0]
     story = Story("The", clock=lambda: moment[0])
     for text in ("The f", "The fo", "The fog"):
         moment[0] += 0.5
-        story.type(text)
+        story.edit(text)
     moment[0] += 10
-    story.type("The fog came")
+    story.edit("The fog came")
     assert story.rev == 0  # the editor has the text already
     story.undo()
     assert (story.text, story.rev) == ("The fog", 1)
@@ -56,11 +59,11 @@ def test_a_run_of_typing_is_one_step_of_undo_and_a_pause_begins_another() -> Non
     assert not story.redo()
 
 
-def test_versions_of_a_passage_are_kept_chosen_and_undone() -> None:
+def test_versions_of_a_passage_can_be_added_chosen_and_undone() -> None:
     story = Story("The fog")
-    story.open_passage([Take(" rolled."), Take(" fell.")])
-    story.add_takes([Take(" rose.")])
-    assert (story.text, story.at, len(story.takes)) == ("The fog rose.", 2, 3)
+    story.open_passage([Version(" rolled."), Version(" fell.")])
+    story.add_versions([Version(" rose.")])
+    assert (story.text, story.at, len(story.versions)) == ("The fog rose.", 2, 3)
     story.choose(1)
     assert story.text == "The fog fell."
     with pytest.raises(IndexError, match="version 4 of 3"):
@@ -69,129 +72,132 @@ def test_versions_of_a_passage_are_kept_chosen_and_undone() -> None:
     assert story.text == "The fog rose."
     story.undo()
     story.undo()
-    assert story.text == "The fog" and not story.takes
+    assert story.text == "The fog" and not story.versions
 
 
-def test_an_edit_inside_or_before_a_passage_keeps_its_versions_and_one_across_ends_it() -> None:
+def test_an_edit_across_the_start_of_a_passage_drops_its_versions_and_no_other_edit_does() -> None:
     story = Story("The fog")
-    story.open_passage([Take(" rolled."), Take(" fell.")])
-    story.type("The fog rolled in.")
-    assert [take.text for take in story.takes] == [" rolled in.", " fell."]
-    story.type("A fog rolled in.")
+    story.open_passage([Version(" rolled."), Version(" fell.")])
+    story.edit("The fog rolled in.")
+    assert [take.text for take in story.versions] == [" rolled in.", " fell."]
+    story.edit("A fog rolled in.")
     assert story.base == "A fog"
     story.choose(1)
     assert story.text == "A fog fell."
-    story.type("Something else")
-    assert story.takes == ()
+    story.edit("Something else")
+    assert story.versions == ()
 
 
-def test_a_story_comes_back_from_disk_with_its_versions_unless_the_text_is_another() -> None:
+def test_a_story_is_loaded_with_its_versions_only_if_they_fit_its_text() -> None:
     story = Story("The fog")
-    story.open_passage([Take(" rolled.", 7, {"n": 1}), Take(" fell.")])
+    story.open_passage([Version(" rolled.", 7, {"n": 1}), Version(" fell.")])
     kept = json.loads(json.dumps(story.dump()))
     again = Story.load(story.text, kept)
-    assert (again.text, again.base, again.takes) == (story.text, "The fog", story.takes)
-    assert Story.load("Other", kept).takes == ()
+    assert (again.text, again.base, again.versions) == (story.text, "The fog", story.versions)
+    assert Story.load("Other", kept).versions == ()
 
 
-# Jobs and desks
+# Generations and open stories
 
 
-def test_a_job_writes_all_samples_and_says_how_fast(history: History) -> None:
-    job = Job(Scripted(), "The fog", GenerationParams(n=2, max_tokens=3)).start()
-    job.join(10)
-    assert [sample.text for sample in job.samples] == [" one two three", " one1 two1 three1"]
-    assert job.status == "done" and job.seed == 7 and job.first_s is not None and job.tokens == 6
+def test_a_generation_has_all_samples_seed_and_timing(history: History) -> None:
+    generation = BackgroundGeneration(Scripted(), "The fog", GenerationParams(n=2, max_tokens=3)).start()
+    generation.join(10)
+    assert [sample.text for sample in generation.samples] == [" one two three", " one1 two1 three1"]
+    assert (
+        generation.status == "done"
+        and generation.seed == 7
+        and generation.first_s is not None
+        and generation.tokens == 6
+    )
 
 
-def test_stopping_keeps_what_came(history: History) -> None:
+def test_stopping_keeps_the_text_so_far(history: History) -> None:
     backend = Scripted("word " * 500, pause=0.005)
-    desk = Desks(history).open()
-    desk.type("The fog", desk.story.rev)
-    desk.go_on(backend, GenerationParams(max_tokens=500))
-    wait(lambda: "word" in desk.live().text)
-    assert desk.live().running
-    desk.stop()
-    wait(lambda: not desk.running)
-    text = desk.story.text
+    opened = OpenStories(history).get()
+    opened.edit("The fog", opened.story.rev)
+    opened.continue_text(backend, GenerationParams(max_tokens=500))
+    wait(lambda: "word" in opened.view().text)
+    assert opened.view().running
+    opened.stop()
+    wait(lambda: not opened.running)
+    text = opened.story.text
     assert text.startswith("The fog word") and 1 < len(text.split()) < 400
-    assert history.story(desk.id).text == text
-    assert desk.job.status == "stopped"
-    desk.undo()
-    assert desk.story.text == "The fog"
+    assert history.story(opened.id).text == text
+    assert opened.generation.status == "stopped"
+    opened.undo()
+    assert opened.story.text == "The fog"
 
 
-def test_the_text_in_progress_is_on_disk_and_no_reader_ever_sees_it_step_back(history: History) -> None:
+def test_the_shown_text_only_grows_while_it_is_written(history: History) -> None:
     backend = Scripted("word " * 60, pause=0.003)
-    desk = Desks(history).open()
-    desk.type("The fog", desk.story.rev)
-    job = desk.go_on(backend, GenerationParams(max_tokens=60))
+    opened = OpenStories(history).get()
+    opened.edit("The fog", opened.story.rev)
+    generation = opened.continue_text(backend, GenerationParams(max_tokens=60))
     longest = 0
-    while not job.over:
-        length = len(desk.live().text)
+    while not generation.over:
+        length = len(opened.view().text)
         assert length >= longest
         longest = length
-    assert len(desk.live().text) >= longest
-    assert not desk.type("too late", 0)  # an edit of the text before the passage
+    assert len(opened.view().text) >= longest
+    assert not opened.edit("too late", 0)  # an edit of the text before the passage
 
 
-def test_the_words_stay_on_the_sheet_until_they_are_in_the_story(
-    history: History, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_text_stays_in_the_view_until_it_is_in_the_story(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
     between: list[str] = []
-    end = Desk._end
+    end = OpenStory._finish
 
-    def spy(desk: Desk, job: Job) -> None:
-        between.append(desk.live().text)
-        end(desk, job)
+    def spy(opened: OpenStory, generation: BackgroundGeneration) -> None:
+        between.append(opened.view().text)
+        end(opened, generation)
 
-    monkeypatch.setattr(Desk, "_end", spy)
-    desk = Desks(history).open()
-    desk.type("The fog", 0)
-    desk.go_on(Scripted(), GenerationParams(max_tokens=2))
-    wait(lambda: not desk.running)
-    assert between == ["The fog one two"] == [desk.live().text]
-
-
-def test_a_tab_that_closes_loses_nothing(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ui.jobs.NOTE_S", 0.0)
-    backend = Scripted("word " * 1000, pause=0.002)
-    desks = Desks(history)
-    desk = desks.open()
-    desk.type("The fog", 0)
-    desk.go_on(backend, GenerationParams(max_tokens=1000))
-    wait(lambda: "word word" in (history.story(desk.id).text or ""))
-    assert desk.running
-    assert desks.open(desk.id) is desk  # a reload finds the same desk, still writing
-    desk.stop()
-    wait(lambda: not desk.running)
+    monkeypatch.setattr(OpenStory, "_finish", spy)
+    opened = OpenStories(history).get()
+    opened.edit("The fog", 0)
+    opened.continue_text(Scripted(), GenerationParams(max_tokens=2))
+    wait(lambda: not opened.running)
+    assert between == ["The fog one two"] == [opened.view().text]
 
 
-def test_a_server_that_dies_in_mid_story_is_waited_for_and_the_text_goes_on(
+def test_a_text_in_progress_is_saved_and_a_reload_finds_it_still_being_written(
     history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ui.jobs.RETRY_S", 0.01)
+    monkeypatch.setattr("ui.background.SAVE_S", 0.0)
+    backend = Scripted("word " * 1000, pause=0.002)
+    stories = OpenStories(history)
+    opened = stories.get()
+    opened.edit("The fog", 0)
+    opened.continue_text(backend, GenerationParams(max_tokens=1000))
+    wait(lambda: "word word" in (history.story(opened.id).text or ""))
+    assert opened.running
+    assert stories.get(opened.id) is opened  # a reload finds the same opened, still writing
+    opened.stop()
+    wait(lambda: not opened.running)
+
+
+def test_a_text_continues_after_the_connection_broke_midway(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ui.background.RETRY_S", 0.01)
     backend = Scripted("one two three four five", fail_after=2, deaf=3)
     seen: list[tuple[str, str]] = []
-    job = Job(
+    generation = BackgroundGeneration(
         backend,
         "The fog",
         GenerationParams(max_tokens=5, seed=3),
-        on_note=lambda job: seen.append((job.status, job.message)),
+        on_progress=lambda generation: seen.append((generation.status, generation.message)),
     ).start()
-    job.join(10)
+    generation.join(10)
     assert seen[0] == ("lost", "gone")
-    assert job.status == "done" and job.message == ""
+    assert generation.status == "done" and generation.message == ""
     assert [prompt for prompt, _ in backend.requests] == ["The fog", "The fog one two"]
     assert backend.requests[1][1].max_tokens == 3 and backend.requests[1][1].seed != 3
-    assert job.samples[0].text == " one two one two three" and job.samples[0].pieced
+    assert generation.samples[0].text == " one two one two three" and generation.samples[0].resumed
 
 
-def test_the_patience_with_a_server_that_answers_and_fails_again_and_again_has_an_end(
+def test_reconnecting_is_given_up_when_no_text_arrives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ui.jobs.RETRY_S", 0.01)
-    monkeypatch.setattr("ui.jobs.PATIENCE_S", 0.1)
+    monkeypatch.setattr("ui.background.RETRY_S", 0.01)
+    monkeypatch.setattr("ui.background.GIVE_UP_S", 0.1)
     backend = Scripted(fail_after=1)
     write, broken = backend.write, BackendLost("still gone")
 
@@ -201,48 +207,52 @@ def test_the_patience_with_a_server_that_answers_and_fails_again_and_again_has_a
         return write(prompt, params)
 
     monkeypatch.setattr(backend, "write", fail_after_the_first)
-    job = Job(backend, "The fog", GenerationParams(max_tokens=5)).start()
-    job.join(10)
-    assert (job.status, job.message, job.samples[0].text) == ("failed", "still gone", " one")
+    generation = BackgroundGeneration(backend, "The fog", GenerationParams(max_tokens=5)).start()
+    generation.join(10)
+    assert (generation.status, generation.message, generation.samples[0].text) == ("failed", "still gone", " one")
 
 
-def test_waiting_for_a_dead_server_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ui.jobs.RETRY_S", 0.01)
-    job = Job(Scripted(fail_after=1, deaf=10**9), "The fog", GenerationParams(max_tokens=5)).start()
-    wait(lambda: job.status == "lost")
-    job.cancel()
-    job.join(10)
-    assert job.status == "stopped" and job.samples[0].text == " one"
+def test_reconnecting_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ui.background.RETRY_S", 0.01)
+    generation = BackgroundGeneration(
+        Scripted(fail_after=1, deaf=10**9), "The fog", GenerationParams(max_tokens=5)
+    ).start()
+    wait(lambda: generation.status == "lost")
+    generation.cancel()
+    generation.join(10)
+    assert generation.status == "stopped" and generation.samples[0].text == " one"
 
 
-def test_what_cannot_begin_fails_at_once_and_says_why(history: History) -> None:
-    desk = Desks(history).open()
-    desk.type("refuse", 0)
-    desk.go_on(Scripted(), GenerationParams())
-    wait(lambda: not desk.running)
-    assert "the queue is full" in desk.notice and desk.story.text == "refuse"
-    lost = Job(Scripted(fail_after=0), "x", GenerationParams()).start()
+def test_a_refused_request_fails_at_once_with_its_reason(history: History) -> None:
+    opened = OpenStories(history).get()
+    opened.edit("refuse", 0)
+    opened.continue_text(Scripted(), GenerationParams())
+    wait(lambda: not opened.running)
+    assert "the queue is full" in opened.notice and opened.story.text == "refuse"
+    lost = BackgroundGeneration(Scripted(fail_after=0), "x", GenerationParams()).start()
     lost.join(10)
     assert lost.status == "failed" and lost.message == "gone"
 
 
-def test_retry_adds_a_version_with_the_next_seed_and_the_space_before_a_word_is_the_models(history: History) -> None:
+def test_retry_adds_a_version_with_the_next_seed_and_prompts_end_without_a_space(history: History) -> None:
     backend = Scripted()
-    desk = Desks(history).open()
-    desk.type("The fog ", 0)
+    opened = OpenStories(history).get()
+    opened.edit("The fog ", 0)
     for _ in range(2):
-        (desk.retry if desk.story.takes else desk.go_on)(backend, GenerationParams(max_tokens=1, seed=5))
-        wait(lambda: not desk.running)
+        (opened.retry if opened.story.versions else opened.continue_text)(
+            backend, GenerationParams(max_tokens=1, seed=5)
+        )
+        wait(lambda: not opened.running)
     assert [prompt for prompt, _ in backend.requests] == ["The fog", "The fog"]
     assert [params.seed for _, params in backend.requests] == [5, 6]
-    assert desk.story.text == "The fog one" and len(desk.story.takes) == 2
-    assert [row.seed for row in history.passages(desk.id)] == [5, 6]
+    assert opened.story.text == "The fog one" and len(opened.story.versions) == 2
+    assert [row.seed for row in history.passages(opened.id)] == [5, 6]
 
 
 # History and exports
 
 
-def test_history_survives_a_restart_and_finds_stars_deletes_and_restores(tmp_path: Path) -> None:
+def test_history_survives_a_restart_searches_stars_deletes_and_restores(tmp_path: Path) -> None:
     path = tmp_path / "h.sqlite"
     first = History(path)
     first.save_story("a", text=NASTY, title="", extra={"at": 0})
@@ -293,7 +303,7 @@ def test_a_history_that_cannot_be_used_names_the_file_and_the_flag(tmp_path: Pat
         History(newer)
 
 
-def test_history_takes_writers_from_many_threads(history: History) -> None:
+def test_history_can_be_written_from_many_threads(history: History) -> None:
     def work(name: str) -> None:
         for number in range(15):
             history.save_story(name, text=f"{name} {number}", extra={})
@@ -307,7 +317,7 @@ def test_history_takes_writers_from_many_threads(history: History) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["txt", "md", "json", "csv", "epub"])
-def test_exports_hold_the_text_as_it_is(suffix: str) -> None:
+def test_exports_keep_the_text_unchanged(suffix: str) -> None:
     data = export([("", NASTY), ("=Two", "=1+1")], suffix)
     if suffix == "json":
         assert [row["text"] for row in json.loads(data)] == [NASTY, "=1+1"]
@@ -335,7 +345,7 @@ def test_exports_hold_the_text_as_it_is(suffix: str) -> None:
         )
 
 
-def test_markdown_shows_every_line_as_it_is() -> None:
+def test_markdown_export_escapes_every_line() -> None:
     from markdown_it import MarkdownIt
 
     lines = ["1. Chapter", "10) said", "- no list", "  + nor this", "* nor this", "=====", "-----", "~~~", "    deep"]
@@ -357,13 +367,18 @@ def test_titles_come_from_the_first_words() -> None:
     assert len(long) <= 62 and long.endswith("…")
 
 
-# Settings, batches, figures
+def test_the_app_listens_on_this_machine_only() -> None:
+    words = [sys.executable, "-m", "streamlit", "config", "show"]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 'address = "127.0.0.1"' in shown.replace("\x1b[0m", "").replace("\x1b[1m", "")
+
+
+# Settings, comparisons, statistics
 
 
 def test_sliders_lie_within_the_bounds_of_generation_params_and_hold_its_defaults() -> None:
-    for name in settings.LABELS:
-        if name in ("seed", "stop", "style"):
-            continue
+    assert {"temperature", "max_tokens", "n"} <= set(settings.SLIDERS)
+    for name in settings.SLIDERS:
         low, high = settings.span(name)
         for value in (low, high):
             GenerationParams.model_validate({name: settings.clipped(name, value)})
@@ -374,7 +389,7 @@ def test_sliders_lie_within_the_bounds_of_generation_params_and_hold_its_default
         GenerationParams.model_validate(values)
 
 
-def test_a_models_own_values_are_read_and_nonsense_is_not(tmp_path: Path) -> None:
+def test_a_models_recommended_values_are_read_and_invalid_ones_ignored(tmp_path: Path) -> None:
     place = Place("local", str(tmp_path))
     assert settings.own_of(place) == {}
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.8, "top_k": 50, "max_new_tokens": 9}')
@@ -383,18 +398,18 @@ def test_a_models_own_values_are_read_and_nonsense_is_not(tmp_path: Path) -> Non
     assert settings.own_of(place) == {}
 
 
-def test_a_batch_writes_every_prompt_in_every_manner_and_can_be_stopped() -> None:
+def test_a_comparison_writes_every_prompt_with_every_setting_and_can_be_stopped() -> None:
     backend = Scripted()
     wanted = {"a": GenerationParams(max_tokens=2), "b": GenerationParams(max_tokens=1, n=2)}
-    batch = Batch(backend, ["x", "y"], wanted).start()
-    wait(lambda: not batch.running)
-    rows = batch.rows()
+    comparison = Comparison(backend, ["x", "y"], wanted).start()
+    wait(lambda: not comparison.running)
+    rows = comparison.rows()
     assert [(row["prompt"], row["settings"], row["text"]) for row in rows] == [
         ("x", "a", " one two"), ("x", "b", " one"), ("x", "b", " one1"),
         ("y", "a", " one two"), ("y", "b", " one"), ("y", "b", " one1"),
     ]  # fmt: skip
     assert len(table(rows, "jsonl").splitlines()) == 6 and table(rows, "csv").count(b"\n") == 7
-    slow = Batch(Scripted("w " * 300, pause=0.01), ["p"] * 30, {"a": GenerationParams(max_tokens=300)}).start()
+    slow = Comparison(Scripted("w " * 300, pause=0.01), ["p"] * 30, {"a": GenerationParams(max_tokens=300)}).start()
     wait(lambda: slow.rows())
     slow.cancel()
     wait(lambda: not slow.running)
@@ -411,7 +426,7 @@ def test_prompts_are_read_from_text_csv_and_jsonl() -> None:
         read_prompts("a.txt", b"\xff\xfe\x00")
 
 
-def test_figures_of_passages(history: History) -> None:
+def test_statistics_of_passages(history: History) -> None:
     assert distinct("a b a b", 1) == 0.5 and distinct("a b a b", 2) == pytest.approx(2 / 3)
     assert repetition("a b c d a b c d") == pytest.approx(0.2) and repetition("a b") is None
     history.add_passage(
@@ -422,7 +437,7 @@ def test_figures_of_passages(history: History) -> None:
     assert frame.loc[0, "tokens_per_s"] == 10.0 and frame.loc[0, "words"] == 4
 
 
-def test_places_that_cannot_be_are_refused_with_a_remedy() -> None:
+def test_addresses_that_cannot_be_used_are_refused_with_a_remedy() -> None:
     with pytest.raises(BackendError, match="http://"):
         connect(Place("server", "localhost:8000"))
     with pytest.raises(BackendError, match="wss://"):
@@ -430,7 +445,7 @@ def test_places_that_cannot_be_are_refused_with_a_remedy() -> None:
     with pytest.raises(BackendLost, match="cannot be reached"):
         connect(Place("server", "http://127.0.0.1:9"))
     gateway = connect(Place("gateway", "ws://127.0.0.1:9"))
-    assert isinstance(gateway, RemoteBackend) and gateway.seen("x", GenerationParams()) is None
+    assert isinstance(gateway, RemoteBackend) and gateway.visible_text("x", GenerationParams()) is None
     with pytest.raises(BackendLost, match="cannot be reached"):
         gateway.write("x", GenerationParams())
 
@@ -469,19 +484,21 @@ def test_messages_out_of_order_or_twice_make_the_same_text() -> None:
     assert updates[-1] == Update("ended", 0, reason="length")
 
 
-def test_a_server_that_falls_silent_is_lost_and_a_silent_one_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ui.backends.LISTEN_S", 0.02)
+def test_a_silent_server_is_a_lost_connection_and_cancelling_does_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ui.backends.RECEIVE_S", 0.02)
     with telling([{"type": "started"}, token(0, "a")]) as url:
         monkeypatch.setattr("ui.backends.SILENCE_S", 0.1)
-        with pytest.raises(BackendLost, match="silent"):
+        with pytest.raises(BackendLost, match="sent nothing for 0.1 s"):
             list(connect(Place("gateway", url)).write("x", GenerationParams()))
         monkeypatch.setattr("ui.backends.SILENCE_S", 60.0)
-        monkeypatch.setattr("ui.backends.FAREWELL_S", 0.1)
-        job = Job(connect(Place("gateway", url)), "x", GenerationParams()).start()
-        wait(lambda: job.tokens)
-        job.cancel()
-        job.join(10)
-        assert (job.status, job.samples[0].text) == ("stopped", "a")
+        monkeypatch.setattr("ui.backends.STOP_WAIT_S", 0.1)
+        generation = BackgroundGeneration(connect(Place("gateway", url)), "x", GenerationParams()).start()
+        wait(lambda: generation.tokens)
+        generation.cancel()
+        generation.join(10)
+        assert (generation.status, generation.samples[0].text) == ("stopped", "a")
 
 
 # Training
@@ -492,17 +509,17 @@ def test_runs_are_read_while_they_are_written(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("[train]\nmax_steps = 40\n")
     (folder / "metrics.jsonl").write_text('{"step": 10, "train_loss": 3.0}\n{"step": 20, "train')
-    [run] = training.runs(tmp_path / "runs")
+    [run] = training_runs.runs(tmp_path / "runs")
     assert run.rows() == [{"step": 10, "train_loss": 3.0}] and run.total_steps() == 40
     assert not run.running() and not run.resumable()
     (folder / "last").mkdir()
     (folder / "last" / "training_state.pt").touch()
     assert run.resumable()
-    with pytest.raises(training.TrainingError, match="not started from the app"):
-        training.stop(run)
-    with pytest.raises(training.TrainingError, match="no texts"):
-        training.keep_texts(tmp_path / "t", {"a.txt": b"  "})
-    training.keep_texts(tmp_path / "t", {"../../x y.txt": b"one", "x y.txt": b"two"})
+    with pytest.raises(training_runs.TrainingError, match="not started from the app"):
+        training_runs.stop(run)
+    with pytest.raises(training_runs.TrainingError, match="no texts"):
+        training_runs.save_texts(tmp_path / "t", {"a.txt": b"  "})
+    training_runs.save_texts(tmp_path / "t", {"../../x y.txt": b"one", "x y.txt": b"two"})
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["x_y-2.txt", "x_y.txt"]
 
 
@@ -515,21 +532,21 @@ def test_runs_are_read_while_they_are_written(tmp_path: Path) -> None:
         ("max_steps = 0", 0.0, None),
     ],
 )
-def test_how_far_a_run_is(tmp_path: Path, limits: str, share: float, left: float | None) -> None:
+def test_progress_and_time_left_of_a_run(tmp_path: Path, limits: str, share: float, left: float | None) -> None:
     (tmp_path / "config.toml").write_text(f"[train]\n{limits}\n")
-    run = training.Run(tmp_path)
+    run = training_runs.Run(tmp_path)
     assert run.progress({"step": 20, "elapsed_s": 20.0}) == (pytest.approx(share), left)
     assert run.progress({}) == (0.0, None)
 
 
 def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(training, "_spawn", lambda run, words: started.append([run.name, *words[1:]]))
+    monkeypatch.setattr(training_runs, "_spawn", lambda run, words: started.append([run.name, *words[1:]]))
     folders = {"runs_folder": tmp_path / "runs", "data_folder": tmp_path / "data"}
     texts, out = {"emma.txt": b"words"}, str(tmp_path / "runs" / "mine")
-    training.start("mine", preset="sample", flags={"train.max-steps": 5}, **folders)
-    training.start("mine", minutes=7.5, **folders)
-    training.start("mine", minutes=10.0, texts=texts, **folders)
+    training_runs.start("mine", preset="sample", flags={"train.max-steps": 5}, **folders)
+    training_runs.start("mine", minutes=7.5, **folders)
+    training_runs.start("mine", minutes=10.0, texts=texts, **folders)
     kept = tmp_path / "data" / "mine"
     assert started == [
         ["mine", "--preset", "sample", "--out", out, "--train.max-steps", "5"],
@@ -538,19 +555,19 @@ def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch:
     ]
     assert (kept / "emma.txt").read_bytes() == b"words"
     for wrong in ({}, {"preset": "sample", "minutes": 3.0}):
-        with pytest.raises(training.TrainingError, match="a preset, or the minutes"):
-            training.start("mine", **wrong, **folders)
+        with pytest.raises(training_runs.TrainingError, match="a preset, or the minutes"):
+            training_runs.start("mine", **wrong, **folders)
 
 
 @pytest.mark.parametrize(
     "name",
     ["../evil", "..", ".", "", "/evil", "a/b", "a\\b", "a/../../evil", ".hidden", "-flag", "a b", "a\n", "x" * 62],
 )
-def test_a_run_never_lies_outside_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_spawn", lambda run, words: pytest.fail(f"started {run.path}"))
+def test_a_run_name_cannot_leave_the_runs_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_runs, "_spawn", lambda run, words: pytest.fail(f"started {run.path}"))
     (tmp_path / "runs").mkdir()
     folders = {"runs_folder": tmp_path / "runs", "data_folder": tmp_path / "data"}
     for texts in (None, {"a.txt": b"words"}):
-        with pytest.raises(training.TrainingError, match="letters, digits"):
-            training.start(name, preset="sample", texts=texts, **folders)
+        with pytest.raises(training_runs.TrainingError, match="letters, digits"):
+            training_runs.start(name, preset="sample", texts=texts, **folders)
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]

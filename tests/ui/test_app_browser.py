@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 import zipfile
@@ -23,7 +22,8 @@ from typing import Any
 import pytest
 
 from config import load_config
-from ui import training
+from support.forked import PYTHON
+from ui import training_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -62,7 +62,7 @@ class Process:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", *self.words], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+                [*PYTHON, "-m", *self.words], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
             )
         for _ in range(10 * PATIENCE_S):
             assert self.child.poll() is None, self.log.read_text()[-3000:]
@@ -79,6 +79,9 @@ class Process:
             self.child.send_signal(how)
             self.child.wait(20)
             self.child = None
+            with contextlib.suppress(ConnectionRefusedError):
+                while True:  # until the port is free
+                    socket.create_connection(("127.0.0.1", self.port), 2).close()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def end_training(runs: Path) -> None:
     """Kill what a test has started and may have left behind."""
-    for run in training.runs(runs):
+    for run in training_runs.runs(runs):
         if process := run.process():
             process.kill()
 
@@ -117,7 +120,6 @@ def app_process(home: Path, *words: str) -> Process:
         "app.py",
         "--server.headless=true",
         f"--server.port={port}",
-        "--server.address=127.0.0.1",
     ]
     streamlit += ["--server.fileWatcherType=none"]
     flags = ["--history", str(home / "h.sqlite"), "--data", str(home / "data"), "--models", str(home / "models")]
@@ -227,7 +229,7 @@ def tab(chromium: Any, app: Process) -> Iterator[Tab]:
     context.close()
 
 
-def test_words_arrive_before_the_end_stop_keeps_them_and_undo_takes_them_back(tab: Tab) -> None:
+def test_words_arrive_before_the_end_stop_keeps_them_and_undo_removes_them(tab: Tab) -> None:
     tab.slider("Length", "End").write("The fog").go()
     tab.until(lambda: len(tab.text()) > 15)
     seen = tab.text()
@@ -271,7 +273,7 @@ def test_moving_a_slider_while_the_model_writes_loses_nothing(tab: Tab) -> None:
     assert tab.text().startswith(before)
 
 
-def test_every_character_is_shown_as_it_is(tab: Tab) -> None:
+def test_every_character_is_shown_unchanged(tab: Tab) -> None:
     tab.finer().slider("Versions at once", "ArrowRight")
     tab.write(NASTY).go().idle()
     text = tab.text()
@@ -297,7 +299,7 @@ def test_versions_side_by_side_and_one_after_another(tab: Tab) -> None:
     tab.until(lambda: tab.text().strip().endswith(third))
     tab.button("Retry").click()
     tab.page.get_by_text("version 4 of 6").wait_for()
-    tab.button("Former version").click()
+    tab.button("Previous version").click()
     tab.until(lambda: tab.text().strip().endswith(third))
 
 
@@ -328,7 +330,7 @@ def test_exports_download(tab: Tab, tmp_path: Path) -> None:
             assert zipfile.ZipFile(path).testzip() is None
 
 
-def test_look_inside_and_go_on_from_another_word(tab: Tab) -> None:
+def test_look_inside_and_continue_from_another_word(tab: Tab) -> None:
     tab.slider("Length", "Home").write("The fog lay")
     tab.page.wait_for_timeout(700)
     tab.visit("Look inside")
@@ -336,20 +338,20 @@ def test_look_inside_and_go_on_from_another_word(tab: Tab) -> None:
     token.click()
     tab.until(lambda: token.get_attribute("aria-selected") == "true")
     assert tab.page.locator(".alternative").count() == 10
-    tab.page.locator(".glass").press("ArrowRight")
+    tab.page.locator(".token-view").press("ArrowRight")
     tab.until(lambda: tab.page.locator(".token").nth(5).get_attribute("aria-selected") == "true")
     tab.settled()
     word = re.sub(r"[ ◂]+$", "", str(tab.page.locator(".alternative b").nth(1).text_content()))
     word = word.replace("␣", " ").replace("⏎", "\n")
-    tab.page.get_by_role("button", name="Take this").nth(1).click()
+    tab.page.get_by_role("button", name="Use this").nth(1).click()
     tab.page.get_by_label("Story", exact=True).wait_for()
     tab.idle()
     assert tab.text().startswith("The f" + word) and len(tab.text()) > 6
 
 
-def test_compare_two_manners(tab: Tab, tmp_path: Path) -> None:
+def test_compare_two_settings(tab: Tab, tmp_path: Path) -> None:
     tab.visit("Compare")
-    tab.page.get_by_label("Beginnings, one a line").fill("The fog\n<b>The</b> town")
+    tab.page.get_by_label("Openings, one per line").fill("The fog\n<b>The</b> town")
     tab.button("Write them all").click()
     tab.page.get_by_text("4 of 4 written").wait_for()
     tab.button("Save the table as .csv").wait_for()
@@ -380,7 +382,7 @@ def test_a_phone_is_wide_enough(chromium: Any, app: Process) -> None:
     tab = Tab(context.new_page()).open(app.url)
     tab.write("The fog lay upon the town, and nobody knew why. " * 4)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
-    ink, mirror = tab.page.locator(".ink").bounding_box(), tab.page.locator(".mirror").bounding_box()
+    ink, mirror = tab.page.locator(".input").bounding_box(), tab.page.locator(".mirror").bounding_box()
     assert ink == mirror and ink["width"] > 280
     tab.button("Expand sidebar").or_(tab.page.get_by_test_id("stExpandSidebarButton")).first.click()
     tab.finer()
@@ -403,7 +405,7 @@ def test_history_after_a_restart(tab: Tab, app: Process) -> None:
     tab.visit("History")
     tab.page.get_by_label("Search").fill("must last")
     tab.page.get_by_label("Search").press("Enter")
-    tab.page.get_by_text("1 story, kept in").wait_for()
+    tab.page.get_by_text("1 story, saved in").wait_for()
     opening = tab.page.get_by_role("button", name="Open", exact=True)
     tab.until(lambda: opening.count() == 1)
     opening.click()
@@ -429,7 +431,7 @@ def test_words_typed_while_the_app_is_down_are_kept(tab: Tab, app: Process) -> N
     tab.until(lambda: tab.text() == whole)  # what was not taken is handed on again within seconds
 
 
-def test_no_key_is_swallowed_between_the_command_and_the_first_word(tab: Tab) -> None:
+def test_no_keystroke_is_lost_between_the_command_and_the_first_word(tab: Tab) -> None:
     tab.slider("Length", "Home").write("The fog")
     tab.story.press("Control+Enter")
     tab.story.press_sequentially("XYZ")
@@ -445,7 +447,7 @@ def test_a_training_is_started_watched_and_stopped_from_the_page(tab: Tab, app: 
     tab.page.get_by_text("No model has been trained yet").wait_for()  # then the form is open
     tab.page.locator("input[type=file]").set_input_files(str(text))
     tab.page.get_by_text("fog.txt").wait_for()
-    tab.page.get_by_text("A preset", exact=True).click()
+    tab.page.get_by_text("Preset", exact=True).click()
     tab.page.get_by_role("combobox", name="Preset").wait_for()
     tab.page.get_by_label("Name").fill("foggy")
     tab.page.get_by_label("Name").press("Enter")
@@ -478,7 +480,7 @@ def test_the_app_writes_through_the_gateway_with_its_address_alone(tab: Tab, mon
         tab.idle()
         assert tab.text() == "It was" + "".join(words("It was", 10))
         tab.visit("Look inside")
-        tab.page.get_by_text("a gateway only writes").wait_for()
+        tab.page.get_by_text("a gateway cannot score texts").wait_for()
 
 
 def test_without_a_model_one_button_trains_the_sample_preset(chromium: Any, tmp_path: Path) -> None:
@@ -502,7 +504,7 @@ def test_without_a_model_one_button_trains_the_sample_preset(chromium: Any, tmp_
         end_training(tmp_path / "runs")
 
 
-def test_a_server_that_dies_in_mid_story_is_waited_for(model: Path, chromium: Any, tmp_path: Path) -> None:
+def test_a_text_continues_after_the_server_died_midway(model: Path, chromium: Any, tmp_path: Path) -> None:
     port = free_port()
     api = Process(["api", "--model", str(model), "--port", str(port)], port, "/health", tmp_path / "api.log").start()
     app = app_process(tmp_path, "--runs", str(tmp_path / "runs"), "--server", api.url).start()

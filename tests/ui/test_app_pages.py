@@ -14,9 +14,9 @@ from streamlit.testing.v1 import AppTest
 
 from config import ROOT
 from support.app_support import NASTY, Scripted, wait
-from ui import settings, state, training
+from ui import settings, state, training_runs
 from ui.backends import Place
-from ui.desk import Desk
+from ui.open_story import OpenStory
 
 
 class Page:
@@ -30,15 +30,15 @@ class Page:
         assert not self.at.exception, [error.value for error in self.at.exception]
         return self
 
-    def desk(self) -> Desk:
-        return state.desks().open(self.at.session_state["story_id"])
+    def open_story(self) -> OpenStory:
+        return state.open_stories().get(self.at.session_state["story_id"])
 
     def click(self, key: str) -> Page:
         self.at.button(key=key).click()
         return self.run()
 
     def settled(self) -> Page:
-        wait(lambda: not self.desk().running)
+        wait(lambda: not self.open_story().running)
         return self.run()
 
     def html(self) -> str:
@@ -94,17 +94,17 @@ def test_write_continue_retry_undo_and_versions(page: Page, backend: Scripted) -
     assert [button.disabled for button in page.at.button if button.label in ("Retry", "Undo", "Redo")] == [True] * 3
     page.click("opening_0").click("continue").settled()
     opening = backend.requests[0][0]
-    assert page.desk().story.text == f"{opening} alpha beta gamma delta"
+    assert page.open_story().story.text == f"{opening} alpha beta gamma delta"
     page.click("retry").settled()
     assert "version 2 of 2" in page.html()
-    page.click("former")
-    assert page.desk().story.at == 0
+    page.click("previous")
+    assert page.open_story().story.at == 0
     page.click("use_1")
-    assert page.desk().story.at == 1
+    assert page.open_story().story.at == 1
     page.click("undo").click("undo").click("undo").click("undo")
-    assert page.desk().story.text == opening
+    assert page.open_story().story.text == opening
     page.click("redo")
-    assert "alpha" in page.desk().story.text
+    assert "alpha" in page.open_story().story.text
     assert "first word after" in page.html()
 
 
@@ -114,7 +114,7 @@ def test_stop_is_offered_while_writing_and_sliders_move_without_harm(page: Page,
     assert "Stop" in [button.label for button in page.at.button]
     page.at.slider(key="set_temperature").set_value(0.5)
     page.run()
-    assert page.desk().running and page.at.slider(key="set_temperature").value == 0.5
+    assert page.open_story().running and page.at.slider(key="set_temperature").value == 0.5
     page.click("stop")
     backend.gate.set()
     page.settled()
@@ -127,7 +127,7 @@ def test_several_versions_stand_side_by_side(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled()
     assert page.html().count("Version ") == 3 and "alpha2 beta2" in page.html()
     page.click("use_2")
-    assert page.desk().story.text.endswith("alpha2 beta2 gamma2 delta2")
+    assert page.open_story().story.text.endswith("alpha2 beta2 gamma2 delta2")
 
 
 def test_text_is_never_read_as_html_or_markdown(page: Page, backend: Scripted) -> None:
@@ -140,7 +140,7 @@ def test_text_is_never_read_as_html_or_markdown(page: Page, backend: Scripted) -
     assert all("alert" not in str(part.value) for part in page.at.markdown)
 
 
-def test_presets_and_presets_of_ones_own(page: Page) -> None:
+def test_presets_and_saved_presets(page: Page) -> None:
     page.run()
     assert page.at.selectbox(key="preset").value == "Balanced"
     page.at.selectbox(key="preset").select("Faithful")
@@ -158,30 +158,30 @@ def test_presets_and_presets_of_ones_own(page: Page) -> None:
     assert page.at.number_input(key="set_seed").value is not None
 
 
-def test_a_permalink_lays_out_the_same_request_again(page: Page, backend: Scripted) -> None:
-    from ui.links import packed, unpacked
+def test_a_permalink_restores_the_same_request(page: Page, backend: Scripted) -> None:
+    from ui.permalinks import decode_link, encode_link
 
     page.run()
     page.at.number_input(key="set_seed").set_value(11)
     page.at.slider(key="set_temperature").set_value(0.4)
     page.run().click("opening_0").click("continue").settled()
-    link = packed(page.desk())
+    link = encode_link(page.open_story())
     other = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
     other.query_params["write"] = link
     again = Page(other).run()
-    assert again.desk() is not page.desk()
+    assert again.open_story() is not page.open_story()
     again.click("continue").settled()
     assert backend.requests[1] == backend.requests[0]
-    assert "A link laid out this prompt" not in again.texts()
+    assert "The link restored this prompt" not in again.texts()
     for broken in ("nonsense", link[:-9], ""):
         with pytest.raises(ValueError, match="cannot be read"):
-            unpacked(broken)
+            decode_link(broken)
 
 
 def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_permalink(
     page: Page, backend: Scripted
 ) -> None:
-    from ui.links import packed, unpacked
+    from ui.permalinks import decode_link, encode_link
 
     page.run()
     assert not [box for box in page.at.selectbox if box.key == "set_style"]
@@ -190,14 +190,14 @@ def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_perma
     assert page.at.selectbox(key="set_style").options == ["none in particular", "ash", "birch"]
     page.at.selectbox(key="set_style").select("birch")
     page.run().click("opening_0").click("continue").settled()
-    assert backend.requests[-1][1].style == "birch" and page.desk().story.passage.params["style"] == "birch"
-    page.desk().story.passage.params["style"] = "ash:0.7,birch:0.3"  # a blend, which the box also takes
+    assert backend.requests[-1][1].style == "birch" and page.open_story().story.passage.params["style"] == "birch"
+    page.open_story().story.passage.params["style"] = "ash:0.7,birch:0.3"  # a blend, which the box also versions
     other = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
-    other.query_params["write"] = packed(page.desk())
+    other.query_params["write"] = encode_link(page.open_story())
     again = Page(other).run().click("continue").settled()
     assert again.at.selectbox(key="set_style").value == backend.requests[-1][1].style == "ash:0.7,birch:0.3"
     assert backend.requests[-1][0] == backend.requests[-2][0]
-    assert unpacked(packed(again.desk()))["params"].style == "ash:0.7,birch:0.3"
+    assert decode_link(encode_link(again.open_story()))["params"].style == "ash:0.7,birch:0.3"
     backend.styles = []
     page.run().click("continue").settled()
     assert backend.requests[-1][1].style == ""
@@ -206,8 +206,8 @@ def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_perma
 def test_a_reload_brings_the_story_back(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled()
     again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
-    again.query_params["story"] = page.desk().id
-    assert Page(again).run().desk() is page.desk()
+    again.query_params["story"] = page.open_story().id
+    assert Page(again).run().open_story() is page.open_story()
 
 
 def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> None:
@@ -216,39 +216,39 @@ def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> 
     other.run().click("opening_1")
     page.click("continue")
     other.click("continue")
-    assert page.settled().desk().story.text != other.settled().desk().story.text
+    assert page.settled().open_story().story.text != other.settled().open_story().story.text
     assert len(state.history().stories()) == 2
 
 
-def test_the_meter_says_what_the_model_still_sees(page: Page) -> None:
+def test_the_meter_says_what_the_model_still_reads(page: Page) -> None:
     page.run()
-    page.desk().put("word " * 60)
+    page.open_story().replace_text("word " * 60)
     page.run()
-    assert "the model sees the last" in page.html()
+    assert "the model reads the last" in page.html()
 
 
 def test_no_model_yet_offers_to_train_one(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Path] = []
 
-    def start(name: str, *, preset: str, runs_folder: Path, data_folder: Path) -> training.Run:
+    def start(name: str, *, preset: str, runs_folder: Path, data_folder: Path) -> training_runs.Run:
         begun.append(runs_folder / preset)
         begun[0].mkdir(parents=True)
-        (begun[0] / training.LOG).touch()
-        return training.Run(begun[0])
+        (begun[0] / training_runs.LOG).touch()
+        return training_runs.Run(begun[0])
 
-    monkeypatch.setattr(training, "start", start)
+    monkeypatch.setattr(training_runs, "start", start)
     bare.run()
     [button] = [button for button in bare.at.button if button.label.startswith("Train the sample model")]
     button.click()
     bare.run()
     assert begun == [state.flags().runs / "sample"] and bare.at.title[0].value == "Training"
-    monkeypatch.setattr(training.Run, "running", lambda run: True)
+    monkeypatch.setattr(training_runs.Run, "running", lambda run: True)
     bare.at.switch_page("ui/pages/write.py")
     assert "A model is being trained" in bare.run().texts() and not bare.at.button  # no second one beside it
 
 
 def test_the_training_page_refuses_a_name_that_leaves_the_folder(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_spawn", lambda run, words: pytest.fail(f"started {run.path}"))
+    monkeypatch.setattr(training_runs, "_spawn", lambda run, words: pytest.fail(f"started {run.path}"))
     bare.run().at.switch_page("ui/pages/training.py")
     bare.run()
     next(field for field in bare.at.text_input if field.label == "Name").set_value("../evil")
@@ -256,14 +256,14 @@ def test_the_training_page_refuses_a_name_that_leaves_the_folder(bare: Page, mon
     assert "letters, digits" in bare.run().texts().replace("\\", "")
 
 
-def test_the_training_page_offers_the_clock_and_presets(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_page_offers_minutes_and_presets(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[dict[str, Any]] = []
 
-    def start(name: str, *, runs_folder: Path, data_folder: Path, **choice: Any) -> training.Run:
+    def start(name: str, *, runs_folder: Path, data_folder: Path, **choice: Any) -> training_runs.Run:
         begun.append({"name": name, **choice})
-        raise training.TrainingError("not now")
+        raise training_runs.TrainingError("not now")
 
-    monkeypatch.setattr(training, "start", start)
+    monkeypatch.setattr(training_runs, "start", start)
     bare.run().at.switch_page("ui/pages/training.py")
     bare.run()
 
@@ -275,7 +275,7 @@ def test_the_training_page_offers_the_clock_and_presets(bare: Page, monkeypatch:
         assert "not now" in bare.run().texts()
 
     press(Minutes=25.0)
-    bare.at.segmented_control(key="by_new").set_value("A preset")
+    bare.at.segmented_control(key="by_new").set_value("Preset")
     bare.run().at.selectbox(key="preset_new").set_value("story-nano")
     bare.run()
     press(Steps=30)
@@ -297,7 +297,7 @@ def test_a_model_that_cannot_be_opened_is_explained(page: Page, monkeypatch: pyt
 
 def test_history_page_searches_stars_deletes_and_opens(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled()
-    first = page.desk().id
+    first = page.open_story().id
     page.click("new").click("opening_1")
     page.at.switch_page("ui/pages/history.py")
     page.run()
@@ -306,24 +306,24 @@ def test_history_page_searches_stars_deletes_and_opens(page: Page) -> None:
     page.run().click(f"star_{first}")
     assert state.history().stories(starred=True)[0].id == first
     page.click(f"delete_{first}")
-    assert "No story holds these words" in page.texts()
+    assert "No story contains these words" in page.texts()
     page.at.text_input(key="search").set_value("")
     page.at.segmented_control(key="shown").set_value("Bin")
     page.run().click(f"back_{first}")
     page.at.segmented_control(key="shown").set_value("All")
     page.run().click(f"open_{first}")
-    assert page.desk().id == first and page.desk().story.text.endswith("delta")
+    assert page.open_story().id == first and page.open_story().story.text.endswith("delta")
 
 
-def test_look_inside_shows_alternatives_and_goes_on_from_one(page: Page, backend: Scripted) -> None:
+def test_look_inside_shows_alternatives_and_continues_from_one(page: Page, backend: Scripted) -> None:
     page.run()
-    page.desk().put("The old house stood")
+    page.open_story().replace_text("The old house stood")
     page.at.switch_page("ui/pages/inside.py")
     page.run()
     assert "better" in page.html() and "double, below 1" in page.html()
-    page.click("take_3_0").settled()
+    page.click("use_3_0").settled()
     assert backend.requests[0][0] == "The old house better"
-    assert page.desk().story.text.startswith("The old house better alpha")
+    assert page.open_story().story.text.startswith("The old house better alpha")
 
 
 def test_compare_writes_a_table(page: Page) -> None:
@@ -332,7 +332,7 @@ def test_compare_writes_a_table(page: Page) -> None:
     page.run()
     page.at.text_area(key="compare_prompts").set_value("one\ntwo <b>")
     page.run().click("compare_start")
-    wait(lambda: not page.at.session_state["batch"].running)
+    wait(lambda: not page.at.session_state["comparison"].running)
     page.run()
     assert len(page.at.dataframe[0].value) == 4 and "two &lt;b&gt;" in page.html()
     assert len(state.history().passages()) == 4
@@ -361,7 +361,7 @@ def test_statistics_training_and_model_pages_draw(page: Page, tmp_path: Path) ->
     assert "&lt;i&gt;x&lt;/i&gt;" in page.run().html()
 
 
-def test_flags_that_cannot_be_read_are_said_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flags_that_cannot_be_read_are_shown_on_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["app.py", "--nonsense"])
     st.cache_resource.clear()
     page = Page(AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)).run()
@@ -378,7 +378,7 @@ def visit(page: Page, name: str) -> Page:
     return page.run()
 
 
-def test_compare_reads_a_file_and_each_manner_has_its_values(page: Page, backend: Scripted) -> None:
+def test_compare_reads_a_file_and_uses_each_preset_s_values(page: Page, backend: Scripted) -> None:
     visit(page.run(), "compare")
     page.at.text_area(key="compare_prompts").set_value("typed")
     page.at.file_uploader(key="compare_file").set_value(("p.csv", b"id,prompt\n1,read\n", "text/csv"))
@@ -386,7 +386,7 @@ def test_compare_reads_a_file_and_each_manner_has_its_values(page: Page, backend
     page.at.number_input(key="compare_n").set_value(2)
     page.at.number_input(key="compare_seed").set_value(5)
     page.run().click("compare_start")
-    wait(lambda: not page.at.session_state["batch"].running)
+    wait(lambda: not page.at.session_state["comparison"].running)
     page.run()
     asked = sorted((prompt, params.temperature) for prompt, params in backend.requests)
     assert asked == [("read", 0.7), ("read", 1.6), ("typed", 0.7), ("typed", 1.6)]
@@ -396,31 +396,31 @@ def test_compare_reads_a_file_and_each_manner_has_its_values(page: Page, backend
     assert list(table["settings"])[:4] == ["Faithful", "Faithful", "Fanciful", "Fanciful"]
     assert {row.tokens for row in state.history().passages()} == {2}
     page.click("open_2_1_1")
-    assert page.desk().story.text == "read alpha1 beta1"
+    assert page.open_story().story.text == "read alpha1 beta1"
 
 
 def test_compare_says_what_is_missing_or_wrong(page: Page, backend: Scripted) -> None:
     visit(page.run(), "compare").click("compare_start")
-    assert "at least one beginning" in page.texts()
+    assert "at least one opening" in page.texts()
     page.at.file_uploader(key="compare_file").set_value(("p.jsonl", b"nonsense", "application/jsonlines"))
     page.run().click("compare_start")
     assert "line 1" in page.texts() and not backend.requests
     page.at.file_uploader(key="compare_file").set_value(None)
     page.at.text_area(key="compare_prompts").set_value("refuse")
     page.run().click("compare_start")
-    wait(lambda: not page.at.session_state["batch"].running)
+    wait(lambda: not page.at.session_state["comparison"].running)
     assert "the queue is full" in page.run().texts()
 
 
 def test_history_keeps_passages_that_were_not_chosen_and_the_bin_empties(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled().click("retry").settled()
-    opening, story = page.desk().story.base, page.desk().id
-    page.desk().put("Something else")
+    opening, story = page.open_story().story.base, page.open_story().id
+    page.open_story().replace_text("Something else")
     visit(page, "history")
     first = state.history().passages(story)[0].id
     page.at.session_state[f"passages_{story}"] = True
     page.run().click(f"again_{first}")
-    assert page.desk().story.text == f"{opening} alpha beta gamma delta"
+    assert page.open_story().story.text == f"{opening} alpha beta gamma delta"
     visit(page, "history").click(f"delete_{story}")
     assert "Nothing is written yet" in page.texts()
     page.at.segmented_control(key="shown").set_value("Bin")
@@ -440,7 +440,7 @@ def test_a_long_history_has_pages_and_the_first_holds_the_newest(page: Page) -> 
     assert [b.key for b in page.at.button if str(b.key).startswith("open_")] == ["open_s02", "open_s01", "open_s00"]
     page.at.text_input(key="search").set_value("NUMBER 13")
     page.run()
-    assert "Story number 13" in page.html() and "1 story, kept" in page.texts()
+    assert "Story number 13" in page.html() and "1 story, saved" in page.texts()
 
 
 def test_statistics_count_only_the_chosen_models(page: Page) -> None:
@@ -458,9 +458,9 @@ def test_statistics_count_only_the_chosen_models(page: Page) -> None:
     assert not page.run().at.metric
 
 
-def trained(folder: Path, name: str, steps: int = 20, total: int = 40) -> training.Run:
+def trained(folder: Path, name: str, steps: int = 20, total: int = 40) -> training_runs.Run:
     """A run folder as `train.py` leaves it after `steps` of `total` steps."""
-    run = training.Run(folder / "runs" / name)
+    run = training_runs.Run(folder / "runs" / name)
     (run.path / "last").mkdir(parents=True)
     (run.path / "last" / "training_state.pt").touch()
     values = [
@@ -470,7 +470,7 @@ def trained(folder: Path, name: str, steps: int = 20, total: int = 40) -> traini
     rows = [row for row in values if row["step"] <= steps]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run.path / "config.toml").write_text(f'description = "of {name}"\n[train]\nmax_steps = {total}\n')
-    (run.path / training.LOG).write_text("what it said\n")
+    (run.path / training_runs.LOG).write_text("its output\n")
     return run
 
 
@@ -485,18 +485,18 @@ def test_the_training_page_compares_runs_and_resumes_a_stopped_one(
     run = trained(tmp_path, "halfway")
     asked: list[tuple[str, str]] = []
     for action in ("stop", "resume"):
-        monkeypatch.setattr(training, action, lambda run, action=action: asked.append((action, run.name)))
+        monkeypatch.setattr(training_runs, action, lambda run, action=action: asked.append((action, run.name)))
     visit(bare.run(), "training")
     bare.at.selectbox(key="run_shown").set_value("halfway")
     bare.run()
     assert [metric.value for metric in bare.at.metric[:3]] == ["4.600", "4.250", "180"]
-    assert "what it said" in " ".join(code.value for code in bare.at.code)
+    assert "its output" in " ".join(code.value for code in bare.at.code)
     assert colour_of_the_loss(bare) == "kind"
     bare.at.multiselect(key="runs_beside").set_value(["finished"])
     bare.run()
     assert colour_of_the_loss(bare) == "run"
     bare.click("resume_run")
-    monkeypatch.setattr(training.Run, "running", lambda found: found.name == run.name)
+    monkeypatch.setattr(training_runs.Run, "running", lambda found: found.name == run.name)
     bare.run()
     progress = " ".join(str(element.proto.text) for element in bare.at.get("progress"))
     assert "step 20 of 40, about 1m00s left" in progress
@@ -507,10 +507,10 @@ def test_the_training_page_compares_runs_and_resumes_a_stopped_one(
     assert not any(button.key in ("resume_run", "stop_run") for button in bare.at.button)
 
 
-def test_a_run_that_died_shows_what_it_said(bare: Page, tmp_path: Path) -> None:
+def test_a_run_that_died_shows_its_output(bare: Page, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "dead"
     folder.mkdir(parents=True)
-    (folder / training.LOG).write_text("error: the texts are too short\n")
+    (folder / training_runs.LOG).write_text("error: the texts are too short\n")
     visit(bare.run(), "training")
     assert "ended before its first step" in bare.texts()
     assert "the texts are too short" in bare.at.code[0].value
@@ -521,13 +521,13 @@ def test_texts_settings_and_limits_reach_the_training(
 ) -> None:
     begun: list[list[str]] = []
 
-    def spawn(run: training.Run, words: list[str]) -> training.Run:
+    def spawn(run: training_runs.Run, words: list[str]) -> training_runs.Run:
         begun.append(words)
         return run
 
-    monkeypatch.setattr(training, "_spawn", spawn)
+    monkeypatch.setattr(training_runs, "_spawn", spawn)
     visit(bare.run(), "training")
-    bare.at.segmented_control(key="by_new").set_value("A preset")
+    bare.at.segmented_control(key="by_new").set_value("Preset")
     bare.run().at.selectbox(key="preset_new").set_value("story-nano")
     bare.run()
     bare.at.file_uploader[0].set_value([("../fog.txt", b"The fog.", "text/plain")])
@@ -544,7 +544,7 @@ def test_texts_settings_and_limits_reach_the_training(
     assert words[words.index("--preset") + 1] == train[train.index("--preset") + 1] == "story-nano"
 
 
-def test_the_model_page_changes_folder_arithmetic_and_place(
+def test_the_model_page_changes_folder_number_format_and_server(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Place] = []
@@ -566,7 +566,7 @@ def test_the_model_page_changes_folder_arithmetic_and_place(
         page.at.segmented_control(key="place_kind").set_value(kind)
         page.run()
         next(field for field in page.at.text_input if field.label == "Address").set_value(f" {address} ")
-        next(field for field in page.at.text_input if field.label.startswith("Key")).set_value("secret")
+        next(field for field in page.at.text_input if field.label.startswith("API key")).set_value("secret")
         next(button for button in page.at.button if button.label == "Use it").click()
         page.run()
         assert opened[-1] == Place("gateway" if "wss" in address else "server", address, "secret")

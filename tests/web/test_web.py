@@ -16,7 +16,7 @@ import torch
 import uvicorn
 
 import api
-from config import ROOT, ModelConfig
+from config import ROOT, SETTINGS, GenerationParams, ModelConfig
 from inference.engine import Engine
 from model import GPT
 from server.settings import read_settings
@@ -95,7 +95,7 @@ def test_writing_samples_and_reading_them_as_plain_text(engine: Engine, browser:
         page.click("#write")
         page.wait_for_selector("text=/Done: 90 tokens/")
         written = page.eval_on_selector_all(".text", "all => all.map(one => one.textContent)")
-        job = engine.submit(OPENING, api_params(max_tokens=30, n=3, seed=9007199254740993))
+        job = engine.submit(OPENING, GenerationParams(max_tokens=30, n=3, seed=9007199254740993))
         pieces = ["", "", ""]
         for event in job:
             pieces[event.index] += event.text
@@ -106,12 +106,6 @@ def test_writing_samples_and_reading_them_as_plain_text(engine: Engine, browser:
         assert page.input_value("#opening") == written[1]
 
 
-def api_params(**values: Any) -> Any:
-    from config import GenerationParams
-
-    return GenerationParams(**values)
-
-
 def test_stopping_and_faults_are_told(engine: Engine, browser: Any) -> None:
     with serving(engine, free_port(), max_n=2, api_keys="open sesame") as address, opened(browser, address) as page:
         page.wait_for_selector("text=/No connection/")  # no key yet
@@ -119,11 +113,15 @@ def test_stopping_and_faults_are_told(engine: Engine, browser: Any) -> None:
         page.fill("#key", "open sesame")
         page.click("#connect")
         page.wait_for_selector(".lamp.open")
-        page.fill("#n", "3")
+        page.fill("#n", "3")  # this server allows 2, and says so
+        page.click("#write")
+        assert page.is_visible("#n:invalid") and page.is_enabled("#write")
+        page.fill("#n", "1")
+        page.fill("#style", "nobody")
         page.click("#write")
         page.wait_for_selector("#fault:visible")
-        assert "at most 2" in page.inner_text("#fault")
-        page.fill("#n", "1")
+        assert "nobody" in page.inner_text("#fault")
+        page.fill("#style", "")
         page.fill("#max_tokens", "4096")
         page.click("#write")
         page.locator(".text").filter(has_text=re.compile(r".{20}", re.DOTALL)).wait_for()
@@ -151,6 +149,21 @@ def test_a_lost_connection_keeps_the_text_and_comes_back(engine: Engine, browser
             page.fill("#max_tokens", "5")
             page.click("#write")
             page.wait_for_selector("text=/Done: 5 tokens/")
+
+
+def test_the_settings_are_those_of_the_server(engine: Engine, browser: Any) -> None:
+    with serving(engine, free_port(), max_tokens=120, max_n=3) as address, opened(browser, address) as page:
+        page.wait_for_selector("#temperature")
+        shown = page.eval_on_selector_all("#sliders .figure, #rare .figure", "all => all.map(one => one.id)")
+        assert sorted(shown) == sorted(name for name, setting in SETTINGS.items() if setting.slider)
+        for name in shown:
+            assert page.inner_text(f"label[for={name}]") == SETTINGS[name].label or SETTINGS[name].rare
+            default = min(GenerationParams.model_fields[name].default, 120)
+            assert float(page.input_value(f"#{name}")) == default, name
+        assert page.get_attribute("#max_tokens", "max") == "120" and page.get_attribute("#n", "max") == "3"
+        page.fill("#temperature", "0.7")
+        page.click("#reset")
+        assert page.input_value("#temperature") == "1.3"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])

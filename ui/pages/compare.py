@@ -1,4 +1,4 @@
-"""Compare: several beginnings under several settings, side by side, and all of it as one file."""
+"""Compare: several openings with several sampling settings, side by side and as a table."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import streamlit as st
 from config import ConfigError, GenerationParams, build
 from ui import settings, state
 from ui.backends import Backend
-from ui.batch import Batch, read_prompts, table
+from ui.background import BackgroundGeneration
+from ui.comparison import Comparison, read_prompts, table
 from ui.history import History
-from ui.jobs import Job
 
 POLL_S = 0.4
-HERE = "As set on the Write page"
+CURRENT = "As set on the Write page"
 SHOWN = 24  # cells drawn as cards; the table holds all
 
 
-def keep(history: History, job: Job) -> None:
-    """Every text goes into the history as well."""
-    for index, sample in enumerate(job.samples):
+def save_texts(history: History, generation: BackgroundGeneration) -> None:
+    """Save every text to the history."""
+    for index, sample in enumerate(generation.samples):
         if sample.text:
             history.add_passage(
                 story_id=None,
-                prompt=job.prompt,
+                prompt=generation.prompt,
                 text=sample.text,
-                params={**job.params.model_dump(mode="json"), "seed": job.seed, "index": index},
-                seed=job.seed,
-                model=job.backend.name,
+                params={**generation.params.model_dump(mode="json"), "seed": generation.seed, "index": index},
+                seed=generation.seed,
+                model=generation.backend.name,
                 tokens=sample.tokens,
-                seconds=job.seconds,
-                first_s=job.first_s,
+                seconds=generation.seconds,
+                first_s=generation.first_s,
                 finish_reason=sample.reason,
             )
 
@@ -46,21 +46,21 @@ def chosen_settings(names: list[str], tokens: int, n: int, seed: int | None) -> 
 
 
 def draw_form(backend: Backend, busy: bool) -> None:
-    known = [HERE, *settings.known_presets(state.place(), state.history())]
+    known = [CURRENT, *settings.known_presets(state.place(), state.history())]
     with st.container(border=True):
         typed = st.text_area(
-            "Beginnings, one a line",
+            "Openings, one per line",
             key="compare_prompts",
             height=120,
             placeholder="The fog lay thick upon the river\nIt was the last evening of the year",
             persist_state="session",
         )
         file = st.file_uploader(
-            "… or a file of them (.txt, .csv, .jsonl)", type=["txt", "csv", "jsonl"], key="compare_file"
+            "Or a file of openings (.txt, .csv, .jsonl)", type=["txt", "csv", "jsonl"], key="compare_file"
         )
         with st.container(horizontal=True, vertical_alignment="bottom"):
             names = st.multiselect(
-                "Manners", known, default=["Faithful", "Fanciful"], key="compare_manners", persist_state="session"
+                "Settings", known, default=["Faithful", "Fanciful"], key="compare_settings", persist_state="session"
             )
             tokens = st.number_input("Length", 1, 4000, 80, step=20, key="compare_tokens", width=140)
             n = st.number_input("Texts each", 1, 8, 1, key="compare_n", width=140)
@@ -78,25 +78,29 @@ def draw_form(backend: Backend, busy: bool) -> None:
                 st.error(state.plain(str(error)))
                 return
             if not prompts or not wanted:
-                st.warning("Give at least one beginning and one manner.")
+                st.warning("Give at least one opening and choose at least one setting.")
                 return
             history = state.history()
-            st.session_state["batch"] = Batch(backend, prompts, wanted, on_end=partial(keep, history)).start()
+            st.session_state["comparison"] = Comparison(
+                backend, prompts, wanted, on_end=partial(save_texts, history)
+            ).start()
             st.rerun()
 
 
 def open_text(text: str) -> None:
-    state.put_on_desk().put(text)
+    state.switch_story().replace_text(text)
 
 
-def draw_results(batch: Batch, polling: bool) -> None:
-    running = batch.running
-    rows = batch.rows()
+def draw_results(comparison: Comparison, polling: bool) -> None:
+    running = comparison.running
+    rows = comparison.rows()
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.progress(batch.done / len(batch.cells), text=f"{batch.done} of {len(batch.cells)} written")
+        st.progress(
+            comparison.done / len(comparison.cells), text=f"{comparison.done} of {len(comparison.cells)} written"
+        )
         if running:
-            st.button("Stop", key="compare_stop", icon=":material/stop:", on_click=batch.cancel)
-    failed = {cell.job.message for cell in batch.cells if cell.job.status == "failed"}
+            st.button("Stop", key="compare_stop", icon=":material/stop:", on_click=comparison.cancel)
+    failed = {cell.generation.message for cell in comparison.cells if cell.generation.status == "failed"}
     for message in sorted(failed):
         st.error(state.plain(message))
     if rows and not running:
@@ -111,28 +115,28 @@ def draw_results(batch: Batch, polling: bool) -> None:
                     icon=":material/download:",
                     key=f"compare_{suffix}",
                 )
-    manners = list(dict.fromkeys(cell.settings for cell in batch.cells))
-    for start in range(0, min(len(batch.cells), SHOWN), len(manners)):
-        st.html(f'<p class="lead">{state.escaped(batch.cells[start].prompt)}</p>')
-        columns = st.columns(len(manners))
-        for column, cell in zip(columns, batch.cells[start : start + len(manners)], strict=True):
-            for number, sample in enumerate(cell.job.samples):
+    names = list(dict.fromkeys(cell.settings for cell in comparison.cells))
+    for start in range(0, min(len(comparison.cells), SHOWN), len(names)):
+        st.html(f'<p class="lead">{state.escaped(comparison.cells[start].prompt)}</p>')
+        columns = st.columns(len(names))
+        for column, cell in zip(columns, comparison.cells[start : start + len(names)], strict=True):
+            for number, sample in enumerate(cell.generation.samples):
                 with column.container(border=True):
                     st.html(f'<div class="quiet">{state.escaped(cell.settings)}</div>')
-                    st.html(f'<div class="prose small take">{state.escaped(sample.text.strip()) or "…"}</div>')
+                    st.html(f'<div class="prose small version">{state.escaped(sample.text.strip()) or "…"}</div>')
                     if (
-                        cell.job.over
+                        cell.generation.over
                         and sample.text
                         and st.button(
-                            "Go on with this",
-                            key=f"open_{start}_{manners.index(cell.settings)}_{number}",
+                            "Continue this",
+                            key=f"open_{start}_{names.index(cell.settings)}_{number}",
                             on_click=open_text,
-                            args=(cell.job.prompt + sample.text,),
+                            args=(cell.generation.prompt + sample.text,),
                         )
                     ):
                         st.switch_page("ui/pages/write.py")
     if rows and not running:
-        with st.expander(f"The table, {len(rows)} rows", expanded=len(batch.cells) > SHOWN):
+        with st.expander(f"The table, {len(rows)} rows", expanded=len(comparison.cells) > SHOWN):
             st.dataframe(rows, hide_index=True, alt="All texts with their settings")
     if polling != running:
         st.rerun()
@@ -140,19 +144,19 @@ def draw_results(batch: Batch, polling: bool) -> None:
 
 def draw() -> None:
     st.title("Compare", anchor=False)
-    st.html('<p class="lead">The same beginnings in several manners.</p>')
+    st.html('<p class="lead">The same openings with different settings.</p>')
     settings.start(state.place(), state.history())
     with st.spinner(state.LOADING):
         backend = state.backend()
     if backend is None:
-        st.info("There is no model to write with yet.", icon=":material/deployed_code:")
+        st.info("There is no model yet.", icon=":material/deployed_code:")
         st.page_link("ui/pages/model.py", label="Choose a model", icon=":material/deployed_code:")
         return
-    batch: Batch | None = st.session_state.get("batch")
-    draw_form(backend, batch is not None and batch.running)
-    if batch is not None:
-        running = batch.running
-        st.fragment(draw_results, run_every=POLL_S if running else None, key="batch")(batch, running)
+    comparison: Comparison | None = st.session_state.get("comparison")
+    draw_form(backend, comparison is not None and comparison.running)
+    if comparison is not None:
+        running = comparison.running
+        st.fragment(draw_results, run_every=POLL_S if running else None, key="comparison")(comparison, running)
 
 
 draw()

@@ -1,4 +1,4 @@
-"""History: every story on disk; search, star, open, throw away, bring back, take along as a file."""
+"""History: every saved story; search, star, open, delete, restore, export."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WRITE = "ui/pages/write.py"
 
 
 def change(action: str, story_id: str, *values: bool) -> None:
-    """Change one story, and what is on its desk."""
+    """Change one story in the history, and read it again if it is open."""
     getattr(state.history(), action)(story_id, *values)
-    state.desks().forget(story_id)
+    state.open_stories().forget(story_id)
     if action in ("delete", "erase") and st.session_state.get("story_id") == story_id:
         del st.session_state["story_id"]
 
@@ -28,7 +28,7 @@ def when(seconds: float) -> str:
 
 
 def whole(ids: list[str], suffix: str) -> bytes:
-    """Whole stories as one file; read only when the file is asked for."""
+    """Stories as one file; read only when the file is requested."""
     return export([(row.title, row.text) for row in state.history().texts(ids)], suffix)
 
 
@@ -37,8 +37,8 @@ def draw_story(story: StorySummary) -> None:
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.html(f'<div class="story-title">{state.escaped(story.title)}</div>', width="stretch")
             if story.deleted:
-                st.button("Bring back", key=f"back_{story.id}", on_click=change, args=("restore", story.id))
-                st.button("Erase for good", key=f"erase_{story.id}", on_click=change, args=("erase", story.id))
+                st.button("Restore", key=f"back_{story.id}", on_click=change, args=("restore", story.id))
+                st.button("Delete permanently", key=f"erase_{story.id}", on_click=change, args=("erase", story.id))
                 opened = False
             else:
                 st.button(
@@ -56,7 +56,7 @@ def draw_story(story: StorySummary) -> None:
                     type="tertiary",
                     on_click=change,
                     args=("delete", story.id),
-                    help="Into the bin; it can be brought back from there",
+                    help="Moves it to the bin, from which it can be restored",
                 )
                 opened = st.button("Open", icon=":material/edit_note:", key=f"open_{story.id}")
         ending = " …" if len(story.opening) == 200 else ""
@@ -72,12 +72,12 @@ def draw_story(story: StorySummary) -> None:
             with passages:
                 draw_passages(story.id)
     if opened:
-        state.put_on_desk(story.id)
+        state.switch_story(story.id)
         st.switch_page(WRITE)
 
 
 def draw_passages(story_id: str) -> None:
-    """Every passage that was written for a story, kept or not."""
+    """Every passage that was generated for a story, used or not."""
     for row in reversed(state.history().passages(story_id)):
         facts = [
             when(row.created),
@@ -88,9 +88,11 @@ def draw_passages(story_id: str) -> None:
         st.html(f'<div class="quiet">{state.note(facts)}</div>')
         state.prose(row.text.strip(), small=True)
         if st.button(
-            "Put into the text", key=f"again_{row.id}", help="The story up to here with this passage; undo goes back"
+            "Use this passage",
+            key=f"again_{row.id}",
+            help="Sets the story to the text up to here and this passage; undo restores it",
         ):
-            state.put_on_desk(story_id).put(row.prompt + row.text)
+            state.switch_story(story_id).replace_text(row.prompt + row.text)
             st.switch_page(WRITE)
 
 
@@ -114,7 +116,7 @@ def draw() -> None:
             draw_empty(search, str(kind))
             return
         with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            st.caption(f"{len(stories)} {'story' if len(stories) == 1 else 'stories'}, kept in {history.path}")
+            st.caption(f"{len(stories)} {'story' if len(stories) == 1 else 'stories'}, saved in {history.path}")
             with st.popover("Save all of these", icon=":material/download:"):
                 for suffix, (label, mime) in FORMATS.items():
                     st.download_button(
@@ -136,13 +138,13 @@ def draw() -> None:
 
 def draw_empty(search: str, kind: str) -> None:
     if search:
-        st.info("No story holds these words.", icon=":material/search_off:")
+        st.info("No story contains these words.", icon=":material/search_off:")
     elif kind == "Bin":
         st.info("The bin is empty.", icon=":material/delete:")
     elif kind == "Starred":
         st.info("No story is starred yet.", icon=":material/star:")
     else:
-        st.info("Nothing is written yet. Everything you write is kept here by itself.", icon=":material/auto_stories:")
+        st.info("Nothing is written yet. Everything you write is saved automatically.", icon=":material/auto_stories:")
         st.page_link(WRITE, label="Begin a story", icon=":material/edit_note:")
 
 

@@ -1,4 +1,4 @@
-"""Look inside: how likely the model found every word, and what it would have written instead."""
+"""Look inside: the probability of every token, and what the model would have written instead."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import streamlit as st
 from config import ConfigError, GenerationParams
 from ui import settings, state
 from ui.backends import Backend, BackendError, Scored
-from ui.glass import glass
+from ui.token_view import token_view
 
 WRITE = "ui/pages/write.py"
-TOP = 10
-STORY, OTHER = "The story on the desk", "Another text"
+TOP = 10  # alternatives for each token
+STORY, OTHER = "The open story", "Another text"
 LEGEND = """
 <style>
 .legend { display: flex; flex-wrap: wrap; gap: 0.3rem 1.3rem; }
@@ -42,32 +42,32 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}" if share >= 0.00095 else "< 0.1%"
 
 
-@st.cache_data(show_spinner="The model reads …", max_entries=20)
+@st.cache_data(show_spinner="Scoring the text …", max_entries=20)
 def scored(_backend: Backend, name: str, stamp: float, text: str) -> list[Scored]:
     return _backend.score(text, TOP)
 
 
-def take(text: str) -> None:
-    """Put `text` on the desk, write on from it, and show that."""
-    desk = state.desk()
+def continue_from(text: str) -> None:
+    """Make `text` the open story, let the model continue it, and switch to the Write page."""
+    opened = state.open_story()
     if st.session_state.get("looking_at") == OTHER:
-        desk = state.put_on_desk()
-    desk.put(text)
+        opened = state.switch_story()
+    opened.replace_text(text)
     backend = state.backend()
     if backend is not None:
         with contextlib.suppress(ConfigError):
-            desk.go_on(backend, settings.current())
-    st.session_state["taken"] = True
+            opened.continue_text(backend, settings.current())
+    st.session_state["continued"] = True
 
 
 def draw_alternatives(text: str, token: Scored, key: int) -> None:
-    """What else could stand in the place of `token`."""
+    """The alternatives to `token`, each with a button that continues from it."""
     before = text[: token.start]
     shown = " ".join(before.split()[-10:])
     st.html(
         f'<div class="lead">… {state.escaped(shown)} <b>{state.escaped(token.text.strip() or visible(token.text))}</b></div>'
     )
-    rank = f"the model's choice no. {token.rank}" if token.rank and token.rank > 1 else "the model's first choice"
+    rank = f"rank {token.rank}" if token.rank and token.rank > 1 else "the likeliest token"
     st.caption(f"{percent(token.probability or 0.0)}, {rank}")
     most = max((other.probability for other in token.top), default=1.0)
     for number, other in enumerate(token.top):
@@ -79,43 +79,43 @@ def draw_alternatives(text: str, token: Scored, key: int) -> None:
             width="stretch",
         )
         row.button(
-            "Take this",
-            key=f"take_{key}_{number}",
-            on_click=take,
+            "Use this",
+            key=f"use_{key}_{number}",
+            on_click=continue_from,
             args=(before + other.text,),
             disabled="\ufffd" in other.text,  # a part of a character
-            help="Cut the text here, put this word in, and let the model go on",
+            help="Cut the text here, insert this token, and let the model continue",
         )
 
 
 def draw(backend: Backend) -> None:
-    if st.session_state.pop("taken", False):
+    if st.session_state.pop("continued", False):
         st.switch_page(WRITE)
     st.title("Look inside", anchor=False)
-    st.html('<p class="lead">How likely the model found each word, and what it would rather have written.</p>')
+    st.html('<p class="lead">How likely the model found each word, and what it would have written instead.</p>')
     where = st.segmented_control(
         "Text to look at", [STORY, OTHER], default=STORY, key="looking_at", required=True, label_visibility="collapsed"
     )
     if where == OTHER:
-        text = st.text_area("Text", key="glass_text", height=160, persist_state="session")
+        text = st.text_area("Text", key="inside_text", height=160, persist_state="session")
     else:
-        text = state.desk().live().text
+        text = state.open_story().view().text
     if not text.strip():
         st.info(
-            "There is no text yet." if where == OTHER else "The story on the desk is empty.",
+            "There is no text yet." if where == OTHER else "The open story is empty.",
             icon=":material/edit_note:",
         )
         st.page_link(WRITE, label="Write something", icon=":material/edit_note:")
         return
-    seen = backend.seen(text, GenerationParams(max_tokens=0))
-    begin = seen.start if seen else max(0, len(text) - 4000)
+    visible = backend.visible_text(text, GenerationParams(max_tokens=0))
+    begin = visible.start if visible else max(0, len(text) - 4000)
     part = text[begin:]
     if begin:
-        st.caption(f"Only the last {len(part.split()):,} words fit into the model's memory.")
+        st.caption(f"Only the last {len(part.split()):,} words fit into the model's context.")
     try:
         tokens = scored(backend, backend.name, state.stamp(backend.place), part)
     except BackendError as error:
-        st.error("The model cannot judge this text.")
+        st.error("The model cannot score this text.")
         st.text(str(error))
         return
     known = [token.probability for token in tokens if token.probability]
@@ -124,23 +124,25 @@ def draw(backend: Backend) -> None:
         first = sum(token.rank == 1 for token in tokens if token.probability)
         columns = st.columns(3)
         columns[0].metric(
-            "Perplexity", f"{math.exp(nats):,.1f}", help="As if it chose among so many equal words each time"
+            "Perplexity",
+            f"{math.exp(nats):,.1f}",
+            help="The model was as uncertain as if it chose among this many equally likely tokens",
         )
         columns[1].metric(
-            "First choices", f"{first / len(known):.0%}", help="Tokens the model would have chosen itself"
+            "First choices", f"{first / len(known):.0%}", help="Tokens that were the model's likeliest choice"
         )
         columns[2].metric("Tokens", f"{len(tokens):,}")
-    numbers = st.toggle("Write the percentages out", key="glass_numbers")
+    numbers = st.toggle("Show percentages", key="inside_numbers")
     st.html(LEGEND)
-    chosen = st.session_state.get("glass_chosen", -1)
-    if chosen >= len(tokens) or st.session_state.get("glass_for") != part:
+    chosen = st.session_state.get("inside_chosen", -1)
+    if chosen >= len(tokens) or st.session_state.get("inside_shown") != part:
         chosen = max(range(len(tokens)), key=lambda at: -(tokens[at].probability or 1.0)) if known else -1
-    st.session_state["glass_for"], st.session_state["glass_chosen"] = part, chosen
+    st.session_state["inside_shown"], st.session_state["inside_chosen"] = part, chosen
     left, right = st.columns([6, 5], gap="large")
     with left.container(border=True):
-        picked = glass(tokens, chosen=chosen, numbers=numbers, key="glass")
+        picked = token_view(tokens, chosen=chosen, numbers=numbers, key="token_view")
     if picked is not None and picked != chosen:
-        st.session_state["glass_chosen"] = picked
+        st.session_state["inside_chosen"] = picked
         st.rerun()
     with right:
         if chosen >= 0 and tokens[chosen].probability is not None:
@@ -150,10 +152,10 @@ def draw(backend: Backend) -> None:
 
 
 settings.start(state.place(), state.history())
-opened = state.backend()
-if opened is None:
+backend = state.backend()
+if backend is None:
     st.title("Look inside", anchor=False)
-    st.info("There is no model to look into yet.", icon=":material/deployed_code:")
+    st.info("There is no model to look inside yet.", icon=":material/deployed_code:")
     st.page_link("ui/pages/model.py", label="Choose a model", icon=":material/deployed_code:")
 else:
-    draw(opened)
+    draw(backend)

@@ -1,4 +1,4 @@
-"""Model: which one writes, what it is made of, and what is wrong where it cannot be opened."""
+"""Model: choose a model folder, a server or a gateway; the model's parameters and card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choose(place: Place) -> None:
 
 
 def draw_choice(now: Place | None) -> None:
-    """Where the words shall come from."""
+    """Choose where the model runs."""
     kind = st.segmented_control(
         "Where it runs",
         [LOCAL, SERVER, GATEWAY],
@@ -39,7 +39,7 @@ def draw_choice(now: Place | None) -> None:
             value=now.where if now and same else ("" if gateway else "http://127.0.0.1:8000"),
             placeholder="wss://….execute-api.….amazonaws.com/prod" if gateway else "http://127.0.0.1:8000",
         )
-        key = st.text_input("Key, where one is needed", value=now.key if now and same else "", type="password")
+        key = st.text_input("API key (if the server needs one)", value=now.key if now and same else "", type="password")
         if st.form_submit_button("Use it", type="primary"):
             choose(Place("gateway" if gateway else "server", url.strip(), key.strip()))
             st.rerun()
@@ -49,7 +49,7 @@ def draw_folders(now: Place | None) -> None:
     models = state.found_models()
     if not models:
         st.info("There is no model folder under runs/ or models/ yet.", icon=":material/deployed_code:")
-        st.page_link("ui/pages/training.py", label="Train one", icon=":material/model_training:")
+        st.page_link("ui/pages/training.py", label="Train a model", icon=":material/model_training:")
         return
     paths = [str(model.path) for model in models]
     at = paths.index(now.where) if now and now.kind == "local" and now.where in paths else 0
@@ -62,11 +62,11 @@ def draw_folders(now: Place | None) -> None:
             key="model_path",
         )
         dtype = st.selectbox(
-            "Arithmetic",
+            "Number format",
             DTYPES,
             index=DTYPES.index(now.dtype if now else "auto"),
             key="model_dtype",
-            help="auto: what this processor does fast; int8 halves the memory of bfloat16 again",
+            help="auto: the fastest on this processor; int8 takes half the memory of bfloat16",
             width=180,
         )
         wanted = Place("local", str(path), dtype=str(dtype))
@@ -74,7 +74,7 @@ def draw_folders(now: Place | None) -> None:
 
 
 def draw_parts(backend: Backend) -> None:
-    """Parameters by component; of a server, what it tells."""
+    """Parameters by component; of a server, its context."""
     if not isinstance(backend, LocalBackend):
         if context := getattr(backend, "context", None):
             st.metric("Context", f"{context:,} tokens")
@@ -109,14 +109,14 @@ def draw_parts(backend: Backend) -> None:
 
 
 def draw_card(place: Place) -> None:
-    """The model card, without its header for machines."""
+    """The model card, without its YAML header."""
     card = Path(place.where) / "README.md"
     if place.kind != "local" or not card.is_file():
         return
     text = card.read_text("utf-8", "replace")
     if text.startswith("---\n"):
         text = text.split("\n---\n", 1)[-1]
-    st.subheader("Its card", anchor=False)
+    st.subheader("Model card", anchor=False)
     with st.container(border=True):
         st.markdown(text)
 

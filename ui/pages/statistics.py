@@ -1,4 +1,4 @@
-"""Statistics: how much, how fast and how varied everything in the history is."""
+"""Statistics: amount, speed, variety and repetition of the generated passages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import streamlit as st
 
 from ui import state
 from ui.charts import bars, histogram, scatter
-from ui.figures import passage_frame
+from ui.passage_statistics import passage_frame
 
 
 def draw() -> None:
     st.title("Statistics", anchor=False)
     rows = state.history().passages()
     if not rows:
-        st.info("There is nothing to count yet: the figures come from the passages that models write for you.")
+        st.info("There are no statistics yet: they are computed from the passages that models write for you.")
         st.page_link("ui/pages/write.py", label="Begin a story", icon=":material/edit_note:")
         return
     frame = passage_frame(rows)

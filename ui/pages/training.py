@@ -1,4 +1,4 @@
-"""Training: watch runs learn, compare them, start one on texts of one's own, stop it, go on with it."""
+"""Training: loss curves and samples of runs, compared; start a run on your own texts, stop it, resume it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import streamlit as st
 
 from config import ConfigError, preset_names, preset_values
 from training.metrics import duration
-from ui import state, training
+from ui import state, training_runs
 from ui.charts import CURVES, curve_chart, loss_chart, run_frame
-from ui.training import Run, TrainingError
+from ui.training_runs import Run, TrainingError
 
 POLL_S = 2.0
-CLOCK, PRESET = "The clock", "A preset"
+MINUTES, PRESET = "Minutes", "Preset"
 
 
-def found() -> list[Run]:
-    return training.runs(state.flags().runs)
+def found_runs() -> list[Run]:
+    return training_runs.runs(state.flags().runs)
 
 
 def act(action: str, run: Run) -> None:
-    """Stop a run or go on with it; what cannot be done is said on the page."""
+    """Stop or resume a run; the page shows why it cannot."""
     try:
-        getattr(training, action)(run)
+        getattr(training_runs, action)(run)
     except (TrainingError, OSError) as error:
         st.session_state["training_fault"] = str(error)
 
 
 def draw_head(run: Run, running: bool) -> None:
-    """How far a run is, and what can be done with it."""
+    """Progress and figures of a run, and the buttons to stop or resume it."""
     rows = run.rows()
     total = run.total_steps()
     last = rows[-1] if rows else {}
@@ -44,10 +44,10 @@ def draw_head(run: Run, running: bool) -> None:
             st.button("Resume", icon=":material/play_arrow:", key="resume_run", on_click=act, args=("resume", run))
         elif rows:
             st.badge("finished", icon=":material/check:", color="gray")
-    if description := run.settings().get("description"):
+    if description := run.config().get("description"):
         st.caption(state.plain(str(description)))
     if running and not rows:
-        st.info("The texts are being prepared; the first numbers come in a moment.", icon=":material/hourglass_top:")
+        st.info("Preparing the texts; the first numbers appear shortly.", icon=":material/hourglass_top:")
     share, left_s = run.progress(last)
     if share:
         left = f", about {duration(left_s)} left" if running and left_s is not None else ""
@@ -84,9 +84,14 @@ def draw_charts(runs: list[Run]) -> None:
     frame = run_frame(rows)
     with st.container(horizontal=True, vertical_alignment="center"):
         x = st.segmented_control(
-            "Along", ["step", "tokens", "minutes"], default="step", key="along", required=True, persist_state="session"
+            "Horizontal axis",
+            ["step", "tokens", "minutes"],
+            default="step",
+            key="horizontal_axis",
+            required=True,
+            persist_state="session",
         )
-        log = st.toggle("Logarithmic loss", key="log_loss", persist_state="session")
+        log = st.toggle("Logarithmic loss axis", key="log_loss", persist_state="session")
     axis = x if x in frame else "step"
     if "train_loss" in frame or "val_loss" in frame:
         st.altair_chart(loss_chart(frame, x=axis, log=log), alt="Training and validation loss")
@@ -97,7 +102,7 @@ def draw_charts(runs: list[Run]) -> None:
 
 
 def draw_samples(run: Run) -> None:
-    """Watch it learn: the same prompt at every stage."""
+    """What the model wrote from the same prompt at different steps."""
     samples = run.samples()
     if not samples:
         return
@@ -121,7 +126,7 @@ def draw_samples(run: Run) -> None:
 
 
 def draw_run(run: Run, others: list[Run], polling: bool) -> None:
-    """Everything about one run; by itself every two seconds while it trains."""
+    """Everything about one run; a fragment that reruns every two seconds while it trains."""
     running = run.running()
     if fault := st.session_state.pop("training_fault", ""):
         st.error(state.plain(fault))
@@ -131,19 +136,19 @@ def draw_run(run: Run, others: list[Run], polling: bool) -> None:
     tail = run.log_tail()
     failed = not running and not run.rows() and bool(tail)
     if failed:
-        st.error("This run ended before its first step. What it said:")
+        st.error("This run ended before its first step. Its output:")
     if tail:
-        with st.expander("What the process says", expanded=failed):
+        with st.expander("Output of train.py", expanded=failed):
             st.code(tail, language=None, wrap_lines=True)
     if polling != running:
         st.rerun()
 
 
 def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
-    """Start a run by a preset and flags, or by minutes; what cannot be done is said on the page."""
+    """Start a run by preset and flags, or by minutes; the page shows why it cannot."""
     given = state.flags()
     try:
-        run = training.start(name, runs_folder=given.runs, data_folder=given.data, texts=texts, **choice)
+        run = training_runs.start(name, runs_folder=given.runs, data_folder=given.data, texts=texts, **choice)
     except (TrainingError, ConfigError, OSError) as error:
         st.error(state.plain(str(error)))
         return
@@ -152,7 +157,7 @@ def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
 
 
 def choose_limits(preset: str) -> tuple[str, dict[str, Any]]:
-    """(the run's name, what `training.start` takes) for a preset, shortened if wanted."""
+    """(the run's name, what `training_runs.start` versions) for a preset, shortened if wanted."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Name", value=preset, max_chars=60)
         steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
@@ -165,7 +170,7 @@ def draw_start(expanded: bool) -> None:
     """The form for a new run."""
     with st.expander("Train a new model", icon=":material/add:", expanded=expanded):
         by = st.segmented_control(
-            "Who chooses size, vocabulary and rates", [CLOCK, PRESET], default=CLOCK, key="by_new", required=True
+            "Choose model size and settings by", [MINUTES, PRESET], default=MINUTES, key="by_new", required=True
         )
         preset = ""
         if by == PRESET:
@@ -179,9 +184,11 @@ def draw_start(expanded: bool) -> None:
                 format_func=lambda name: f"{name} — {preset_values(name).get('description', '')}",
             )
         else:
-            st.caption("This machine is measured, and the best is made of the minutes and the texts that there are.")
-        files = st.file_uploader(  # one label in both cases: another would be another widget, and empty
-            "Texts to learn from (plain text, UTF-8); none: the preset's own, or the stories that come with this",
+            st.caption(
+                "Measures this machine and chooses the model that learns most from your texts in the given minutes."
+            )
+        files = st.file_uploader(  # one label for both: a widget with another label would lose its files
+            "Texts to learn from (plain text, UTF-8). Leave empty to use the preset's texts or the sample stories",
             type=["txt", "md"],
             accept_multiple_files=True,
         )
@@ -198,10 +205,10 @@ def draw_start(expanded: bool) -> None:
 
 def draw() -> None:
     st.title("Training", anchor=False)
-    runs = found()
+    runs = found_runs()
     draw_start(not runs)
     if not runs:
-        st.info("No model has been trained yet. The sample preset takes about three minutes on two cores.")
+        st.info("No model has been trained yet. The sample preset versions about three minutes on two cores.")
         return
     names = [run.name for run in runs]
     if st.session_state.get("run_shown") not in names:

@@ -1,4 +1,4 @@
-"""Write: the story on its sheet, the model going on from it, versions to choose from."""
+"""Write: the story editor, the toolbar, and the versions of the newest passage."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ import streamlit as st
 from config import ConfigError, GenerationParams
 from inference.prompts import GALLERY
 from ui import settings, state
-from ui.backends import Backend, Seen
-from ui.desk import Desk
-from ui.editor import sheet
+from ui.backends import Backend, VisibleText
+from ui.editor import story_editor
 from ui.export import FORMATS, export
 from ui.history import title_of
-from ui.links import packed, unpacked
-from ui.marks import draw_originality
+from ui.open_story import OpenStory
+from ui.originality import draw_originality
+from ui.permalinks import decode_link, encode_link
+from ui.story import Story
 
 POLL_S = 0.25
-KEY = "sheet"
+KEY = "editor"
 
 
 def take_edit() -> None:
-    """Bring what the writer has typed into its story, once, also one that is not open any more."""
+    """Apply what the writer has typed to its story, once, even if another story is shown by now."""
     edit = (st.session_state.get(KEY) or {}).get("edit")
     if not edit or edit == st.session_state.get("edit_taken"):
         return
     st.session_state["edit_taken"] = dict(edit)
-    story_id, life, rev = str(edit["rev"]).rsplit(":", 2)
-    if life == state.desks().life:  # revisions count from the start of the app
-        state.desks().open(story_id).type(edit["text"], int(rev))
+    story_id, instance, rev = str(edit["rev"]).rsplit(":", 2)
+    if instance == state.open_stories().instance:  # revisions count from the start of the app
+        state.open_stories().get(story_id).edit(edit["text"], int(rev))
 
 
 def take_title() -> None:
     title = (st.session_state.get(KEY) or {}).get("title")
     if title is not None:
-        state.desk().rename(title)
+        state.open_story().rename(title)
 
 
 def take_command() -> None:
@@ -48,66 +49,66 @@ def take_command() -> None:
 def act(command: str, *values: Any) -> None:
     """One of the writer's commands, from the keyboard or a button."""
     take_edit()
-    desk = state.desk()
+    opened = state.open_story()
     if command in ("continue", "retry"):
         backend = state.backend()
-        if backend is None or desk.running:
+        if backend is None or opened.running:
             return
         try:
             params = settings.current()
         except ConfigError:
             return
         if command == "continue":
-            desk.go_on(backend, params)
+            opened.continue_text(backend, params)
         else:
-            desk.retry(backend, params)
+            opened.retry(backend, params)
     elif command == "stop":
-        desk.stop()
+        opened.stop()
     elif command == "undo":
-        desk.undo()
+        opened.undo()
     elif command == "redo":
-        desk.redo()
+        opened.redo()
     elif command == "choose":
-        desk.choose(values[0])
+        opened.choose(values[0])
     elif command == "new":
-        state.put_on_desk()
-        state.desk().put(values[0] if values else "")
+        state.switch_story()
+        state.open_story().replace_text(values[0] if values else "")
     elif command == "opening":
-        desk.put(values[0])
-    st.rerun()  # the whole page: a command from the sheet would only run its fragment
+        opened.replace_text(values[0])
+    st.rerun()  # the whole page: a command from the editor would only rerun its fragment
 
 
 def follow_link() -> None:
-    """Lay out what a permalink describes: its prompt as a new story, its settings in the sidebar."""
+    """Open what a permalink describes: its prompt as a new story, its settings in the sidebar."""
     value = st.query_params.get("write")
     if not value or st.session_state.get("followed") == value:
         return
     st.session_state["followed"] = value
     del st.query_params["write"]
     try:
-        recipe = unpacked(str(value))
+        recipe = decode_link(str(value))
     except ValueError as error:
-        st.session_state["told"] = f"{error}: ask for it again."
+        st.session_state["told"] = f"{error}: ask for a new link."
         return
-    state.put_on_desk().put(recipe["prompt"])
+    state.switch_story().replace_text(recipe["prompt"])
     settings.apply(recipe["params"].model_dump())
     place = state.place()
-    told = "A link laid out this prompt with its settings and seed. Continue writes the same text again"
+    told = "The link restored this prompt with its settings and seed. Continue writes the same text again"
     backend = state.backend() if place else None
     if backend is not None and recipe["model"] not in ("", backend.name):
-        told += f" with the model “{recipe['model']}”; you are writing with “{backend.name}”, which will differ"
+        told += f" with the model “{recipe['model']}”; you are writing with “{backend.name}”, whose text will differ"
     if recipe["index"]:
         told += f"; the linked text is version {recipe['index'] + 1}"
     st.session_state["told"] = told + "."
 
 
 def draw_empty() -> None:
-    """No model yet: say so, and offer to make one."""
-    from ui import training
+    """No model yet: offer to train one."""
+    from ui import training_runs
 
     with st.container(key="page_write"):
         st.title("A place to write")
-        st.html('<p class="lead">Here a story is written by two: you begin, and a language model goes on.</p>')
+        st.html('<p class="lead">You begin a story, and a language model continues it.</p>')
         if state.fault():
             st.error("The model cannot be opened.", icon=":material/error:")
             st.text(state.fault())
@@ -115,79 +116,86 @@ def draw_empty() -> None:
             st.page_link("ui/pages/model.py", label="Choose another model", icon=":material/deployed_code:")
             return
         given = state.flags()
-        if any(run.running() for run in training.runs(given.runs)):
-            st.info("A model is being trained. As soon as it has been saved once, it can write.")
+        if any(run.running() for run in training_runs.runs(given.runs)):
+            st.info("A model is being trained. You can write with it as soon as its first checkpoint is saved.")
             st.page_link("ui/pages/training.py", label="Watch it learn", icon=":material/model_training:")
             return
-        st.write(
-            "There is no model on this machine yet. A small one learns from the stories that come with the program."
-        )
+        st.write("There is no model on this machine yet. You can train a small one on the sample stories.")
         if st.button("Train the sample model (about three minutes)", type="primary", icon=":material/model_training:"):
-            run = training.start("sample", preset="sample", runs_folder=given.runs, data_folder=given.data)
+            run = training_runs.start("sample", preset="sample", runs_folder=given.runs, data_folder=given.data)
             st.session_state["run_shown"] = run.name
             st.switch_page("ui/pages/training.py")
         st.caption("Or choose a model folder, a server or a gateway on the Model page.")
 
 
-def shown(desk: Desk) -> tuple[bool, ...]:
-    """What the toolbar looks like; when it changes the whole page is drawn again."""
-    story = desk.story
-    return (desk.running, bool(story.past), bool(story.future), bool(story.takes), bool(story.text.strip()))
+def shown(opened: OpenStory) -> tuple[bool, ...]:
+    """The state of the toolbar's buttons; when it changes, the whole page is drawn again."""
+    story = opened.story
+    return (opened.running, bool(story.past), bool(story.future), bool(story.versions), bool(story.text.strip()))
 
 
-def draw_desk(backend: Backend, desk: Desk, drawn: tuple[bool, ...]) -> None:
-    """The sheet and what belongs to it; runs by itself several times a second while the model writes."""
+def draw_editor(backend: Backend, opened: OpenStory, drawn: tuple[bool, ...]) -> None:
+    """The editor with its facts and versions; a fragment that reruns several times a second while the model writes."""
     take_edit()
-    live = desk.live()
+    view = opened.view()
     try:
         params = settings.current()
     except ConfigError:
         params = settings.DEFAULTS
-    seen = seen_of(backend, live.text, params)
-    sheet(
-        live,
-        rev=f"{desk.id}:{state.desks().life}:{live.rev}",
+    visible = visible_text(backend, view.text, params)
+    story_editor(
+        view,
+        rev=f"{opened.id}:{state.open_stories().instance}:{view.rev}",
         key=KEY,
-        title=desk.title,
-        seen=seen.start if seen else 0,
-        focus=desk.id,
+        title=opened.title,
+        seen=visible.start if visible else 0,
+        focus=opened.id,
         on_edit=take_edit,
         on_title=take_title,
         on_command=take_command,
     )
-    draw_facts(desk, live.text, seen)
-    draw_job(desk)
-    draw_versions(desk, live.running)
-    if drawn != shown(desk) and (desk.running or not live.running):
+    draw_facts(opened, view.text, visible)
+    draw_generation_notices(opened)
+    draw_versions(opened, view.running)
+    if drawn != shown(opened) and (opened.running or not view.running):
         st.rerun()
 
 
-def seen_of(backend: Backend, text: str, params: GenerationParams) -> Seen | None:
-    """What the model sees of `text`; counted anew only when one of the two has changed."""
+def visible_text(backend: Backend, text: str, params: GenerationParams) -> VisibleText | None:
+    """What the model reads of `text`; computed again only when the text or the settings have changed."""
     key = (id(backend), hash(text), params.max_tokens, params.keep)
-    kept = st.session_state.get("seen")
+    kept = st.session_state.get("visible")
     if kept is None or kept[0] != key:
-        kept = st.session_state["seen"] = (key, backend.seen(text, params))
-    found: Seen | None = kept[1]
+        kept = st.session_state["visible"] = (key, backend.visible_text(text, params))
+    found: VisibleText | None = kept[1]
     return found
 
 
-def draw_job(desk: Desk) -> None:
-    """What went wrong or needs saying about the passage being written."""
-    job = desk.job
-    if job is not None and job.status == "lost":
+def draw_generation_notices(opened: OpenStory) -> None:
+    """Warnings about the passage being written."""
+    generation = opened.generation
+    if generation is not None and generation.status == "lost":
         st.warning(
-            f"The server went away: {state.plain(job.message)}. Your text is safe; writing goes on when it is back.",
+            f"Connection lost: {state.plain(generation.message)}. Your text is safe; writing continues when the server is back.",
             icon=":material/cloud_off:",
         )
-    elif desk.notice:
-        st.warning(state.plain(desk.notice), icon=":material/info:")
-    if job is not None and job.truncated and desk.running:
-        st.caption("The text is longer than the model's memory: it read the end of it (the darker part).")
+    elif opened.notice:
+        st.warning(state.plain(opened.notice), icon=":material/info:")
+    if generation is not None and generation.truncated and opened.running:
+        st.caption("The text is longer than the model's context: it reads only the end (the darker part).")
 
 
-def draw_toolbar(desk: Desk, running: bool) -> None:
-    story = desk.story
+def draw_toolbar(opened: OpenStory, running: bool) -> None:
+    story = opened.story
+    draw_generate_buttons(story, running)
+    draw_undo_buttons(story, running)
+    if len(story.versions) > 1:
+        draw_version_buttons(story, running)
+    draw_menu(opened)
+
+
+def draw_generate_buttons(story: Story, running: bool) -> None:
+    """Continue or Stop, and Retry."""
     if running:
         st.button(
             "Stop", key="stop", type="primary", icon=":material/stop:", shortcut="Esc", on_click=act, args=("stop",)
@@ -201,18 +209,21 @@ def draw_toolbar(desk: Desk, running: bool) -> None:
             shortcut="Mod+Enter",
             on_click=act,
             args=("continue",),
-            help="Let the model go on from the end of the text",
+            help="Let the model continue from the end of the text",
         )
     st.button(
         "Retry",
         key="retry",
         icon=":material/autorenew:",
-        disabled=running or not story.takes,
+        disabled=running or not story.versions,
         on_click=act,
         args=("retry",),
         shortcut="Alt+Enter",
-        help="Another version of the newest passage; the present one is kept (Alt+Enter)",
+        help="Another version of the newest passage; the current one is kept (Alt+Enter)",
     )
+
+
+def draw_undo_buttons(story: Story, running: bool) -> None:
     st.button(
         "Undo",
         key="undo",
@@ -231,38 +242,46 @@ def draw_toolbar(desk: Desk, running: bool) -> None:
         args=("redo",),
         help="One step forward (Ctrl+Shift+Z in the text)",
     )
-    if len(story.takes) > 1:
-        with st.container(horizontal=True, width="content", vertical_alignment="center", gap=None, wrap=False):
-            last = len(story.takes) - 1
-            st.button(
-                "Former version",
-                icon=":material/chevron_left:",
-                key="former",
-                type="tertiary",
-                disabled=running or story.at == 0,
-                on_click=act,
-                args=("choose", story.at - 1),
-            )
-            st.html(
-                f'<span class="quiet" aria-live="polite">version {story.at + 1} of {last + 1}</span>',
-                width="content",
-            )
-            st.button(
-                "Next version",
-                icon=":material/chevron_right:",
-                key="next",
-                type="tertiary",
-                disabled=running or story.at == last,
-                on_click=act,
-                args=("choose", story.at + 1),
-            )
+
+
+def draw_version_buttons(story: Story, running: bool) -> None:
+    """Previous and next version of the newest passage."""
+    with st.container(horizontal=True, width="content", vertical_alignment="center", gap=None, wrap=False):
+        last = len(story.versions) - 1
+        st.button(
+            "Previous version",
+            icon=":material/chevron_left:",
+            key="previous",
+            type="tertiary",
+            disabled=running or story.at == 0,
+            on_click=act,
+            args=("choose", story.at - 1),
+        )
+        st.html(
+            f'<span class="quiet" aria-live="polite">version {story.at + 1} of {last + 1}</span>',
+            width="content",
+        )
+        st.button(
+            "Next version",
+            icon=":material/chevron_right:",
+            key="next",
+            type="tertiary",
+            disabled=running or story.at == last,
+            on_click=act,
+            args=("choose", story.at + 1),
+        )
+
+
+def draw_menu(opened: OpenStory) -> None:
+    """New story, export, permalink."""
+    story = opened.story
     with st.popover("More", icon=":material/more_horiz:", key="more"):
         st.button("New story", icon=":material/note_add:", key="new", on_click=act, args=("new",), width="stretch")
         for suffix, (label, mime) in FORMATS.items():
             st.download_button(
                 f"Save as {label}",
-                data=partial(as_file, desk, suffix),
-                file_name=f"{file_name(desk)}.{suffix}",
+                data=partial(as_file, opened, suffix),
+                file_name=f"{file_name(opened)}.{suffix}",
                 mime=mime,
                 key=f"save_{suffix}",
                 on_click="ignore",
@@ -271,64 +290,64 @@ def draw_toolbar(desk: Desk, running: bool) -> None:
                 disabled=not story.text,
             )
         if story.passage is not None and story.passage.seed is not None:
-            st.caption("A link that writes the newest passage again:")
-            st.code(f"{(st.context.url or '').split('?')[0]}?write={packed(desk)}", language=None)
+            st.caption("Link that writes the newest passage again:")
+            st.code(f"{(st.context.url or '').split('?')[0]}?write={encode_link(opened)}", language=None)
 
 
-def file_name(desk: Desk) -> str:
-    """A file name out of the story's title."""
-    words = "".join(c if c.isalnum() else " " for c in title_of(desk.title, desk.story.text, 40)).split()
+def file_name(opened: OpenStory) -> str:
+    """A file name made from the story's title."""
+    words = "".join(c if c.isalnum() else " " for c in title_of(opened.title, opened.story.text, 40)).split()
     return "_".join(words).lower() or "story"
 
 
-def as_file(desk: Desk, suffix: str) -> bytes:
-    """The story as it stands when the file is asked for."""
-    return export([(desk.title, desk.story.text)], suffix)
+def as_file(opened: OpenStory, suffix: str) -> bytes:
+    """The story as it is when the file is requested."""
+    return export([(opened.title, opened.story.text)], suffix)
 
 
-def draw_facts(desk: Desk, text: str, seen: Seen | None) -> None:
-    """Words, what the model sees, speed."""
+def draw_facts(opened: OpenStory, text: str, visible: VisibleText | None) -> None:
+    """Word count, how much of the text the model reads, speed."""
     words = len(text.split())
     parts = [f"{words:,} word{'' if words == 1 else 's'}"]
     bar = ""
-    if seen is not None:
-        share = min(1.0, seen.tokens / seen.context)
-        about = "" if seen.exact else "about "
-        if seen.start:
-            parts.append(f"the model sees the last {len(text[seen.start :].split()):,}")
-        if seen.tokens > seen.context:
-            parts.append(f"{about}{seen.tokens:,} tokens, {seen.context:,} fit")
+    if visible is not None:
+        share = min(1.0, visible.tokens / visible.context)
+        about = "" if visible.exact else "about "
+        if visible.start:
+            parts.append(f"the model reads the last {len(text[visible.start :].split()):,}")
+        if visible.tokens > visible.context:
+            parts.append(f"{about}{visible.tokens:,} tokens, {visible.context:,} fit")
         else:
-            parts.append(f"{about}{seen.tokens:,} of {seen.context:,} tokens")
+            parts.append(f"{about}{visible.tokens:,} of {visible.context:,} tokens")
         bar = (
-            f'<span class="bar{" full" if seen.start else ""}" role="img" '
-            f'aria-label="{share:.0%} of the model\'s memory in use"><i style="width:{share:.0%}"></i></span>'
+            f'<span class="bar{" full" if visible.start else ""}" role="img" '
+            f'aria-label="{share:.0%} of the model\'s context in use"><i style="width:{share:.0%}"></i></span>'
         )
-    job = desk.job
-    if job is not None and job.first_s is not None:
-        if job.tokens_per_s:
-            parts.append(f"{job.tokens_per_s:,.0f} tokens/s")
-        parts.append(f"first word after {job.first_s:.2f} s")
-        if job.seed is not None:
-            parts.append(f"seed {job.seed}")
+    generation = opened.generation
+    if generation is not None and generation.first_s is not None:
+        if generation.tokens_per_s:
+            parts.append(f"{generation.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"first word after {generation.first_s:.2f} s")
+        if generation.seed is not None:
+            parts.append(f"seed {generation.seed}")
     st.html(f'<div class="meter quiet" data-testid="facts">{bar}<span>{state.note(parts)}</span></div>')
 
 
-def draw_versions(desk: Desk, running: bool) -> None:
-    """Versions side by side: while several are being written, and afterwards until one is gone on from."""
-    job, story = desk.job, desk.story
-    if running and job is not None and len(job.samples) > 1:
-        texts = [sample.text for sample in job.samples]
-    elif not running and len(story.takes) > 1:
-        texts = [take.text for take in story.takes]
+def draw_versions(opened: OpenStory, running: bool) -> None:
+    """Versions side by side, while they are written and until the story continues from one of them."""
+    generation, story = opened.generation, opened.story
+    if running and generation is not None and len(generation.samples) > 1:
+        texts = [sample.text for sample in generation.samples]
+    elif not running and len(story.versions) > 1:
+        texts = [take.text for take in story.versions]
     else:
         return
     columns = st.columns(min(3, len(texts)))
     for at, text in enumerate(texts):
         chosen = at == story.at and not running
-        with columns[at % len(columns)].container(border=True, key=f"take_{at}"):
+        with columns[at % len(columns)].container(border=True, key=f"version_{at}"):
             st.html(f'<div class="quiet">Version {at + 1}{" · in the text" if chosen else ""}</div>')
-            st.html(f'<div class="prose take">{state.escaped(text.strip()) or "…"}</div>')
+            st.html(f'<div class="prose version">{state.escaped(text.strip()) or "…"}</div>')
             if not running:
                 st.button(
                     "Use this",
@@ -341,8 +360,8 @@ def draw_versions(desk: Desk, running: bool) -> None:
 
 
 def draw_openings() -> None:
-    """First words to begin with."""
-    st.subheader("Or begin with", anchor=False)
+    """Openings to begin with."""
+    st.subheader("Or begin with an opening", anchor=False)
     kinds = list(GALLERY)
     kind = st.pills(
         "Kind of opening",
@@ -375,24 +394,24 @@ def draw() -> None:
         draw_empty()
         return
     with st.sidebar:
-        st.html(f'<div class="quiet">Writing with</div><div class="prose small">{state.escaped(backend.name)}</div>')
+        st.html(f'<div class="quiet">Model</div><div class="prose small">{state.escaped(backend.name)}</div>')
         settings.sidebar(state.place(), state.history(), backend.styles)
         for line in settings.problems():
             st.error(state.plain(line))
-    desk = state.desk()
-    if st.query_params.get("story") != desk.id:
-        st.query_params["story"] = desk.id
+    opened = state.open_story()
+    if st.query_params.get("story") != opened.id:
+        st.query_params["story"] = opened.id
     with st.container(key="page_write"):
         if told := st.session_state.pop("told", ""):
             st.info(state.plain(told), icon=":material/link:")
-        drawn = shown(desk)
-        st.fragment(draw_desk, run_every=POLL_S if desk.running else None, key="desk")(backend, desk, drawn)
+        drawn = shown(opened)
+        st.fragment(draw_editor, run_every=POLL_S if opened.running else None, key="story")(backend, opened, drawn)
         with st.container(horizontal=True, key="toolbar", vertical_alignment="center", gap="small"):
-            draw_toolbar(desk, desk.running)
-        if not desk.live().text.strip() and not desk.running:
+            draw_toolbar(opened, opened.running)
+        if not opened.view().text.strip() and not opened.running:
             draw_openings()
-        elif not desk.running:
-            draw_originality(backend, desk.story.text)
+        elif not opened.running:
+            draw_originality(backend, opened.story.text)
 
 
 draw()

@@ -1,7 +1,7 @@
-"""Many prompts under many settings: a grid of jobs worked off in the background, and its table.
+"""Many prompts with many sampling settings: a grid of generations in the background, and its table.
 
->>> batch = Batch(backend, ["The fog", "My dear"], {"Faithful": params, "Fanciful": other}).start()
->>> batch.done, len(batch.cells)
+>>> comparison = Comparison(backend, ["The fog", "My dear"], {"Faithful": params, "Fanciful": other}).start()
+>>> comparison.done, len(comparison.cells)
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 
 from config import GenerationParams
 from ui.backends import Backend
-from ui.jobs import Job, ignore
+from ui.background import BackgroundGeneration, ignore
 
 AT_ONCE = 4
-MOST_PROMPTS = 1000
+MAX_PROMPTS = 1000
 COLUMNS = ("prompt", "settings", "sample", "text", "words", "tokens", "finish_reason", "seconds", "seed")
 
 
 @dataclass
 class Cell:
-    """One prompt under one set of settings."""
+    """One prompt with one set of sampling settings."""
 
     prompt: str
     settings: str
-    job: Job
+    generation: BackgroundGeneration
 
 
-class Batch:
-    """The cells in the order prompt by prompt; `cancel` ends the running ones and leaves the rest unwritten."""
+class Comparison:
+    """The cells, prompt by prompt; `cancel` stops the running ones and skips the rest."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Batch:
         prompts: Sequence[str],
         settings: Mapping[str, GenerationParams],
         *,
-        on_end: Callable[[Job], None] = ignore,
+        on_end: Callable[[BackgroundGeneration], None] = ignore,
     ):
         self.cells = [
-            Cell(prompt, name, Job(backend, prompt.rstrip(" "), params, on_end=on_end))
+            Cell(prompt, name, BackgroundGeneration(backend, prompt.rstrip(" "), params, on_end=on_end))
             for prompt in prompts
             for name, params in settings.items()
         ]
         self._stopped = threading.Event()
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="batch")
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="comparison")
 
-    def start(self) -> Batch:
+    def start(self) -> Comparison:
         for cell in self.cells:
             self._threads.submit(self._work, cell)
         self._threads.shutdown(wait=False)
@@ -60,24 +60,24 @@ class Batch:
 
     def _work(self, cell: Cell) -> None:
         if not self._stopped.is_set():
-            cell.job.start().join()
+            cell.generation.start().join()
 
     def cancel(self) -> None:
         self._stopped.set()
         for cell in self.cells:
-            cell.job.cancel()
+            cell.generation.cancel()
 
     @property
     def done(self) -> int:
         """Cells that are finished."""
-        return sum(cell.job.over for cell in self.cells)
+        return sum(cell.generation.over for cell in self.cells)
 
     @property
     def running(self) -> bool:
         return self.done < len(self.cells) and not (self._stopped.is_set() and not self._working())
 
     def _working(self) -> bool:
-        return any(cell.job.started and not cell.job.over for cell in self.cells)
+        return any(cell.generation.started and not cell.generation.over for cell in self.cells)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a sample that has any words; the keys are COLUMNS."""
@@ -90,12 +90,12 @@ class Batch:
                 "words": len(sample.text.split()),
                 "tokens": sample.tokens,
                 "finish_reason": sample.reason,
-                "seconds": round(cell.job.seconds, 2),
-                "seed": cell.job.seed,
+                "seconds": round(cell.generation.seconds, 2),
+                "seed": cell.generation.seed,
             }
             for cell in self.cells
-            if cell.job.started
-            for number, sample in enumerate(cell.job.samples, 1)
+            if cell.generation.started
+            for number, sample in enumerate(cell.generation.samples, 1)
             if sample.text
         ]
 
@@ -129,8 +129,8 @@ def read_prompts(name: str, content: bytes) -> list[str]:
     else:
         found = text.splitlines()
     kept = [prompt for prompt in found if prompt.strip()]
-    if len(kept) > MOST_PROMPTS:
-        raise ValueError(f"{name}: {len(kept)} prompts, at most {MOST_PROMPTS}: split the file")
+    if len(kept) > MAX_PROMPTS:
+        raise ValueError(f"{name}: {len(kept)} prompts, at most {MAX_PROMPTS}: split the file")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Figures about what was written: a table of passages with their speed, settings and variety.
+"""Statistics of generated passages: a table with their speed, settings, variety and repetition.
 
 >>> frame = passage_frame(history.passages())
 >>> frame["distinct_2"].mean()
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from config import SETTINGS
 from ui.history import PassageRow
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def passage_frame(rows: Sequence[PassageRow]) -> pd.DataFrame:
                 "seconds": row.seconds,
                 "first_s": row.first_s,
                 "tokens_per_s": row.tokens / row.seconds if row.seconds > 0 else None,
-                "temperature": row.params.get("temperature"),
-                "top_k": row.params.get("top_k"),
-                "top_p": row.params.get("top_p"),
-                "repetition_penalty": row.params.get("repetition_penalty"),
+                **{
+                    name: row.params.get(name)
+                    for name, setting in SETTINGS.items()
+                    if setting.manner and setting.slider
+                },
                 "n": row.params.get("n", 1),
                 "ended": row.finish_reason,
                 "distinct_1": distinct(row.text, 1),

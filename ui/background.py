@@ -1,10 +1,10 @@
-"""A text being written in the background: a thread reads the backend, pages look at what has come so far.
+"""Generation in the background: a thread reads the backend, pages show the text so far.
 
-    >>> job = Job(backend, "The fog", GenerationParams(n=2))
-    >>> job.start(); job.join()
-    >>> [sample.text for sample in job.samples]
+    >>> generation = BackgroundGeneration(backend, "The fog", GenerationParams(n=2))
+    >>> generation.start(); generation.join()
+    >>> [sample.text for sample in generation.samples]
 
-No Streamlit in here: a page that reruns, or a tab that is closed, changes nothing about a job.
+No Streamlit in here: a page that reruns or a tab that is closed does not affect a generation.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from config import GenerationParams
-from ui.backends import Backend, BackendError, BackendLost, Writing
+from ui.backends import Backend, BackendError, BackendLost, UpdateStream
 
 Status = Literal["running", "lost", "done", "stopped", "failed"]
-PATIENCE_S = 900.0  # how long a server that went away is waited for
+GIVE_UP_S = 900.0  # how long to wait for a server whose connection broke
 RETRY_S = 1.0  # before the first attempt to reach it again; doubled each time
-LONGEST_PAUSE_S = 8.0
-NOTE_S = 1.5  # between two savings of a text in progress
+MAX_RETRY_S = 8.0
+SAVE_S = 1.5  # between two saves of a text in progress
 
 
 @dataclass
 class Sample:
-    """One of the n texts of a job."""
+    """One of the n texts of a generation."""
 
     text: str = ""
     tokens: int = 0
     reason: str = ""  # stop, length, cancelled, deadline; empty while it is being written
-    pieced: bool = False  # written in more than one request, because the server went away in between
+    resumed: bool = False  # written in more than one request, because the connection broke in between
 
 
-def ignore(job: Job) -> None:
+def ignore(generation: BackgroundGeneration) -> None:
     return
 
 
-class Job:
-    """n samples of one prompt. `on_note` hears of it every so often, `on_end` exactly once, both in the job's thread.
+class BackgroundGeneration:
+    """n samples of one prompt. `on_progress` is called every `SAVE_S`, `on_end` exactly once, both in the generation's thread.
 
-    When the connection breaks in mid-story, what came is kept, the server is waited for, and the text goes on from
-    there. A server that cannot be reached at all fails the job at once.
+    When the connection breaks midway, the text so far is kept, and the generation continues from there once the server
+    is back. A server that cannot be reached at first fails the generation at once.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Job:
         prompt: str,
         params: GenerationParams,
         *,
-        on_note: Callable[[Job], None] = ignore,
-        on_end: Callable[[Job], None] = ignore,
+        on_progress: Callable[[BackgroundGeneration], None] = ignore,
+        on_end: Callable[[BackgroundGeneration], None] = ignore,
     ):
         self.backend, self.prompt, self.params = backend, prompt, params
-        self.on_note, self.on_end = on_note, on_end
+        self.on_progress, self.on_end = on_progress, on_end
         self.samples = [Sample() for _ in range(params.n)]
         self.status: Status = "running"
         self.message = ""
@@ -67,13 +67,13 @@ class Job:
         self.first_s: float | None = None
         self.ended_s: float | None = None
         self._cancel = threading.Event()
-        self._writing: Writing | None = None
+        self._writing: UpdateStream | None = None
         self._lock = threading.Lock()
         self._noted = self.begun
         self.started = False
-        self._thread = threading.Thread(target=self._run, name="job", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
-    def start(self) -> Job:
+    def start(self) -> BackgroundGeneration:
         self.started = True
         self.begun = time.monotonic()
         self._thread.start()
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether `on_end` has been told."""
+        """Whether it has ended and `on_end` has been called."""
         return self.status in ("done", "stopped", "failed")
 
     @property
@@ -105,7 +105,7 @@ class Job:
         return (self.tokens - 1) / (self.seconds - self.first_s)
 
     def cancel(self) -> None:
-        """End soon and keep what came; returns at once."""
+        """Stop soon and keep the text so far; returns at once."""
         self._cancel.set()
         with self._lock:
             writing = self._writing
@@ -135,12 +135,12 @@ class Job:
         except BackendLost as error:
             if self._cancel.is_set() or not self.tokens:
                 raise
-            self._go_on(error)
+            self._reconnect(error)
 
-    def _go_on(self, lost: BackendLost) -> None:
-        """Wait for the server and write the unfinished samples on from where they broke off.
+    def _reconnect(self, lost: BackendLost) -> None:
+        """Wait for the server and continue the unfinished samples from where they broke off.
 
-        Attempts come at growing distances; the patience begins anew with every word that arrives.
+        The pause between attempts doubles up to `MAX_RETRY_S`; `GIVE_UP_S` starts anew with every token that arrives.
         """
         since, written, pause = time.monotonic(), self.tokens, RETRY_S
         while not self._cancel.is_set():
@@ -149,13 +149,13 @@ class Job:
                 return
             if self.tokens > written:
                 since, written, pause = time.monotonic(), self.tokens, RETRY_S
-            elif time.monotonic() - since > PATIENCE_S:
+            elif time.monotonic() - since > GIVE_UP_S:
                 raise lost
             self.status, self.message = "lost", str(lost)
-            self.on_note(self)
+            self.on_progress(self)
             if self._cancel.wait(pause):
                 return
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            pause = min(2 * pause, MAX_RETRY_S)
             if not self.backend.alive():
                 continue
             for index in unfinished:
@@ -174,7 +174,7 @@ class Job:
             sample.reason = "length"
             return
         seed = None if self.params.seed is None else self.params.seed + sample.tokens
-        sample.pieced = True
+        sample.resumed = True
         self._request(self.params.model_copy(update={"n": 1, "max_tokens": left, "seed": seed}), [index])
 
     def _request(self, params: GenerationParams, indices: list[int]) -> None:
@@ -203,6 +203,6 @@ class Job:
             else:
                 sample.reason = update.reason
                 sample.tokens = before[update.index] + update.tokens if update.tokens else sample.tokens
-            if time.monotonic() - self._noted > NOTE_S:
+            if time.monotonic() - self._noted > SAVE_S:
                 self._noted = time.monotonic()
-                self.on_note(self)
+                self.on_progress(self)

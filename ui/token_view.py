@@ -1,4 +1,4 @@
-"""The text on the Look inside page, as a Streamlit component: every token can be chosen."""
+"""The text on the Look inside page as a Streamlit component: tokens shaded by probability, each can be selected."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import streamlit as st
 from ui.backends import Scored
 
 HERE = Path(__file__).parent
-CSS = (HERE / "glass.css").read_text("utf-8")
-JS = (HERE / "glass.js").read_text("utf-8")
+CSS = (HERE / "token_view.css").read_text("utf-8")
+JS = (HERE / "token_view.js").read_text("utf-8")
 HTML = """
-<div class="glass" role="listbox" tabindex="0"></div>
+<div class="token-view" role="listbox" tabindex="0"></div>
 """
 
 
 @st.cache_resource(show_spinner=False)
 def _component() -> Any:
-    return st.components.v2.component("glass", html=HTML, css=CSS, js=JS)
+    return st.components.v2.component("token_view", html=HTML, css=CSS, js=JS)
 
 
-def glass(tokens: Sequence[Scored], *, chosen: int, numbers: bool, key: str) -> int | None:
-    """Show the tokens; the index of one that was just chosen, else None. `numbers` writes each percentage out."""
+def token_view(tokens: Sequence[Scored], *, chosen: int, numbers: bool, key: str) -> int | None:
+    """Show the tokens; returns the index of one that was just selected, else None. numbers: show each percentage."""
     component = _component()
     result = component(
         key=key,
@@ -32,7 +32,7 @@ def glass(tokens: Sequence[Scored], *, chosen: int, numbers: bool, key: str) -> 
             "tokens": [{"text": token.text, "p": token.probability, "rank": token.rank} for token in tokens],
             "chosen": chosen,
             "numbers": numbers,
-            "label": "The text, word by word. Arrow keys move from one to the next.",
+            "label": "The text, token by token. The arrow keys move from one to the next.",
         },
         on_pick_change=lambda: None,
     )

@@ -1,10 +1,10 @@
-"""Training runs as the app sees them: what they have logged, and `train.py` processes started, stopped and resumed.
+"""Training runs in the app: reading what they log; starting, stopping and resuming `train.py` processes.
 
     >>> run = start("novels", preset="story-nano", texts={"emma.txt": b"..."})
-    >>> run = start("novels", minutes=10, texts={"emma.txt": b"..."})         # the one dial
+    >>> run = start("novels", minutes=10, texts={"emma.txt": b"..."})         # train.py --minutes
     >>> runs(folder)[0].rows[-1]["train_loss"]
 
-The process belongs to nobody's browser: it goes on when the tab or the app is closed, and the run folder tells all.
+A process continues when the tab or the app is closed; everything about it is read from its run folder.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Run:
         return self.path.name
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was logged, a dictionary a line (keys with units: see docs/training.md)."""
+        """The logged rows (keys with units: see docs/training.md)."""
         return list(read_jsonl(self.path / METRICS))
 
     def samples(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.path / SAMPLES))
 
-    def settings(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """The run's config.toml; empty before it is written."""
         with contextlib.suppress(ConfigError):
             return read_toml(self.path / "config.toml")
@@ -58,12 +58,12 @@ class Run:
 
     def total_steps(self) -> int:
         """Steps of the whole run; 0 where only the clock ends it."""
-        return int(self.settings().get("train", {}).get("max_steps", 0))
+        return int(self.config().get("train", {}).get("max_steps", 0))
 
     def progress(self, last: Mapping[str, Any]) -> tuple[float, float | None]:
         """(share done, seconds left or None) at the logged row `last`, by steps or by the clock, whichever ends first."""
-        settings = self.settings().get("train", {})
-        total, minutes = int(settings.get("max_steps", 0)), float(settings.get("max_minutes", 0))
+        train = self.config().get("train", {})
+        total, minutes = int(train.get("max_steps", 0)), float(train.get("max_minutes", 0))
         step, used_s = int(last.get("step", 0)), float(last.get("elapsed_s", 0.0))
         share = max(step / total if total else 0.0, used_s / (minutes * 60) if minutes else 0.0)
         left = None
@@ -72,27 +72,24 @@ class Run:
         return min(1.0, share), left
 
     def running(self) -> bool:
-        """Whether a process holds the run, or one that the app started has not come so far yet."""
+        """Whether a process has locked the run folder, or one that the app started has not got that far yet."""
         return self.locked() or self.process() is not None
 
     def locked(self) -> bool:
-        lock = self.path / ".lock"
-        if not lock.is_file():
+        """Whether a training process holds the lock of the run folder."""
+        import filelock
+
+        path = self.path / ".lock"
+        if not path.is_file():
             return False
         try:
-            import fcntl
-        except ImportError:
-            return False
-        with lock.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-            fcntl.flock(file, fcntl.LOCK_UN)
-        return False
+            with filelock.FileLock(path).acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
 
     def process(self) -> Any:
-        """The process the app started for this run, where it is still alive (a psutil.Process)."""
+        """The process that the app started for this run, if it is still alive (a psutil.Process)."""
         import psutil
 
         try:
@@ -105,22 +102,22 @@ class Run:
         return found
 
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from and steps left to do."""
+        """Whether there is a checkpoint to resume from and steps are left."""
         if self.running() or not any(self.path.glob("last*/training_state*")):
             return False
         rows = self.rows()
         return not rows or not self.total_steps() or rows[-1]["step"] < self.total_steps()
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of what the process said."""
+        """The last lines of the process's output."""
         path = self.path / LOG
         if not path.is_file():
             return ""
         text = path.read_bytes()[-20_000:].decode("utf-8", "replace")
         return "\n".join(text.replace("\r", "\n").rstrip().split("\n")[-lines:])
 
-    def changed(self) -> float:
-        """When it last said something."""
+    def last_change(self) -> float:
+        """When it last logged something, in seconds since 1970."""
         files = [self.path / name for name in (METRICS, LOG, "config.toml")]
         return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
@@ -129,20 +126,20 @@ def runs(folder: Path) -> list[Run]:
     """All runs, the newest first."""
     marks = (METRICS, "config.toml", LOG)
     found = [Run(path) for path in folder.glob("*/") if any((path / mark).is_file() for mark in marks)]
-    return sorted(found, key=Run.changed, reverse=True)
+    return sorted(found, key=Run.last_change, reverse=True)
 
 
 def free_name(folder: Path, name: str) -> str:
-    """`name`, or `name-2`, `name-3` … where a folder or text of that name is there already."""
+    """`name`, or `name-2`, `name-3` … if a folder or text of that name exists."""
     taken = {path.name.removesuffix(".txt") for path in folder.glob("*")}
     candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def keep_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
-    """Write uploaded texts into `folder`, under names that are safe. Raises TrainingError where there are none."""
+def save_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
+    """Write uploaded texts into `folder` under safe names. Raises TrainingError where there are none."""
     if not any(content.strip() for content in texts.values()):
-        raise TrainingError("no texts were given: choose one .txt file or more, with words in them")
+        raise TrainingError("no texts were given: choose at least one .txt file that is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     for original, content in texts.items():
         stem = re.sub(r"[^\w.-]+", "_", Path(original.replace("\\", "/")).stem).strip("._") or "text"
@@ -159,15 +156,15 @@ def start(
     texts: Mapping[str, bytes] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Start `train.py` on a preset's texts (of `minutes` alone: the sample stories), or on uploaded ones.
+    """Start `train.py` on uploaded texts, else on the preset's own (with `minutes`: on the sample stories).
 
-    minutes: how long, where everything else is left to `train.py --minutes`. Raises TrainingError or ConfigError before
+    minutes: how long to train; `train.py --minutes` chooses everything else. Raises TrainingError or ConfigError before
     anything starts.
     """
     if not NAME.fullmatch(name):
-        raise TrainingError(f"{name!r}: a run's name is made of letters, digits, dots and dashes")
+        raise TrainingError(f"{name!r}: a run's name may have letters, digits, dots, dashes and underscores")
     if bool(preset) == bool(minutes):
-        raise TrainingError("give a preset, or the minutes that choose everything themselves")
+        raise TrainingError("give a preset, or the minutes to train for")
     run = Run(runs_folder / free_name(runs_folder, name))
     words = ["--preset", preset] if preset else ["--minutes", f"{minutes:g}"]
     words += ["--out", str(run.path)]
@@ -175,23 +172,23 @@ def start(
     if texts is None:
         return _spawn(run, [str(ROOT / "train.py"), *words])
     folder = data_folder / free_name(data_folder, run.name)
-    keep_texts(folder, texts)
+    save_texts(folder, texts)
     if minutes:
         return _spawn(run, [str(ROOT / "train.py"), *words, "--input", str(folder), "--data", str(folder / "tokens")])
     prepare = ["--preset", preset, "--input", str(folder), "--out", str(folder / "tokens")]
     words += ["--data", str(folder / "tokens")]
-    return _spawn(run, ["-m", "ui.training", *prepare, "--then-train", *words])
+    return _spawn(run, ["-m", "ui.training_runs", *prepare, "--then-train", *words])
 
 
 def resume(run: Run) -> Run:
-    """Go on with a stopped run from its newest checkpoint."""
+    """Continue a stopped run from its newest checkpoint."""
     if run.running():
         raise TrainingError(f"{run.name} is running")
     return _spawn(run, [str(ROOT / "train.py"), "--resume", "--out", str(run.path)])
 
 
 def stop(run: Run) -> None:
-    """Ask the run to save and end; it does so after its step."""
+    """Ask the run to save and exit; it does so after its current step."""
     process = run.process()
     if process is None:
         raise TrainingError(f"{run.name} was not started from the app: stop it where it was started, with Ctrl-C")
@@ -217,7 +214,7 @@ def _spawn(run: Run, arguments: list[str]) -> Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m ui.training PREPARE-FLAGS --then-train TRAIN-FLAGS`: prepare texts, then become `train.py`."""
+    """`python -m ui.training_runs PREPARE-FLAGS --then-train TRAIN-FLAGS`: prepare texts, then become `train.py`."""
     import prepare_data
 
     words = sys.argv[1:] if argv is None else argv

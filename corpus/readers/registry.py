@@ -1,0 +1,48 @@
+"""The file formats that can be prepared: READERS, and what a reader has to offer.
+
+A new format is a new file in this folder with a class like `TextFile`, or like `HtmlFile` where the text has to be
+extracted from the whole file; and its class in READERS, the order of which is that of messages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from corpus.documents import Options, SourceFile
+from corpus.readers.docx import DocxFile
+from corpus.readers.html import HtmlFile
+from corpus.readers.jsonl import JsonlFile
+from corpus.readers.parquet import ParquetFile
+from corpus.readers.text import TextFile
+
+
+class Reader(SourceFile, Protocol):
+    """A class whose instances are the files of one format, as `inspect` makes them."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+    """Endings of its files' names, in small letters."""
+    has_years: ClassVar[bool]
+    """`inspect` obeys `options.years`."""
+
+    @classmethod
+    def inspect(cls, path: Path, name: str, options: Options, split: str) -> SourceFile | str:
+        """The documents in one file, none where it is empty; or, as text, why it cannot be read.
+
+        split: `train` or `val` where the source says so. May raise OSError.
+        """
+
+
+READERS: tuple[type[Reader], ...] = (
+    TextFile,
+    JsonlFile,
+    ParquetFile,
+    HtmlFile,
+    DocxFile,
+)
+SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
+
+
+def reader_of(path: Path) -> type[Reader]:
+    """The reader for this file by its ending; any other ending is read as plain text."""
+    return next((reader for reader in READERS if path.suffix.lower() in reader.suffixes), TextFile)

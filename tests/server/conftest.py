@@ -1,0 +1,7 @@
+"""The tiny model behind the server, for all tests of this folder."""
+
+from __future__ import annotations
+
+from support.api_support import client, engine, live, model, tokenizer
+
+__all__ = ["client", "engine", "live", "model", "tokenizer"]
