@@ -6,8 +6,6 @@ transformers is compared in test_gpt2_format.py, the web page in tests/web/test_
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
