@@ -27,7 +27,7 @@ from config import GPT2_ROWS, style_blend, style_name
 END_OF_TEXT = "<|endoftext|>"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 MAX_BPE = 65536  # ids of a trained vocabulary fit uint16
-MAX_STYLES = 1000  # where the vocabulary is one's own; GPT-2's has 47 spare ids
+MAX_STYLES = 1000  # of a vocabulary trained here; GPT-2's has room for 47
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -64,11 +64,11 @@ class IncrementalDetokenizer:
 
 
 class Tokenizer:
-    """What all kinds share: the bytes of each id.
+    """What all kinds have in common: the bytes of each id.
 
-    kind: "gpt2", "bpe" or "char". eot: the end-of-text id or None. controls: reserved ids by name, besides eot; they
-    are read and never written. styles: the names of those that begin a document in a certain style, `dickens` for
-    `<|dickens|>`.
+    kind: "gpt2", "bpe" or "char". eot: the end-of-text id or None. controls: reserved ids by name, besides eot; models
+    read them and never write them. styles: names of the controls that begin a document in a certain style, `dickens`
+    for `<|dickens|>`.
     """
 
     def __init__(
@@ -219,7 +219,10 @@ class BytePairTokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=reserved)
 
     def encode_array(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_to_numpy(_valid(part), disallowed_special=()) for part in _calm(text)]
+        parts = [
+            self._encoding.encode_to_numpy(_without_surrogates(part), disallowed_special=())
+            for part in _split_long_whitespace(text)
+        ]
         return np.concatenate(parts).astype(self.dtype)
 
     def _json(self) -> dict[str, Any]:
@@ -257,11 +260,11 @@ class CharTokenizer(Tokenizer):
         super().__init__("char", pieces, eot, controls, styles)
         self.alphabet = alphabet
         points = np.array([ord(character) for character in alphabet], dtype=np.int64)
-        self._table = np.full(int(points.max()) + 2, -1, dtype=np.int32)  # the last entry stands for all above
+        self._table = np.full(int(points.max()) + 2, -1, dtype=np.int32)  # the last entry is for all code points above
         self._table[points] = np.arange(len(points), dtype=np.int32)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`; TokenizerError shows each unknown character and where it first stands."""
+        """The ids of `text`; TokenizerError names each unknown character and its first position."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         if ids.size and ids.min() < 0:
@@ -276,7 +279,7 @@ class CharTokenizer(Tokenizer):
                 f"{len(self.alphabet)}: {shown}{', …' if len(unknown) > 8 else ''}; remove or replace them, "
                 f"or prepare the data with --tokenizer bpe"
             )
-        return ids.astype(self.dtype)
+        return np.asarray(ids, dtype=self.dtype)
 
     def _json(self) -> dict[str, Any]:
         vocab = {character: number for number, character in enumerate(self.alphabet)}
@@ -325,8 +328,8 @@ def gpt2_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids (257 to 65,536, end-of-text included) learned from `texts`.
 
-    The same texts in the same order give the same vocabulary. It is smaller than asked where the texts hold fewer
-    pairs that occur twice. Memory grows with the distinct words, not with the length of the texts.
+    The same texts in the same order give the same vocabulary. It is smaller than asked if the texts have too few pairs
+    that occur twice. Memory grows with the number of distinct words, not with the length of the texts.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
@@ -343,7 +346,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator((part for text in texts for part in _slices(_valid(text))), trainer)
+    backend.train_from_iterator(
+        (part for text in texts for part in _slices_at_words(_without_surrogates(text))), trainer
+    )
     model = json.loads(backend.to_str())["model"]
     return BytePairTokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]], model["vocab"][END_OF_TEXT])
 
@@ -361,7 +366,7 @@ def char_tokenizer(characters: Iterable[str], documents: int) -> Tokenizer:
 
 
 def style_room(tokenizer: Tokenizer) -> int:
-    """How many styles can still be given an id: GPT-2's padded vocabulary ends at 50,304, another one may grow."""
+    """Number of styles that can still get an id: GPT-2's padded vocabulary ends at 50,304, others may grow."""
     if tokenizer.kind == "gpt2":
         return max(0, GPT2_ROWS - tokenizer.vocab_size)
     return max(0, min(MAX_STYLES - len(tokenizer.styles), MAX_BPE - tokenizer.vocab_size))
@@ -464,16 +469,16 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _stand_ins() -> dict[int, int]:
-    """GPT-2's printable stand-ins: code point -> byte; a byte that does not print has the next one from 256 on."""
+def _byte_of_code_point() -> dict[int, int]:
+    """GPT-2's printable characters for bytes: code point -> byte; bytes that do not print are numbered from 256 on."""
     printable = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: byte for byte in printable} | {256 + n: byte for n, byte in enumerate(others)}
 
 
 def _to_bytes(tokens: Iterable[str]) -> list[bytes]:
-    """The bytes that stand-in strings mean; all at once, which is ten times as fast as one by one."""
-    joined = "\ue000".join(tokens).translate(_stand_ins())
+    """The bytes of tokens written in GPT-2's printable characters; all at once is ten times as fast as one by one."""
+    joined = "\ue000".join(tokens).translate(_byte_of_code_point())
     return [token.encode("latin-1") for token in joined.split("\ue000")]
 
 
@@ -482,8 +487,8 @@ def _digest(pieces: list[bytes]) -> str:
     return hashlib.sha256(lengths.tobytes() + b"".join(pieces)).hexdigest()
 
 
-def _valid(text: str) -> str:
-    """`text` as UTF-8 can hold it: surrogate pairs joined, half ones replaced by U+FFFD."""
+def _without_surrogates(text: str) -> str:
+    """`text` as UTF-8 can encode it: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -492,8 +497,8 @@ def _valid(text: str) -> str:
     return text
 
 
-def _calm(text: str) -> Iterator[str]:
-    """`text` cut before the last character of each enormous run of white space, where PATTERN always splits."""
+def _split_long_whitespace(text: str) -> Iterator[str]:
+    """`text` cut before the last character of each very long run of white space, where PATTERN always splits."""
     begin = 0
     if any(text[at].isspace() and text[at : at + LONG_RUN].isspace() for at in range(0, len(text), LONG_RUN)):
         for run in re.finditer(f"[{WHITESPACE}]{{{LONG_RUN},}}(?=[^{WHITESPACE}])", text):
@@ -502,10 +507,10 @@ def _calm(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _slices(text: str, size: int = 16384) -> Iterator[str]:
+def _slices_at_words(text: str, size: int = 16384) -> Iterator[str]:
     """`text` in slices of about `size` characters, cut between a word and white space, where PATTERN always splits.
 
-    The trainer holds some forty bytes for each byte of the texts that it takes at a time.
+    The trainer needs some forty bytes of memory for each byte of the text it is given at once.
     """
     boundary = re.compile(f"[^{WHITESPACE}](?=[{WHITESPACE}])")
     begin = 0

@@ -1,14 +1,18 @@
-"""Is a text its own? An index of the training text finds every passage copied from it, and says from where.
+"""Is a text its own? An index of the training text finds every passage copied from it, with its source.
 
     python -m evaluation.originality --data data/novels                        # build the index, in data/novels/originality
     python -m evaluation.originality --data data/novels --input story.txt      # what in this text was copied
     >>> report = Index.open(Path("data/novels")).check(text)
     >>> report.longest, report.share, [run.sources[0].name for run in report.runs]
 
-The index holds every STRIDE-th gram of the training tokens, by hash; a text is looked up at every place. That finds
-whatever is at least gram + stride - 1 tokens long with a seventh of the entries of a full index (Kent 2002, "BLAT").
-Each find is compared with the training text itself before it is claimed. Copied means word for word: the same
-characters, line ends and quotation marks included.
+A gram is a sequence of a few tokens. The index holds every stride-th gram of the training tokens by its hash; of the text
+in question every gram is looked up. That finds whatever is at least gram + stride - 1 tokens long, with a seventh of the
+entries of a full index (Kent 2002, "BLAT"). Each match of a hash is compared with the training text itself before it
+counts. Copied means word for word: the same characters, line ends and quotation marks included.
+
+Building (`build_index`): the grams go to partitions by the first bits of their buckets, each partition is sorted, and the
+sorted lists are joined. Checking (`Index.check`): candidates by hash, comparison, neighbouring matches joined to runs, runs
+extended to whole words, sources named.
 """
 
 from __future__ import annotations
@@ -24,30 +28,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, Strict, read_toml
+from dataset import TokenData, TokenStream
 from storage.atomic import replace_text
 from storage.catalogue import Catalogue
 from storage.shards import Manifest
+from tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from dataset import TokenStream
-    from tokenizer import Tokenizer
-
-FOLDER, FACTS = "originality", "index.json"
+FOLDER, HEADER = "originality", "index.json"
 GRAMS = {"gpt2": (5, 6), "bpe": (5, 6), "char": (24, 27)}  # tokens of a gram, tokens between two that are indexed
 MIN_TOKENS = {"gpt2": 12, "bpe": 12, "char": 50}  # length from which a passage counts as copied
-LOAD = 8  # entries a bucket, about
+ENTRIES_A_BUCKET = 8  # about
 BLOCK = 1 << 17  # grams handled at a time: bounds the memory of building and of looking up
 PARTITION = 1 << 21  # entries sorted at a time
-EDGE = 8  # tokens beyond a run in which other cuts of the same words are looked for
-SHOWN = 3  # sources told of each run
-CONTEXT = 40  # tokens shown before and after a run in its source
+EDGE_TOKENS = 8  # tokens beyond a run that are searched for the same words in other tokens
+SHOWN_SOURCES = 3  # sources reported of each run
+SHOWN_TOKENS = 40  # tokens shown before and after a run in its source
 
 
 class OriginalityError(ValueError):
@@ -55,20 +57,20 @@ class OriginalityError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a copied run stands in the training text."""
+class CopySource:
+    """One place of a copied run in the training text."""
 
     name: str
     document: int
     """Number of the document in the training split."""
     token: int
-    """Place in that document, in tokens."""
+    """Position in that document, in tokens."""
     before: str
     after: str
 
 
 @dataclass(frozen=True)
-class Run:
+class CopiedRun:
     """One copied passage: characters start..stop of the text."""
 
     start: int
@@ -76,13 +78,13 @@ class Run:
     tokens: int
     text: str
     occurrences: int
-    """How often the training text has it."""
-    sources: list[Source]
+    """How often the training text contains it."""
+    sources: list[CopySource]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What of a text stands word for word in the training text."""
+class OriginalityReport:
+    """What of a text occurs word for word in the training text."""
 
     tokens: int
     longest: int
@@ -92,11 +94,11 @@ class Report:
     copied_tokens: int
     """Tokens in runs of at least `min_tokens`."""
     share: float
-    runs: list[Run]
+    runs: list[CopiedRun]
     """Those runs, in the order of the text; they may overlap, none lies inside another."""
 
 
-def buckets_of(columns: Sequence[np.ndarray], bits: int) -> np.ndarray:
+def bucket_numbers(columns: Sequence[np.ndarray], bits: int) -> np.ndarray:
     """The bucket, below 2**bits, of each gram; `columns[j]` holds the j-th tokens of all grams. int64."""
     total, factor = np.zeros(columns[0].shape, dtype=np.uint64), 1
     for column in columns:
@@ -109,20 +111,17 @@ def buckets_of(columns: Sequence[np.ndarray], bits: int) -> np.ndarray:
 
 
 def corpus_identity(manifest: Manifest) -> str:
-    """sha256 of what an index was made of: tokenizer and training shards."""
+    """sha256 of what an index is made from: tokenizer and training shards."""
     parts = [manifest.tokenizer.fingerprint, *(shard.sha256 for shard in manifest.splits.train.shards)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def build_index(folder: Path) -> Path:
-    """Index the training split of prepared data into `folder`/originality; one that is up to date is kept.
+    """Index the training split of prepared data into `folder`/originality; an index that is up to date is kept.
 
     Memory does not grow with the text; the disk must hold the index twice while it is made. Raises OriginalityError
     for a text beyond 2**32 entries (25 billion tokens).
     """
-    from dataset import TokenData
-    from tokenizer import load_tokenizer
-
     data, tokenizer = TokenData.open(folder), load_tokenizer(folder)
     place, begun = folder / FOLDER, time.monotonic()
     identity = corpus_identity(data.manifest)
@@ -138,11 +137,11 @@ def build_index(folder: Path) -> Path:
     gram, stride = GRAMS[tokenizer.kind]
     most = max(0, len(data.train) - gram) // stride + 1
     if most >= 2**32:
-        raise OriginalityError(f"{folder}: {len(data.train):,} tokens are more than an index holds: split the text")
-    bits = max(8, (most // LOAD).bit_length())
-    parts = min(bits, max(0, (most // PARTITION).bit_length()), 9)
-    documents = _spread(data.train, tokenizer.eot, gram, stride, bits, parts, draft)
-    entries = _gather(draft, bits, parts)
+        raise OriginalityError(f"{folder}: {len(data.train):,} tokens are more than an index can hold: split the text")
+    bits = max(8, (most // ENTRIES_A_BUCKET).bit_length())
+    partition_bits = min(bits, max(0, (most // PARTITION).bit_length()), 9)
+    documents = _write_partitions(data.train, tokenizer.eot, gram, stride, bits, partition_bits, draft)
+    entries = _sort_partitions(draft, bits, partition_bits)
     files: dict[str, Any] = {}
     for name in ("offsets.bin", "positions.bin", "documents.bin"):
         with (draft / name).open("rb") as file:
@@ -150,9 +149,9 @@ def build_index(folder: Path) -> Path:
                 "bytes": (draft / name).stat().st_size,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
-    facts = {"format": 1, "corpus": identity, "gram": gram, "stride": stride, "bits": bits}
-    facts |= {"entries": entries, "documents": documents, "files": files}
-    replace_text(draft / FACTS, json.dumps(facts | {"sha256": _digest(facts)}, indent=1) + "\n")
+    header = {"format": 1, "corpus": identity, "gram": gram, "stride": stride, "bits": bits}
+    header |= {"entries": entries, "documents": documents, "files": files}
+    replace_text(draft / HEADER, json.dumps(header | {"sha256": _digest(header)}, indent=1) + "\n")
     if place.exists():
         shutil.rmtree(place)
     draft.rename(place)
@@ -165,13 +164,15 @@ def build_index(folder: Path) -> Path:
     return place
 
 
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def _spread(stream: TokenStream, eot: int | None, gram: int, stride: int, bits: int, parts: int, draft: Path) -> int:
-    """Write each gram's bucket and number to one of 2**parts files, and the documents' begins; returns their count."""
-    files = [(draft / f"{number}.tmp").open("wb") for number in range(2**parts)]
+def _write_partitions(
+    stream: TokenStream, eot: int | None, gram: int, stride: int, bits: int, partition_bits: int, draft: Path
+) -> int:
+    """Write each gram's bucket and number to one of 2**partition_bits files, and the documents' begins; returns their count."""
+    files = [(draft / f"{number}.tmp").open("wb") for number in range(2**partition_bits)]
     begins = 0
     try:
         with (draft / "documents.bin").open("wb") as documents:
@@ -189,13 +190,13 @@ def _spread(stream: TokenStream, eot: int | None, gram: int, stride: int, bits: 
                     continue
                 columns = [tokens[at : at + (count - 1) * stride + 1 : stride] for at in range(gram)]
                 pairs = np.empty((count, 2), dtype="<u4")
-                pairs[:, 0] = buckets_of(columns, bits)
+                pairs[:, 0] = bucket_numbers(columns, bits)
                 pairs[:, 1] = np.arange(count, dtype=np.int64) + first // stride
                 if eot is not None:
                     pairs = pairs[~np.logical_or.reduce([column == eot for column in columns])]
-                owner = pairs[:, 0] >> np.uint32(bits - parts)
+                owner = pairs[:, 0] >> np.uint32(bits - partition_bits)
                 pairs = pairs[np.argsort(owner, kind="stable")]
-                cuts = np.cumsum(np.bincount(owner, minlength=2**parts))
+                cuts = np.cumsum(np.bincount(owner, minlength=2**partition_bits))
                 for file, rows in zip(files, np.split(pairs, cuts[:-1]), strict=True):
                     file.write(rows.tobytes())
     finally:
@@ -204,41 +205,41 @@ def _spread(stream: TokenStream, eot: int | None, gram: int, stride: int, bits: 
     return begins + 1
 
 
-def _gather(draft: Path, bits: int, parts: int) -> int:
-    """Sort the 2**parts files, one at a time, into one list of numbers and where each bucket begins in it."""
-    total, width = 0, 2 ** (bits - parts)
+def _sort_partitions(draft: Path, bits: int, partition_bits: int) -> int:
+    """Sort the 2**partition_bits files, one at a time, into one list of numbers and where each bucket begins in it."""
+    total, width = 0, 2 ** (bits - partition_bits)
     with (draft / "offsets.bin").open("wb") as offsets, (draft / "positions.bin").open("wb") as positions:
         offsets.write(np.zeros(1, dtype="<u4").tobytes())
-        for number in range(2**parts):
+        for number in range(2**partition_bits):
             path = draft / f"{number}.tmp"
             pairs = np.fromfile(path, dtype="<u4").reshape(-1, 2)
             path.unlink()
             positions.write(pairs[np.argsort(pairs[:, 0], kind="stable"), 1].tobytes())
-            held = np.bincount(pairs[:, 0].astype(np.int64) - number * width, minlength=width)
-            offsets.write((np.cumsum(held) + total).astype("<u4").tobytes())
+            counts = np.bincount(pairs[:, 0].astype(np.int64) - number * width, minlength=width)
+            offsets.write((np.cumsum(counts) + total).astype("<u4").tobytes())
             total += len(pairs)
     return total
 
 
 class Index:
-    """An opened index, mapped from the disk. Several threads may share it; they are served in turn."""
+    """An opened index, memory-mapped. Several threads may share it; they take turns."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], stream: TokenStream, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, header: dict[str, Any], stream: TokenStream, tokenizer: Tokenizer):
         self.folder, self.stream, self.tokenizer = folder, stream, tokenizer
-        self.gram, self.stride, self.bits = (int(facts[key]) for key in ("gram", "stride", "bits"))
-        self.entries, self.documents = int(facts["entries"]), int(facts["documents"])
+        self.gram, self.stride, self.bits = (int(header[key]) for key in ("gram", "stride", "bits"))
+        self.entries, self.documents = int(header["entries"]), int(header["documents"])
         self.offsets, self.positions = self._map("offsets.bin", "<u4"), self._map("positions.bin", "<u4")
         self.begins = self._map("documents.bin", "<u8")
-        self._lock = threading.Lock()  # the stream's maps are not to be changed by two threads
+        self._lock = threading.Lock()  # the stream's memory maps are not safe for two threads at once
 
     @property
     def shortest(self) -> int:
-        """Every run of at least so many tokens is found."""
+        """Length in tokens from which every run is found."""
         return self.gram + self.stride - 1
 
     @property
     def min_tokens(self) -> int:
-        """Length from which a run counts as copied, unless asked otherwise."""
+        """Length in tokens from which a run counts as copied by default."""
         return MIN_TOKENS[self.tokenizer.kind]
 
     def _map(self, name: str, kind: str) -> np.ndarray:
@@ -247,28 +248,25 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> Index:
-        """The index of prepared data, after every file's sha256 was compared.
+        """The index of prepared data, with every file's sha256 checked.
 
-        Raises OriginalityError when it is missing, damaged, or was made of another text than the folder holds now.
+        Raises OriginalityError when it is missing, damaged, or made from another text than the folder holds now.
         """
-        from dataset import TokenData
-        from tokenizer import load_tokenizer
-
         place, remedy = folder / FOLDER, f"build it again: python -m evaluation.originality --data {folder}"
         try:
-            facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
-            files = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in facts["files"].items()}
-            if facts.pop("sha256") != _digest(facts):
+            header = json.loads((place / HEADER).read_text(encoding="utf-8"))
+            files = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in header["files"].items()}
+            if header.pop("sha256") != _digest(header):
                 raise ValueError("its checksum differs")
         except FileNotFoundError:
             raise OriginalityError(
                 f"{place}: there is no index of this text; make one: python -m evaluation.originality --data {folder}"
             ) from None
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise OriginalityError(f"{place / FACTS} is damaged ({error}): {remedy}") from None
+            raise OriginalityError(f"{place / HEADER} is damaged ({error}): {remedy}") from None
         data = TokenData.open(folder)
-        if facts["corpus"] != corpus_identity(data.manifest):
-            raise OriginalityError(f"{place} was made of another text than {folder} holds now: {remedy}")
+        if header["corpus"] != corpus_identity(data.manifest):
+            raise OriginalityError(f"{place} was made from another text than {folder} holds now: {remedy}")
         for name, (size, digest) in files.items():
             try:
                 with (place / name).open("rb") as file:
@@ -278,15 +276,15 @@ class Index:
                         raise OriginalityError(f"{place / name} is damaged: {remedy}")
             except OSError as error:
                 raise OriginalityError(f"{place / name}: {error.strerror}: {remedy}") from None
-        return cls(folder, facts, data.train, load_tokenizer(folder))
+        return cls(folder, header, data.train, load_tokenizer(folder))
 
     @cached_property
     def catalogue(self) -> Catalogue | None:
         found = Catalogue.load(self.folder)
         return found if found is not None and found.count("train") == self.documents else None
 
-    def check(self, text: str, min_tokens: int = 0) -> Report:
-        """What of `text` stands in the training text, in runs of at least `min_tokens` (0: the default).
+    def check(self, text: str, min_tokens: int = 0) -> OriginalityReport:
+        """What of `text` occurs in the training text, in runs of at least `min_tokens` tokens (0: the default).
 
         Raises OriginalityError for a `min_tokens` below `shortest`, TokenizerError for characters a char tokenizer lacks.
         """
@@ -296,23 +294,23 @@ class Index:
         with self._lock:
             return self._check(text, least)
 
-    def _check(self, text: str, least: int) -> Report:
+    def _check(self, text: str, least: int) -> OriginalityReport:
         ids = self.tokenizer.encode_array(text).astype(np.int64)
         pieces = [self.tokenizer.piece(token) for token in ids.tolist()]
         ends = np.cumsum([0, *map(len, pieces)])
         data = b"".join(pieces)
         runs: dict[tuple[int, int], list[int]] = {}
-        for (start, stop), places in self._grouped(ids):
-            left, right = self._edges(data, ends, start, stop, places)
+        for (start, stop), places in self._longest_matches(ids):
+            left, right = self._widen(data, ends, start, stop, places)
             runs.setdefault((left, right), []).extend((places + left - start).tolist())
         outer = outermost(runs)
         long = [span for span in outer if span[1] - span[0] >= least]
         copied = np.zeros(len(ids), dtype=bool)
         for start, stop in long:
             copied[start:stop] = True
-        places_of = _Places(data)
-        found = [self._run(places_of, ends, start, stop, sorted(set(runs[start, stop]))) for start, stop in long]
-        return Report(
+        offsets = _CharacterOffsets(data)
+        found = [self._copied_run(offsets, ends, start, stop, sorted(set(runs[start, stop]))) for start, stop in long]
+        return OriginalityReport(
             tokens=len(ids),
             longest=max((stop - start for start, stop in outer), default=0),
             shortest=self.shortest,
@@ -323,11 +321,11 @@ class Index:
         )
 
     def _candidates(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs (place in the text, place in the training text) where grams may be equal, a block at a time."""
+        """Blocks of pairs (place in the text, place in the training text) whose grams have the same hash."""
         count = len(ids) - self.gram + 1
         if count < 1 or not self.entries:
             return
-        buckets = buckets_of([ids[at : at + count] for at in range(self.gram)], self.bits)
+        buckets = bucket_numbers([ids[at : at + count] for at in range(self.gram)], self.bits)
         low, high = (self.offsets[buckets + at].astype(np.int64) for at in (0, 1))
         before = np.cumsum(high - low)
         for first in range(0, int(before[-1]), BLOCK):
@@ -344,29 +342,29 @@ class Index:
         )
         return equal
 
-    def _reach(self, ids: np.ndarray, at: np.ndarray, place: np.ndarray, step: int) -> np.ndarray:
-        """How many tokens are equal from `at` and `place` on, going by `step` (1 or -1), as far as matters."""
+    def _match_length(self, ids: np.ndarray, at: np.ndarray, place: np.ndarray, step: int) -> np.ndarray:
+        """How many tokens are equal from `at` and `place` on in direction `step` (1 or -1), up to gram + stride."""
         further = step * np.arange(self.gram + self.stride)
         equal = self._equal(ids, at[:, None] + further, place[:, None] + further)
-        reach: np.ndarray = np.cumprod(equal, axis=1).sum(axis=1)
-        return reach
+        length: np.ndarray = np.cumprod(equal, axis=1).sum(axis=1)
+        return length
 
     def _matches(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All maximal equal runs of at least `shortest` tokens: begins and ends in the text, begins in the training text.
 
-        Grams of one run lie `stride` apart on one diagonal, and what lies between two is compared too.
+        Grams of one run lie `stride` apart on one diagonal (place - at); what lies between two of them is compared too.
         """
-        held: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
         for at, place in self._candidates(ids):
             first = self._equal(ids, at, place)
             at, place = at[first], place[first]
-            right = self._reach(ids, at, place, 1)
+            right = self._match_length(ids, at, place, 1)
             whole = right >= self.gram
             at, place, right = at[whole], place[whole], right[whole]
-            left = self._reach(ids, at - 1, place - 1, -1)
+            left = self._match_length(ids, at - 1, place - 1, -1)
             long = left + right >= self.shortest
-            held.append(np.stack((place - at, at, left, right))[:, long])
-        rows = np.concatenate(held, axis=1) if held else np.empty((4, 0), dtype=np.int64)
+            blocks.append(np.stack((place - at, at, left, right))[:, long])
+        rows = np.concatenate(blocks, axis=1) if blocks else np.empty((4, 0), dtype=np.int64)
         diagonal, at, left, right = rows[:, np.lexsort((rows[1], rows[0]))]
         if not len(at):
             return at, at, at
@@ -376,8 +374,8 @@ class Index:
         starts = at[begin] - left[begin]
         return starts, at[end] + right[end], starts + diagonal[begin]
 
-    def _grouped(self, ids: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Runs that lie in no longer one, each with its places in the training text."""
+    def _longest_matches(self, ids: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Runs that lie in no longer run, each with its places in the training text."""
         starts, stops, places = self._matches(ids)
         order = np.lexsort((places, -stops, starts))
         starts, stops, places = starts[order], stops[order], places[order]
@@ -390,23 +388,23 @@ class Index:
                 furthest = int(stops[first])
                 yield (int(starts[first]), furthest), places[first:last]
 
-    def _edges(self, data: bytes, ends: np.ndarray, start: int, stop: int, places: np.ndarray) -> tuple[int, int]:
-        """The run's ends moved outwards over tokens that stand there too, cut differently.
+    def _widen(self, data: bytes, ends: np.ndarray, start: int, stop: int, places: np.ndarray) -> tuple[int, int]:
+        """The run's ends moved outwards over words that the source has too, but split into other tokens.
 
-        A quotation's first and last words may be cut into other tokens than in their source. Only whole tokens of the
-        text are added, and only up to a word's end in the source, unless the text itself begins or ends there.
+        Only whole tokens of the text are added, and only up to a word's end in the source, unless the text itself begins
+        or ends there.
         """
         best = (start, stop)
-        for place in places[:EDGE].tolist():
+        for place in places[:EDGE_TOKENS].tolist():
             left, right = start, stop
-            before, after = self._bytes(place, -EDGE), self._bytes(place + stop - start, EDGE)
-            for at in range(start - 1, max(start - EDGE, 0) - 1, -1):
+            before, after = self._bytes_at(place, -EDGE_TOKENS), self._bytes_at(place + stop - start, EDGE_TOKENS)
+            for at in range(start - 1, max(start - EDGE_TOKENS, 0) - 1, -1):
                 added = data[ends[at] : ends[start]]
                 if not before.endswith(added):
                     break
                 if at == 0 or not _inside_word(before[: len(before) - len(added)][-1:], added[:1]):
                     left = at
-            for at in range(stop + 1, min(stop + EDGE, len(ends) - 1) + 1):
+            for at in range(stop + 1, min(stop + EDGE_TOKENS, len(ends) - 1) + 1):
                 added = data[ends[stop] : ends[at]]
                 if not after.startswith(added):
                     break
@@ -416,47 +414,49 @@ class Index:
                 best = left, right
         return best
 
-    def _document(self, place: int) -> int:
+    def _document_at(self, place: int) -> int:
         return int(np.searchsorted(self.begins, place, side="right")) - 1
 
     def _bounds(self, place: int) -> tuple[int, int]:
-        """Begin and end of the document around a place."""
-        number = self._document(place)
+        """Begin and end, in tokens, of the document at a place."""
+        number = self._document_at(place)
         last = int(self.begins[number + 1]) if number + 1 < len(self.begins) else len(self.stream)
         return int(self.begins[number]), last
 
-    def _bytes(self, place: int, count: int) -> bytes:
-        """Bytes of `count` tokens from a place on, or of -`count` before it, within the document."""
+    def _bytes_at(self, place: int, count: int) -> bytes:
+        """Bytes of the `count` tokens after a place, or of the -`count` before it, within the document."""
         low, high = self._bounds(min(max(place - (count > 0), 0), len(self.stream) - 1))
         start, stop = (max(place + count, low), place) if count < 0 else (place, min(place + count, high))
         tokens = self.stream.read(start, max(start, stop)).tolist()
         return b"".join(map(self.tokenizer.piece, tokens))
 
-    def _run(self, text: _Places, ends: np.ndarray, start: int, stop: int, places: list[int]) -> Run:
+    def _copied_run(
+        self, text: _CharacterOffsets, ends: np.ndarray, start: int, stop: int, places: list[int]
+    ) -> CopiedRun:
         first, last = text.character(int(ends[start])), text.character(int(ends[stop]))
         copied = text.text[first:last]
-        sources: dict[int, Source] = {}
+        sources: dict[int, CopySource] = {}
         for place in places:
-            number = self._document(place)
+            number = self._document_at(place)
             if number not in sources:
                 begin = int(self.begins[number])
-                after = self._bytes(place, stop - start + CONTEXT)
-                around = self._bytes(place, -CONTEXT) + after
+                after = self._bytes_at(place, stop - start + SHOWN_TOKENS)
+                around = self._bytes_at(place, -SHOWN_TOKENS) + after
                 before, _, after = around.partition(copied.encode("utf-8", "replace"))
-                sources[number] = Source(
+                sources[number] = CopySource(
                     name=self.catalogue.name("train", number) if self.catalogue else f"document {number + 1}",
                     document=number,
                     token=max(0, place - begin),
                     before=before.decode("utf-8", "ignore"),
                     after=after.decode("utf-8", "ignore"),
                 )
-            if len(sources) == SHOWN:
+            if len(sources) == SHOWN_SOURCES:
                 break
-        return Run(first, last, stop - start, copied, len(places), list(sources.values()))
+        return CopiedRun(first, last, stop - start, copied, len(places), list(sources.values()))
 
 
-class _Places:
-    """Characters by their place in bytes; a place inside a character counts as its end."""
+class _CharacterOffsets:
+    """Byte offsets to character offsets; a byte inside a character counts as the character's end."""
 
     def __init__(self, data: bytes):
         self.text = data.decode("utf-8", "replace")
@@ -473,7 +473,7 @@ def _inside_word(left: bytes, right: bytes) -> bool:
 
 
 def outermost(spans: Sequence[tuple[int, int]] | dict[tuple[int, int], Any]) -> list[tuple[int, int]]:
-    """Those of the spans that lie in no other, in order."""
+    """The spans that lie in no other span, in order."""
     kept: list[tuple[int, int]] = []
     for span in sorted(set(spans), key=lambda span: (span[0], -span[1])):
         if not kept or span[1] > kept[-1][1]:
@@ -481,8 +481,8 @@ def outermost(spans: Sequence[tuple[int, int]] | dict[tuple[int, int], Any]) -> 
     return kept
 
 
-def markdown(report: Report, most: int = 20) -> str:
-    """The report as text: the figures, then the longest runs with their sources."""
+def markdown(report: OriginalityReport, most: int = 20) -> str:
+    """The report as Markdown: the figures, then the `most` longest runs with their sources."""
     lines = [
         f"{report.copied_tokens:,} of {report.tokens:,} tokens ({report.share:.1%}) stand in copied runs of at least "
         f"{report.min_tokens}; the longest run has {report.longest}."

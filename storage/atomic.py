@@ -13,6 +13,7 @@ folder to NAME, and the old one is removed. A process that dies anywhere in betw
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -128,6 +129,31 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """A new file to write; it takes the place of `path` when the block ends, and vanishes if the block fails.
+
+    A disk error is raised as OSError that names `path` and says what still stands.
+    """
+    place = Path(path).resolve()
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder: name the file to write")
+    draft = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _sync(draft)
+        os.replace(draft, place)
+        _sync(place.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            kept = f"the old {place.name} still stands" if place.is_file() else "nothing was written"
+            raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}; {kept}") from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

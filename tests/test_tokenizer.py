@@ -187,7 +187,7 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, kinds: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "char"])
-def test_streamed_pieces_join_to_the_whole_without_broken_characters(name: str, kinds: dict) -> None:
+def test_pieces_join_to_the_text_without_split_characters(name: str, kinds: dict) -> None:
     tokenizer = kinds[name]
     detokenizer = tokenizer.detokenizer()
     ids = tokenizer.encode(PROSE)
@@ -197,7 +197,7 @@ def test_streamed_pieces_join_to_the_whole_without_broken_characters(name: str, 
     assert detokenizer.flush() == ""
 
 
-def test_a_split_character_is_held_back() -> None:
+def test_a_split_character_is_held_back_until_it_is_whole() -> None:
     tokenizer = gpt2_tokenizer()
     ids = tokenizer.encode("🦉")
     assert len(ids) > 1
@@ -210,7 +210,7 @@ def test_a_split_character_is_held_back() -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, 50256), max_size=40))
-def test_any_ids_stream_as_they_decode(ids: list[int]) -> None:
+def test_any_ids_give_the_same_text_one_by_one(ids: list[int]) -> None:
     tokenizer = gpt2_tokenizer()
     detokenizer = tokenizer.detokenizer()
     assert "".join([*(detokenizer.feed(token) for token in ids), detokenizer.flush()]) == tokenizer.decode(ids)
@@ -293,8 +293,8 @@ def test_bpe_sizes() -> None:
 def test_training_in_slices_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = PROSE * 30
     whole = train_bpe([text], 420).fingerprint
-    original = module._slices
-    monkeypatch.setattr(module, "_slices", lambda text: original(text, 50))
+    original = module._slices_at_words
+    monkeypatch.setattr(module, "_slices_at_words", lambda text: original(text, 50))
     assert train_bpe([text], 420).fingerprint == whole
     assert "".join(original(text, 50)) == text
     assert len(list(original(text, 50))) > 50
@@ -322,7 +322,7 @@ def test_an_enormous_run_of_spaces_is_encoded(monkeypatch: pytest.MonkeyPatch) -
     expected = [tokenizer.encode(text) for text in texts]
     monkeypatch.setattr(module, "LONG_RUN", 10)
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert sum(len(list(module._calm(text))) for text in texts) > len(texts)
+    assert sum(len(list(module._split_long_whitespace(text))) for text in texts) > len(texts)
     monkeypatch.undo()
     text = "a" + "\n" * 1_200_000 + "b"
     assert tokenizer.decode(tokenizer.encode_array(text).tolist()) == text

@@ -318,9 +318,9 @@ def trial_overhead(
     import torch
 
     from devices import autocast
+    from inference.writing import eval_mode
     from storage.atomic import write_tensors
     from training.metrics import RunLog
-    from training.step import eval_mode
 
     sampled = min(16, config.model.block_size)
 

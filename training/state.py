@@ -28,7 +28,7 @@ from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
 from training.optimizer import Optimizer, clock_end
 from training.run_folder import Stop
-from training.step import eval_mode, grad_accum_steps, total_steps, validate
+from training.step import grad_accum_steps, total_steps, validate
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,7 @@ def log_sample(state: TrainState) -> None:
     params = state.config.generation.model_copy(
         update={"max_tokens": train.sample_tokens, "seed": 1, "n": 1, "stop": ()}
     )
-    with eval_mode(model):
-        text = generate(model, state.tokenizer, train.sample_prompt, params)[0].text
+    text = generate(model, state.tokenizer, train.sample_prompt, params)[0].text
     state.log.sample({"step": state.progress.step, "prompt": train.sample_prompt, "text": text, "seed": 1})
 
 

@@ -114,7 +114,7 @@ def test_a_planted_quotation_of_60_tokens_is_found_with_its_source(books: Path) 
         assert source.before[-60:] + run.text + source.after[:60] in text
 
 
-def test_first_and_last_words_count_although_they_are_cut_into_other_tokens(books: Path) -> None:
+def test_first_and_last_words_count_although_they_are_split_into_other_tokens(books: Path) -> None:
     index, (name, text) = Index.open(books), training_text(books)[0]
     words = text.split()[100:130]
     quotation = " ".join(words)
@@ -126,7 +126,7 @@ def test_first_and_last_words_count_although_they_are_cut_into_other_tokens(book
     assert [run.text for run in marked] == [quotation]
 
 
-def test_everything_as_long_as_promised_is_found(books: Path) -> None:
+def test_every_run_of_at_least_shortest_tokens_is_found(books: Path) -> None:
     index = Index.open(books)
     data = TokenData.open(books).train
     draw = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_one_changed_token_anywhere_ends_a_run(books: Path) -> None:
         assert {(0, changed), (changed + 1, 50)} <= spans
 
 
-def test_a_hundred_random_texts_are_accused_of_nothing(books: Path) -> None:
+def test_a_hundred_random_texts_have_no_copied_runs(books: Path) -> None:
     index = Index.open(books)
     stock = " ".join(text for _, text in training_text(books)).split()
     for seed in range(50):
@@ -160,17 +160,17 @@ def test_a_hundred_random_texts_are_accused_of_nothing(books: Path) -> None:
             assert (report.copied_tokens, report.share, report.runs) == (0, 0.0, [])
 
 
-def test_a_false_find_of_the_hash_is_no_claim(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collision_of_hashes_is_not_reported(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index.open(books)
     everywhere = np.arange(index.entries, dtype=np.uint32)
     monkeypatch.setattr(index, "offsets", np.array([0] + [index.entries] * 2**index.bits, dtype=np.uint32))
     monkeypatch.setattr(index, "positions", everywhere)
-    monkeypatch.setattr(originality, "buckets_of", lambda columns, bits: np.zeros(len(columns[0]), dtype=np.int64))
+    monkeypatch.setattr(originality, "bucket_numbers", lambda columns, bits: np.zeros(len(columns[0]), dtype=np.int64))
     assert index.check(prose(60, 77)).longest == 0
     assert index.check(training_text(books)[3][1][400:700]).share > 0.9
 
 
-def test_runs_end_at_the_end_of_a_document_and_tell_how_often_they_occur(books: Path) -> None:
+def test_runs_end_with_their_document_and_count_their_occurrences(books: Path) -> None:
     index, texts = Index.open(books), training_text(books)
     joined = texts[0][1][-200:].strip() + texts[1][1][:200]
     assert all(run.text.strip() in texts[0][1] or run.text.strip() in texts[1][1] for run in index.check(joined).runs)
@@ -225,11 +225,11 @@ def test_an_index_of_another_text_is_refused(books: Path, tmp_path: Path) -> Non
     with pytest.raises(OriginalityError, match="there is no index"):
         Index.open(tmp_path / "data")
     shutil.copytree(books / FOLDER, tmp_path / "data" / FOLDER)
-    with pytest.raises(OriginalityError, match="made of another text"):
+    with pytest.raises(OriginalityError, match="made from another text"):
         Index.open(tmp_path / "data")
 
 
-def test_one_id_a_character_needs_longer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_one_id_a_character_runs_must_be_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = nonsense(6000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     words = ["--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "data"), "--tokenizer", "char", "--index"]
@@ -278,7 +278,7 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def test_the_api_tells_what_was_copied(books: Path, engine: Engine) -> None:
+def test_the_api_reports_what_was_copied(books: Path, engine: Engine) -> None:
     name, text = training_text(books)[0]
     with TestClient(create_app(read_settings(index=books), engine)) as client:
         sent = "Zounds, " + text[300:600]
