@@ -298,22 +298,22 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    common = ["--input", texts, "--out", out, "--tokenizer", "bpe", "--vocab-size", 400]
+    folders = ["--input", texts, "--out", out]
+    common = [*folders, "--tokenizer", "bpe", "--vocab-size", 400]
     run(*common)
     first, begun = hashes(out), (out / "manifest.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run(*common) == 0
     assert "already prepared" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == begun
-    changes = [
-        ["--tokenizer", "char"],
-        ["--vocab-size", 350],
-        ["--vocab-size", 350],
-        ["--no-unwrap"],
-        ["--no-strip-licence"],
+    others = [
+        [*folders, "--tokenizer", "char"],
+        [*common, "--vocab-size", 350],
+        [*common, "--no-unwrap"],
+        [*common, "--no-strip-licence"],
     ]
-    for change in changes:
-        assert run(*common, *change) == 0
+    for other in others:
+        assert run(*other) == 0
         assert "already" not in capsys.readouterr().err
         assert hashes(out) != first
         run(*common)

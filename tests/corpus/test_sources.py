@@ -385,8 +385,8 @@ def test_fetching_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
         fetch("someone/gone", HubSelection())
 
 
-def test_the_readmes_commands(hub: Hub, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documented_commands_prepare_named_corpora(hub: Hub, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     lines = re.findall(r"^python prepare_data\.py (--(?:preset|hub) .*)$", text, re.MULTILINE)
     assert len(lines) >= 3
     for line in lines:
