@@ -6,8 +6,8 @@
     >>> state = load_training(newest_checkpoint("runs/sample"))
     python checkpoint.py --model runs/novels/best --out models/novels     # a copy to share, at half the size
 
-A model folder is a Hugging Face model (`gpt2_format.py`), a checkpoint is a model folder with the training state beside
-the weights. `storage.py` keeps each whole, whatever happens while it is written. No pickle is read or written.
+A model folder is a Hugging Face model (`storage/gpt2_format.py`), a checkpoint a model folder with the training state
+beside the weights. `storage/atomic.py` writes each whole or not at all. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -80,16 +80,16 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
-TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # of a checkpoint: what a model folder has no use for
+TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # what a checkpoint has and a model folder needs not
 CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
 IN_PICKLE = (
-    "has its weights in a pickle, which can run any code and is not opened here; convert it with transformers, if you "
-    "trust it: GPT2LMHeadModel.from_pretrained({!r}).save_pretrained('NEW')"
+    "has its weights in a pickle, which can run any code and is not opened here; if you trust it, convert it with "
+    "transformers: GPT2LMHeadModel.from_pretrained({!r}).save_pretrained('NEW')"
 )
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2")
 
 
-def _title(folder: Path) -> str:
+def model_title(folder: Path) -> str:
     """The name to print on a model's card: the run's for `runs/NAME/best`, else the folder's own."""
     place = folder.absolute()
     return place.parent.name if place.name == "best" or CHECKPOINT_NAME.fullmatch(place.name) else place.name
@@ -113,8 +113,10 @@ def _write(
     facts = {"parameters": core.num_parameters(), **card}
     texts = {
         "config.json": gpt2_config(core.config, tokenizer, facts),
-        "generation_config.json": generation_config(generation, tokenizer.eot, tokenizer.controls.values()),
-        "README.md": model_card(_title(Path(folder)), core.config, tokenizer, facts),
+        "generation_config.json": generation_config(
+            generation, tokenizer.eot, tokenizer.controls.values(), context=core.config.block_size
+        ),
+        "README.md": model_card(model_title(Path(folder)), core.config, tokenizer, facts),
     }
     with replacing(folder, group=None if state is None else "last") as draft:
         sums = {WEIGHTS: write_tensors(draft / WEIGHTS, export_state(model, weights), hashed=state is not None)}
@@ -137,7 +139,7 @@ def save_model(
     generation: GenerationParams,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model folder of the design, whole or not at all, in place of an older one of that name.
+    """Write a model folder, whole or not at all, in place of an older one of that name.
 
     model: a GPT, wrapped or not. card: what `model_card` takes, JSON values only. weights: see `export_state`.
     Raises CheckpointError for a tokenizer of another size, OSError for a full disk.
@@ -231,7 +233,7 @@ def load_training(folder: Path | str, verify: bool = True) -> Any:
     folder = present(folder)
     wrong = faults(folder) if verify else []
     if wrong:
-        raise CheckpointError(f"{'; '.join(wrong)}: resume from another checkpoint of the run, or train anew")
+        raise CheckpointError(f"{'; '.join(wrong)}: resume from another checkpoint of the run, or start training again")
     tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / STATE_TENSORS).items()}
     return unpack(read_json(folder / STATE_REST), tensors)
 
@@ -251,15 +253,15 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path | str, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint of a run folder (`last`, `last-000123`, or one left by an interrupted exchange).
+    """The newest undamaged checkpoint of a run folder (`last`, `last-000123`, or one left by an interrupted exchange).
 
-    Every file's sha256 is compared; what is damaged is told to `say` (standard error if None) and passed over.
+    Every file's sha256 is compared; damaged checkpoints are reported to `say` (None: standard error) and skipped.
     """
     for path in _checkpoints(Path(run)):
         wrong = faults(path)
         if not wrong:
             return path
-        (say or _complain)(f"{path} is passed over: {'; '.join(wrong)}")
+        (say or _complain)(f"{path} is skipped: {'; '.join(wrong)}")
     return None
 
 
@@ -268,7 +270,7 @@ def _complain(text: str) -> None:
 
 
 def prune_checkpoints(run: Path | str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints of a run folder, and what dead processes left half written."""
+    """Remove all but the `keep` newest checkpoints of a run folder, and drafts that dead processes left."""
     recover(Path(run), lambda name: CHECKPOINT_NAME.fullmatch(name) is not None)
     for path in _checkpoints(Path(run))[max(1, keep) :]:
         discard(path)
@@ -299,7 +301,7 @@ def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
 
 
 def newest_model(*folders: Path) -> Path | None:
-    """The newest model of the first of `folders` that holds any; given runs/ and models/, one's own run comes first."""
+    """The newest model of the first of `folders` that has any: given runs/ and models/, own runs come first."""
     for parent in folders:
         places = [place for place in parent.iterdir() if not unfinished(place)] if parent.is_dir() else []
         models = [_model_in(place) for place in places]
@@ -324,7 +326,7 @@ def fetch_model(name: Path | str) -> Path:
         found = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=allowed, ignore_patterns=["*/*"]))
     except Exception as error:
         raise CheckpointError(
-            f"{name}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}): "
+            f"{name}: no such folder, and cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
             "check the name and the network, or download the model elsewhere and pass its folder"
         ) from error
     if not list(found.glob("*.safetensors")):
@@ -333,14 +335,14 @@ def fetch_model(name: Path | str) -> Path:
 
 
 class CopyArgs(Strict):
-    """Copy a model folder, its weights in another number format: half the size, to share or to ship."""
+    """Copy a model folder with its weights in another number format: half the size, for sharing."""
 
     model: Path | None = None
     """The model folder to copy, which stays as it is; none: the newest."""
     out: Path | None = None
     """The folder to write."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Format of the numbers on the disk. Whoever loads them computes in a format of his own choice."""
+    """Number format on the disk; the program that loads the model chooses the one it computes in."""
 
 
 def copy_model(source: Path, folder: Path, dtype: str) -> None:

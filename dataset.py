@@ -25,7 +25,7 @@ from torch import Tensor
 
 from storage.shards import Manifest, Split
 
-REMAP_BYTES = 32 << 20  # a mapping is dropped after this much reading, so that read pages do not pile up in memory
+REMAP_BYTES = 32 << 20  # mappings are renewed after this much reading, so that pages read do not fill the memory
 
 
 class DataError(ValueError):
@@ -42,7 +42,7 @@ def plain_windows(starts: np.ndarray) -> np.ndarray:
 
 
 class Documents:
-    """Where the documents of a stream begin, and the control id of each one's style; read once, a second a GB."""
+    """Where the documents of a stream begin, and the control id of each one's style; found in one pass, a second per GB."""
 
     def __init__(self, stream: TokenStream, lowest: int, eot: int | None):
         """lowest: the first control id; all ids from there on are styles."""
@@ -117,7 +117,7 @@ class TokenStream:
         return out
 
     def plain(self, start: int, length: int, lowest: int) -> np.ndarray:
-        """`length` tokens below `lowest` from `start` on, or where the stream ends before, up to its end."""
+        """`length` tokens below `lowest` from `start` on, or, where the stream ends too soon, the last ones before its end."""
         stop = start + length
         while True:
             row = self.read(start, stop)
@@ -130,9 +130,9 @@ class TokenStream:
     def batch(self, starts: np.ndarray, block_size: int, plain: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Windows at `starts`: x and y, each [len(starts), block_size] int64, y one token ahead of x.
 
-        Where there are styles, the first token of a window is the control id of the style that its document has: a
-        window is a piece out of a document, and the id before that is far away. plain: windows that are read without
-        any control id, bool [len(starts)]; none if not given.
+        Where there are styles, the first token of a window is replaced by the control id of its document's style, as the
+        one at the document's beginning is usually far away. plain: windows to be read without any control id, bool
+        [len(starts)]; None: no window.
         """
         rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
         for row, start in zip(rows, np.asarray(starts).tolist(), strict=True):
@@ -275,7 +275,7 @@ def training_batches(
 
 
 def pinned(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The pair in page-locked memory, whole: columns of a wider matrix would be copied through ordinary memory again."""
+    """The pair in page-locked memory, contiguous: slices would pass through ordinary memory once more on their way."""
     x, y = pair
     return x.contiguous().pin_memory(), y.contiguous().pin_memory()
 

@@ -38,10 +38,10 @@ PEAK_FLOPS = {
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory that it frees, where the C library is glibc (Linux).
+    """Let this process reuse the memory it frees, where the C library is glibc (Linux).
 
-    A training step frees and asks for the same large blocks again and again. By default each comes fresh from the
-    system, page by page: a tenth of a step's time on CPUs (docs/results.md).
+    A training step frees and allocates the same large blocks again and again. By default each comes from the system
+    anew, page by page, which takes a tenth of a step's time on CPUs (docs/results.md).
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         import ctypes
@@ -54,7 +54,7 @@ def keep_memory() -> None:
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU. Under torchrun: this rank's GPU.
 
-    Raises ConfigError where it is not there.
+    Raises ConfigError where there is no such device.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
@@ -119,8 +119,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def seed_dropout(device: torch.device, seed: int) -> None:
     """Seed the generators that dropout on `device` draws from.
 
-    `torch.manual_seed` does it for every kind of device there is, and keeps a stack trace for each that is not in use:
-    a millisecond, in every step.
+    `torch.manual_seed` seeds every kind of device and records a stack trace for each that is not in use, which takes a
+    millisecond in every step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -161,13 +161,13 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, no driver, or a GPU older than Volta: nothing of the run depends on it
+    except Exception:  # not installed, no driver, or a GPU older than Volta: the run goes on without
         return None
     return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000
 
 
 def gpu_memory(device: torch.device) -> float | None:
-    """Most memory a GPU's tensors have taken so far, in GB; None elsewhere."""
+    """Peak memory of a GPU's tensors so far, in GB; None on other devices."""
     return torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
 
 
@@ -217,7 +217,7 @@ class Team:
         """The leader's value on every rank."""
         if self.size == 1:
             return value
-        box: list[Any] = [value]
+        box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

@@ -281,7 +281,9 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
         weight = cast(Tensor, self.lm_head.weight)
-        total = LinearCrossEntropy.apply(x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows)
+        total = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows
+        )
         return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
 
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:

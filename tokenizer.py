@@ -279,7 +279,7 @@ class CharTokenizer(Tokenizer):
                 f"{len(self.alphabet)}: {shown}{', …' if len(unknown) > 8 else ''}; remove or replace them, "
                 f"or prepare the data with --tokenizer bpe"
             )
-        return ids.astype(self.dtype)
+        return np.asarray(ids, dtype=self.dtype)
 
     def _json(self) -> dict[str, Any]:
         vocab = {character: number for number, character in enumerate(self.alphabet)}

@@ -97,7 +97,7 @@ def read_base(argv: list[str]) -> Base:
     preset = preset or ("finetune" if origin else "sample")
     tables, shape = preset_values(preset), {}
     if resume:
-        origin = None  # the run has weights of its own by now
+        origin = None  # the run has weights of its own by now, and config.toml holds all its settings
         run = Path(out) if out else ROOT / "runs" / Path(preset).stem
         if not (run / "config.toml").is_file():
             raise ConfigError([f"--resume: {run} holds no run: give its folder with --out, or start without --resume"])
@@ -105,6 +105,7 @@ def read_base(argv: list[str]) -> Base:
     if origin:
         from training.model_setup import origin_shape
 
+        # Weights fit their own shape only; dropout is free, so the preset decides about it.
         shape = origin_shape(origin)
         own = {key: value for key, value in tables.get("model", {}).items() if key == "dropout"}
         tables["model"] = shape | own
@@ -137,7 +138,7 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         print(choice.described(), file=sys.stderr)
         tables = merge(choice.tables, read_toml(args.config)) if args.config else choice.tables
         args = with_flags(argv, choice.data.name, tables).model_copy(update={"data": choice.data})
-    if base.origin:
+    if base.origin:  # no flag may ask for another shape than the weights have
         from training.model_setup import shape_faults
 
         if faults := shape_faults(base.origin, base.origin_shape, args.model):
@@ -166,7 +167,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     # 1 data: the shards that prepare_data.py wrote and the tokenizer they were encoded with; in a resumed run the
     # checkpoint tells how much of them has been read.
     device = team.device
-    precision, *warnings = pick_precision(config.train.precision, device)
+    precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
     tokenizer = load_tokenizer(data.folder)
     checkpoint = last_good(run) if args.resume or restarted() else None
 
@@ -174,17 +175,17 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
     # the model moves to its device, as an automatic one takes the memory that is free there.
     if checkpoint is None:
         config = config.model_copy(update={"init_from": args.init_from or config.init_from})
-        start = Start(start_model(config, data, tokenizer))
+        start = Start(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
         warnings += [f"no checkpoint in {run} yet: starting from the beginning"] if args.resume else []
     else:
         start = resumed_run(checkpoint, data, tokenizer)
     model, progress = start.model, start.progress
-    config = config.model_copy(update={"model": model.config})
+    config = config.model_copy(update={"model": model.config})  # with the vocabulary's size filled in
     train, sizes = batch_sizes(config.train, model.config, start.state, team, precision)
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     train, total, changed = fitted_schedule(train, sizes, sampler.per_epoch)
     model.to(device)
-    module = wrapped(model, config, team, device)  # compiled, distributed: for the steps alone
+    module = wrapped(model, config, team, device)  # compiled, distributed: `model` itself is what is saved
 
     # 3 optimizer: AdamW, or Muon beside it, and for fp16 a scaler that keeps small gradients from rounding to zero.
     optimizer = Optimizer(model, train)
@@ -195,13 +196,13 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         enabled=team.leader,
         tensorboard=train.tensorboard,
         wandb=run.name if train.wandb else "",
-        done=progress.step if checkpoint else -1,
+        done=progress.step if checkpoint else -1,  # rows of later steps, from before a crash, are dropped
     )
-    if checkpoint is not None:
+    if checkpoint is not None:  # the moments, without which the first steps would jump
         optimizer.load_state_dict(start.state["optimizer"])
         scaler.load_state_dict(start.state["scaler"])
 
-    # 4 loop
+    # 4 loop: all it works on in one place, then step after step
     save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, sizes.batch_size, sizes.tokens_per_step)
     save.step = start.state.get("step", -1)  # on the disk already
     state = TrainState(
@@ -240,7 +241,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
 
     team, progress, log, meter = state.team, state.progress, state.log, state.meter
     batches = state.batches()  # endless, from the window where the run stands
-    stop = Stop()
+    stop = Stop()  # SIGTERM or Ctrl-C: the step is finished and saved first
     stop.install()
     try:
         if new and state.train.sample_interval:
@@ -264,7 +265,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
             epoch = state.epoch
             with meter.step():
                 seed_dropout(team.device, step_seed(train.seed, progress.step, team.rank))
-                scale = lr_scale(progress.step, state.total_steps, train)
+                scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: warm-up, then the schedule
                 state.optimizer.set_lr(scale)
                 state.module.train()  # an evaluation may have come between
                 loss, norm, finite = take_step(
@@ -302,7 +303,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
             checkpoint(state)
         if not math.isfinite(progress.best_val):
             state.save(progress, best=True)
-    finally:
+    finally:  # also after a failed step or a second Ctrl-C: the records so far stay readable
         stop.restore()
         log.close()
     return summary(state, reason)
@@ -331,7 +332,7 @@ def _main(words: list[str]) -> int:
 
     device = pick_device(config.train.device)
     if device.type == "cpu":
-        keep_memory()
+        keep_memory()  # a tenth of a step's time
     team = Team.join(config.train.parallel, device)
     try:
         summary = train_in_folder(args, config, team)
@@ -351,7 +352,7 @@ def train_in_folder(args: TrainArgs, config: Config, team: Team) -> dict[str, An
     folder = args.data
     if args.resume and folder is None and config.data_folder:
         folder = Path(config.data_folder)
-    if team.leader:
+    if team.leader:  # the other ranks wait at the barrier until the data is there
         folder = prepared(folder, args.preset)
     team.barrier()
     folder = folder or default_out(args.preset)

@@ -1,6 +1,6 @@
 """Which files there are, checked before any work, and the documents in them, numbered in one order.
 
-A `.txt` file is one document; each row of a `.jsonl` or `.parquet` file, by its field `text`, is one. `readers/` holds
+A text or a book is one document; each row of a `.jsonl` or `.parquet` file, by its field `text`, is one. `readers/` holds
 one file a format.
 
     python -c "from corpus import finder; print([name for path, name in finder.find(['data/sample'])])"

@@ -188,20 +188,27 @@ class Sequence:
         """Draw the next token from logits [N]; returns its event, followed by `done` if the text ends with it."""
         token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
-            return [self.finish("stop")]
+            event = self.finish("stop")
+            if self.logprobs is not None:
+                event.logprob, event.top = self._likelihoods(logits, token)
+            return [event]
         self.ids.append(token)
         for state in self.states:
             state.pending = [token]
         text, stopped = self.stopper.feed(self.detokenizer.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
-            event.logprob, others = likelihoods(logits, token, self.logprobs)
-            event.top = [(id, self.tokenizer.decode([id]), value) for id, value in others]
+            event.logprob, event.top = self._likelihoods(logits, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
         if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
             return [event, self.finish("length")]
         return [event]
+
+    def _likelihoods(self, logits: Tensor, token: int) -> tuple[float, list[tuple[int, str, float]]]:
+        """Log-probability of `token`, and the alternatives asked for as (id, text, log-probability)."""
+        logprob, others = likelihoods(logits, token, self.logprobs or 0)
+        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
 
     def finish(self, reason: str, flush: bool = True) -> Event:
         """The `done` event, with text that was held back because it could have begun a stop string or a character."""

@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not flags.bucket and not flags.delete:
             raise ConfigError(["--bucket is missing: the S3 bucket that the functions' code goes to"])
-        with s3.told(f"stack {flags.stack}"):
+        with s3.readable_errors(f"stack {flags.stack}"):
             account = Account(flags.region)
             if flags.delete:
                 account.delete(flags)

@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(json.dumps({**asked, "added by the SDK": {"source": str(ROOT), "command": command}}, indent=2))
             return 0
-        with s3.told(f"job {flags.name}"):
+        with s3.readable_errors(f"job {flags.name}"):
             result = launch(flags, asked, region)
         print(result)
         if flags.wait:

@@ -133,7 +133,7 @@ def upload_model(flags: Common, engine: str) -> str:
     key = f"{artifacts(flags.name)}{hashlib.sha256(packed).hexdigest()[:16]}/model.tar.gz"
     url = f"s3://{flags.bucket}/{key}"
     if not flags.dry_run:
-        with s3.told(url):
+        with s3.readable_errors(url):
             client = s3.client(flags.region or None)
             found = client.list_objects_v2(Bucket=flags.bucket, Prefix=key)
             if not found.get("Contents"):
@@ -426,7 +426,7 @@ def delete_all(flags: Common) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         flags = parse_flags(Flags, argv)
-        with s3.told(f"endpoint {flags.name}"):
+        with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return delete_all(flags)
             check(flags, flags.engine)

@@ -71,7 +71,7 @@ def requests(flags: Flags, url: str) -> list[tuple[str, dict[str, Any]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         flags = parse_flags(Flags, argv)
-        with s3.told(f"endpoint {flags.name}"):
+        with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return base.delete_all(flags)
             base.check(flags)

@@ -13,7 +13,6 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from config import ROOT, read_toml
 from server.disconnect import ClientGone
@@ -21,6 +20,7 @@ from server.errors import ApiError, from_faults
 from server.lifecycle import lifespan
 from server.middleware import RequestMiddleware
 from server.openapi import openapi_document
+from server.origins import OriginMiddleware
 from server.routes import generate, openai, page, status
 from server.service import Service
 from server.settings import Settings
@@ -41,14 +41,7 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(RequestMiddleware, settings=settings, metrics=service.metrics)
-    if settings.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
-        )
+    app.add_middleware(OriginMiddleware, origins=service.origins)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientGone, on_client_gone)

@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, and the web origins whose pages may open a WebSocket.
+"""API keys: who may use the server (the web origins whose pages may are in origins.py).
 
 >>> has_valid_key(settings.api_keys, request.headers)
 """
@@ -28,11 +28,3 @@ def has_valid_key(api_keys: Sequence[SecretStr], headers: Headers, token: str | 
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = (bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key") or token or "").encode()
     return any([secrets.compare_digest(given, key) for key in keys])
-
-
-def origin_allowed(origins: Sequence[str], headers: Headers) -> bool:
-    """Whether a page may open a WebSocket: the server's own page or one of `origins`. Programs send no origin."""
-    origin = headers.get("origin")
-    if origin is None or origin in origins:
-        return True
-    return origin.split("://", 1)[-1] == headers.get("host") and origin != "null"

@@ -1,25 +1,28 @@
 """OpenAI's completions: the answer to `/v1/completions`, whole or as server-sent events, with logprobs and echo.
 
->>> answer = Completion("cmpl-1", "model", generations, logprobs=None, echoes=[Echo()], decode=tokenizer.decode)
+>>> answer = Completion("cmpl-1", "model", generations, logprobs=None, prompts=[PromptPart("The fog", 7)], tokenizer=tokenizer, n=1)
 >>> answer.reply()
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from server.errors import ApiError, unexpected
-from server.generation import Generation, total_usage
+from server.generation import Generation, finish_all, total_usage
+from server.logprobs import Logprobs
 from server.service import Service
 from server.streaming import sse
 
 if TYPE_CHECKING:
     from inference.engine import Event
+    from tokenizer import Tokenizer
 
 
 @dataclass
@@ -29,9 +32,10 @@ class Completion:
     id: str
     model: str
     generations: list[Generation]
-    logprobs: int | None
-    echoes: list[Echo]
-    decode: Callable[[Iterable[int]], str]
+    logprobs: int | None  # alternatives for each token; None: no logprobs
+    prompts: list[PromptPart]
+    tokenizer: Tokenizer
+    n: int  # choices for each prompt, the best of its samples
     created: int = field(default_factory=lambda: int(time.time()))
 
     def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -47,33 +51,40 @@ class Completion:
 
     def reply(self) -> dict[str, Any]:
         """The whole answer, once all generations are complete."""
-        choices: list[dict[str, Any]] = []
-        for generation, echo in zip(self.generations, self.echoes, strict=True):
-            for sample in range(generation.params.n):
-                logprobs = None
-                if self.logprobs is not None:
-                    logprobs = echo.joined(self.token_logprobs(generation.records[sample], len(echo.text)))
-                text = echo.text + generation.text(sample)
-                choices.append(choice(len(choices), text, openai_reason(generation.reasons[sample]), logprobs))
-        return self.envelope(choices, usage=total_usage(self.generations))
+        return self.envelope(self.whole_choices(), usage=total_usage(self.generations))
 
-    def token_logprobs(self, events: Sequence[Event], offset: int) -> dict[str, list[Any]]:
-        """OpenAI's logprobs object for tokens written from `offset` characters on."""
-        found = empty_logprobs()
-        for event in events:
-            assert event.token_id is not None
-            text = self.decode([event.token_id])
-            top = {text: event.logprob, **{word: value for _, word, value in event.top}} if self.logprobs else None
-            for key, value in zip(found, (text, event.logprob, top, offset), strict=True):
-                found[key].append(value)
-            offset += len(event.text)
-        return found
+    def whole_choices(self) -> list[dict[str, Any]]:
+        """Every choice, once all generations are complete."""
+        choices: list[dict[str, Any]] = []
+        for generation, prompt in zip(self.generations, self.prompts, strict=True):
+            for sample in best_samples(generation, self.n):
+                written = self.logprobs_after(prompt)
+                for event in generation.records[sample]:
+                    self.add_event(written, event)
+                logprobs = None if written is None else prompt.joined(written.take())
+                text = prompt.echo + generation.text(sample)
+                choices.append(choice(len(choices), text, openai_reason(generation.reasons[sample]), logprobs))
+        return choices
+
+    def logprobs_after(self, prompt: PromptPart) -> Logprobs | None:
+        """The logprobs of a text after its prompt; None where none were asked for."""
+        return None if self.logprobs is None else Logprobs(self.tokenizer, self.logprobs, prompt.length)
+
+    def add_event(self, logprobs: Logprobs | None, event: Event) -> bool:
+        """Add the token of an event (the end of text, for a `done` with a log-probability); whether there is one."""
+        if logprobs is None or event.logprob is None:
+            return False
+        token = self.tokenizer.eot if event.kind == "done" else event.token_id
+        assert token is not None
+        logprobs.add(token, event.logprob, event.top)
+        return True
 
     async def events(self, include_usage: bool) -> AsyncGenerator[bytes]:
         """The answer as server-sent events, ending with `[DONE]`; an error object where it fails midway."""
         extra: dict[str, Any] = {"usage": None} if include_usage else {}
         try:
-            async with aclosing(self.choices()) as choices:
+            ranked = any(generation.params.n != self.n for generation in self.generations)
+            async with aclosing(self.best_choices() if ranked else self.choices()) as choices:
                 async for one in choices:
                     yield sse(self.envelope([one], **extra))
             if include_usage:
@@ -84,32 +95,37 @@ class Completion:
             yield sse(unexpected("stream", self.id).body())
         yield b"data: [DONE]\n\n"
 
+    async def best_choices(self) -> AsyncGenerator[dict[str, Any]]:
+        """The choices of a stream with `best_of`, which are known only when all samples are complete."""
+        await finish_all(self.generations)
+        for one in self.whole_choices():
+            yield one
+
     async def choices(self) -> AsyncGenerator[dict[str, Any]]:
         """The parts of a stream: each choice's echo, then tokens as they are written, then each finish reason."""
-        offsets: list[int] = []  # characters of each choice so far
-        for generation, echo in zip(self.generations, self.echoes, strict=True):
+        written: list[Logprobs | None] = []  # of each choice
+        for generation, prompt in zip(self.generations, self.prompts, strict=True):
             for _ in range(generation.params.n):
-                if echo.text:
-                    logprobs = None if self.logprobs is None else echo.joined(self.token_logprobs([], 0))
-                    yield choice(len(offsets), echo.text, None, logprobs)
-                offsets.append(len(echo.text))
+                found = self.logprobs_after(prompt)
+                if prompt.echo:
+                    yield choice(len(written), prompt.echo, None, prompt.joined(found.take()) if found else None)
+                written.append(found)
         async with aclosing(merged_events(self.generations)) as events:
             async for index, event in events:
-                logprobs = None
-                if event.kind == "token" and event.token_id is not None and self.logprobs is not None:
-                    logprobs = self.token_logprobs([event], offsets[index])
+                found = written[index]
+                logprobs = found.take() if found and self.add_event(found, event) else None
                 if event.text or logprobs:
-                    offsets[index] += len(event.text)
                     yield choice(index, event.text, None, logprobs)
                 if event.kind == "done":
                     yield choice(index, "", openai_reason(event.finish_reason), None)
 
 
 @dataclass
-class Echo:
-    """What an answer begins with: nothing, or the prompt and its tokens' log-probabilities."""
+class PromptPart:
+    """A prompt as its answers need it: its text if it is echoed, its length, its tokens' log-probabilities."""
 
-    text: str = ""
+    echo: str
+    length: int  # characters
     logprobs: dict[str, list[Any]] | None = None
 
     def joined(self, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -119,24 +135,29 @@ class Echo:
         return {key: values + written[key] for key, values in self.logprobs.items()}
 
 
-async def echo_of(service: Service, prompt: str | list[int], logprobs: int | None) -> Echo:
-    """What an answer with `echo` begins with."""
+async def prompt_part(service: Service, prompt: str | list[int], echo: bool, logprobs: int | None) -> PromptPart:
+    """The prompt, scored if it is echoed with logprobs."""
     tokenizer = service.ready().tokenizer
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    if logprobs is None or not prompt:
-        return Echo(text)
-    found = empty_logprobs()
+    if not echo or logprobs is None or not prompt:
+        return PromptPart(text if echo else "", len(text))
+    found = Logprobs(tokenizer, logprobs)
     for token in await service.score(prompt, logprobs, "prompt"):
-        top = None
-        if logprobs and token.logprob is not None:
-            top = {token.text: token.logprob, **{word: value for _, word, value in token.top}}
-        for key, value in zip(found, (token.text, token.logprob, top, token.start), strict=True):
-            found[key].append(value)
-    return Echo(text, found)
+        found.add(token.id, token.logprob, token.top)
+    return PromptPart(text, len(text), found.take())
 
 
-def empty_logprobs() -> dict[str, list[Any]]:
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+def best_samples(generation: Generation, n: int) -> list[int]:
+    """The n samples with the highest mean log-probability of a token, the best first; all in order where n are all."""
+    samples = list(range(generation.params.n))
+    if n == len(samples):
+        return samples
+
+    def mean_logprob(sample: int) -> float:
+        values = [event.logprob for event in generation.records[sample] if event.logprob is not None]
+        return math.fsum(values) / len(values) if values else -math.inf
+
+    return sorted(samples, key=mean_logprob, reverse=True)[:n]
 
 
 def choice(index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:

@@ -59,10 +59,39 @@ def from_faults(faults: list[Any], skip: int = 0) -> ApiError:
         place = ".".join(str(part) for part in fault["loc"][skip:])
         if first is None and place:
             first = place.split(".")[0]
-        message = fault["msg"].removeprefix("Value error, ")
+        message = fault_text(fault)
         lines.append(f"{place}: {message}" if place else message)
     more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
     return bad_value("; ".join(lines[:5]) + more, first, faults[0]["type"] if faults else "invalid_value")
+
+
+# pydantic's words for what a client sent, where they speak of Python's types; the keys are its error types
+FAULT_TEXTS = {
+    "too_long": "at most {max_length} items are allowed, not {actual_length}",
+    "too_short": "at least {min_length} items are needed, not {actual_length}",
+    "string_too_long": "at most {max_length} characters are allowed",
+    "string_too_short": "at least {min_length} characters are needed",
+    "greater_than_equal": "must be {ge} or more",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be {le} or less",
+    "less_than": "must be less than {lt}",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "finite_number": "must be a finite number",
+    "extra_forbidden": "there is no such field",
+    "missing": "is required",
+}
+
+
+def fault_text(fault: Any) -> str:
+    """A fault of pydantic's in words for whoever sent the request."""
+    known = FAULT_TEXTS.get(fault["type"])
+    if known is None:
+        return str(fault["msg"]).removeprefix("Value error, ")
+    limits = fault.get("ctx", {}).items()
+    return known.format(**{name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in limits})
 
 
 def shutting_down() -> ApiError:

@@ -55,6 +55,8 @@ class Generation:
                 if self.interrupted and event.finish_reason == "cancelled":
                     break
                 self.reasons[event.index] = event.finish_reason
+                if event.logprob is not None:  # the end-of-text token, which has no text and is not counted
+                    self.records[event.index].append(event)
             elif event.kind == "error":
                 LOG.error("engine", extra={"fields": {"request_id": self.request_id, "message": event.message}})
                 raise ApiError(500, "the text could not be written", code="engine_failed", kind="server_error")

@@ -1,4 +1,4 @@
-"""What happens to every HTTP request: request id, API key, body limit, metrics, log line, and no bare 500."""
+"""What happens to every HTTP request: request id, API key, body limit, HEAD, metrics, log line, and no bare 500."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class RequestMiddleware:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        method = scope["method"]
+        if method == "HEAD":  # answered as GET, without the body
+            scope["method"] = "GET"
         begun, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -43,6 +46,8 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -57,18 +62,19 @@ class RequestMiddleware:
             if not status:
                 await send_error(failure, scope, receive, send_with_id)
         finally:
-            self._record(scope, request_id, status or 499, time.monotonic() - begun)
+            self._record(scope, method, request_id, status or 499, time.monotonic() - begun)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # the prefix a proxy serves it under
+        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
         if not has_valid_key(self.settings.api_keys, headers):
             raise ApiError(401, "a valid API key is needed", code="invalid_api_key", kind="authentication_error")
 
-    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, request_id: str, status: int, seconds: float) -> None:
         """Metrics and a log line; health checks and pages are logged at debug level only."""
         route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = method if method in METHODS else "other"
         self.metrics.count_request(route, method, status, seconds)
         fields = {"request_id": request_id, "method": method, "route": route, "status": status}
         fields["ms"] = round(seconds * 1000, 1)

@@ -179,22 +179,19 @@ class _OpenAIOnly(Body):
     """Send the text as it is written."""
     stream_options: StreamOptions | None = None
     """Only read when streaming."""
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=20)
     """Log-probability of each token, and of this many likeliest ones."""
     echo: bool | None = False
     """Begin the answer with the prompt."""
     user: str | None = None
     """Ignored."""
-    best_of: int | None = Field(None, ge=1, le=1)
-    """Not supported beyond 1: ask for n samples."""
+    best_of: int | None = Field(None, ge=1, le=128)
+    """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered.
+
+    Below n it is n. A stream of the best begins when all samples are complete.
+    """
     suffix: str | None = Field(None, max_length=0)
     """Not supported: the model only writes forwards."""
-    presence_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    frequency_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    """Not supported."""
 
 
 def _or_null(name: str) -> Any:

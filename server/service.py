@@ -22,6 +22,7 @@ from server.errors import ApiError, bad_value, queue_full, shutting_down
 from server.generation import Generation
 from server.logs import LOG
 from server.metrics import Metrics
+from server.origins import AllowedOrigins
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Service:
 
     def __init__(self, settings: Settings, engine: Engine | None = None):
         self.settings, self.engine = settings, engine
+        self.origins = AllowedOrigins(settings.origins)
         self.owned = engine is None  # an engine that was handed in is closed by whoever made it
         self.failure: str | None = None  # why the model could not be loaded
         self.on_failure: Callable[[], None] = lambda: None

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from server import schemas
-from server.auth import has_valid_key, origin_allowed
+from server.auth import has_valid_key
 from server.errors import ApiError, bad_value, from_faults, printable, unexpected
 from server.generation import Generation
 from server.service import Service
@@ -39,8 +39,8 @@ class WebSocketConnection:
     async def serve(self) -> None:
         """Runs until the client leaves, stays silent too long, or stops reading."""
         headers, token = self.websocket.headers, self.websocket.query_params.get("token")
-        settings = self.settings
-        if not origin_allowed(settings.origins, headers) or not has_valid_key(settings.api_keys, headers, token):
+        allowed = self.service.origins.allow(headers.get("origin"), headers.get("host"))
+        if not allowed or not has_valid_key(self.settings.api_keys, headers, token):
             await self.websocket.close(1008)  # before accept: the client sees HTTP 403
             return
         await self.websocket.accept()

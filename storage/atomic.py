@@ -1,18 +1,19 @@
 """Folders that exist whole or not at all, exclusive locks, tensors and nested state without pickle, checksums.
 
-    >>> with replacing("models/mine") as draft:                # the old folder stays until this block has ended well
+    >>> with replacing("models/mine") as draft:                # the old folder stays until this block has succeeded
     ...     write_tensors(draft / "model.safetensors", model.state_dict())
     ...     write_sums(draft, step=100)
     >>> faults("models/mine")                                  # [] or what is damaged
 
-A folder is written as NAME.tmp-PID beside its place, flushed to the disk, and then exchanged: NAME becomes NAME.old-PID,
-the new one becomes NAME, the old one goes. A process that dies anywhere in between leaves NAME or NAME.old-PID whole;
-`present` finds either, and the next `replacing` clears up. Nothing here reads or writes a pickle.
+A folder is written as NAME.tmp-PID, flushed to the disk, and then exchanged: NAME is renamed to NAME.old-PID, the new
+folder to NAME, and the old one is removed. A process that dies anywhere in between leaves NAME or NAME.old-PID whole;
+`present` finds either, and the next `replacing` cleans up. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SUMS = "checksums.json"
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
-_busy: set[Path] = set()  # what threads of this process are writing or exchanging just now
+_busy: set[Path] = set()  # folders that threads of this process are writing or exchanging
 
 
 class CheckpointError(ValueError):
@@ -64,10 +65,10 @@ def exclusive_lock(path: Path, refusal: str) -> Iterator[None]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], hashed: bool = True) -> str:
-    """Write a safetensors file; returns its sha256, taken on the way to the disk, or "" if not `hashed`.
+    """Write a safetensors file; returns its sha256, computed while writing, or "" if not `hashed`.
 
-    Tensors may be views and lie on any device: one at a time is laid out in CPU memory, where safetensors' own
-    writer wants all of them. Wide dtypes go first, which keeps each aligned.
+    Tensors may be views and on any device: they are copied to CPU memory one at a time, where safetensors' own writer needs
+    all of them at once. Wide dtypes are written first, which keeps every tensor aligned.
     """
     import torch
 
@@ -96,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], hashed: bool = True
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped from the disk: copy what outlives the file.
+    """The tensors of a safetensors file, memory-mapped: copy those that outlive the file.
 
     Raises CheckpointError when the file is missing, cut short or damaged.
     """
@@ -112,14 +113,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_text(path: Path, content: Any) -> None:
-    """Write text as it is, or anything else as JSON."""
+    """Write `content`: text as it is, anything else as JSON."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a full disk or a killed process leaves what was there before."""
+    """Write a text file whole or not at all: a full disk or a killed process leaves the old file."""
     draft = path.with_name(f"{path.name}.tmp")
     try:
         write_text(draft, text)
@@ -128,6 +129,31 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """A new file to write; it takes the place of `path` when the block ends, and vanishes if the block fails.
+
+    A disk error is raised as OSError that names `path` and says what still stands.
+    """
+    place = Path(path).resolve()
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder: name the file to write")
+    draft = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _sync(draft)
+        os.replace(draft, place)
+        _sync(place.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            kept = f"the old {place.name} still stands" if place.is_file() else "nothing was written"
+            raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}; {kept}") from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -144,9 +170,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def pack(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Nested state as JSON text, in which a path stands for each tensor, and the tensors by path.
+    """Nested state as (JSON text in which a path stands for each tensor, the tensors by path).
 
-    Tuples and keys that are not text come back as they were; NaN and infinity too. Anything else raises
+    `unpack` restores it, with tuples, keys that are not text, NaN and infinity. A value of any other type raises
     CheckpointError with its path.
     """
     import torch
@@ -175,7 +201,7 @@ def pack(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def unpack(item: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given, from its parsed JSON."""
+    """The state that was given to `pack`, from its parsed JSON and its tensors."""
     if isinstance(item, list):
         return [unpack(part, tensors) for part in item]
     if not isinstance(item, dict):
@@ -196,7 +222,7 @@ def sha256(path: Path) -> str:
 
 
 def write_sums(folder: Path, step: int | None, known: Mapping[str, str] | None = None) -> None:
-    """Write `checksums.json`: size and sha256 of each file, the time and the step. `known`: sums taken before."""
+    """Write `checksums.json`: size and sha256 of each file, the time and the step. `known`: sums computed before, by name."""
     known = known or {}
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)}
@@ -206,7 +232,7 @@ def write_sums(folder: Path, step: int | None, known: Mapping[str, str] | None =
 
 
 def faults(folder: Path | str) -> list[str]:
-    """What differs from `checksums.json`, each naming its file; an empty list if nothing does."""
+    """A message for each file that differs from `checksums.json`; an empty list if none does."""
     folder = Path(folder)
     try:
         files = read_json(folder / SUMS)["files"]
@@ -231,7 +257,7 @@ def faults(folder: Path | str) -> list[str]:
 
 
 def present(folder: Path | str) -> Path:
-    """`folder`, or the one it was being exchanged for when a process died between two renames."""
+    """`folder`, or its renamed old version (NAME.old-PID) if a process died during the exchange."""
     folder = Path(folder)
     if folder.exists() or not folder.parent.is_dir():
         return folder
@@ -243,13 +269,13 @@ def present(folder: Path | str) -> Path:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether this is a draft that was never finished, or a folder on its way out."""
+    """Whether `folder` is a draft that was never finished, or is being removed."""
     match = LEFTOVER.fullmatch(folder.name)
     return match is not None and match["kind"] == "tmp"
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that `replacing` made; from the first moment on it no longer passes for a whole one."""
+    """Remove a folder that `replacing` made. It is renamed first, so that a half-removed folder never counts as whole."""
     if not unfinished(folder):
         match = LEFTOVER.fullmatch(folder.name)
         name = match["name"] if match else folder.name
@@ -258,9 +284,9 @@ def discard(folder: Path) -> None:
 
 
 def recover(parent: Path, concerns: Callable[[str], bool]) -> None:
-    """Undo what dead processes left half done in `parent` to folders whose name `concerns` accepts.
+    """Clean up after dead processes in `parent`, for the folders whose name `concerns` accepts.
 
-    An exchanged folder is put back where its successor did not arrive; drafts and superseded folders are removed.
+    An old folder is put back where the new one is missing; drafts and replaced folders are removed.
     """
     left = [(path, match) for path in parent.iterdir() if (match := LEFTOVER.fullmatch(path.name)) and path.is_dir()]
     for path, match in sorted(left, key=lambda pair: pair[1]["kind"], reverse=True):  # drafts before old ones
@@ -274,7 +300,7 @@ def recover(parent: Path, concerns: Callable[[str], bool]) -> None:
 
 
 def _running(pid: int) -> bool:
-    """Whether another process of this number is alive; on Windows, where asking would end it, it counts as dead."""
+    """Whether another process with this id is alive; on Windows, where os.kill would end it, it counts as dead."""
     if os.name == "nt" or pid == os.getpid():
         return False
     try:
@@ -289,7 +315,7 @@ def _running(pid: int) -> bool:
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(number)
@@ -299,10 +325,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path | str, group: str | None = None) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of `folder` when the block ends, and vanishes if the block fails.
+    """A new folder to fill; it replaces `folder` when the block ends, and is removed if the block fails.
 
-    What dead processes left beside it is cleared first: under its own name and all that begin with `group`. The disk
-    must hold the old and the new folder together; a disk error is raised as OSError that says what still stands.
+    Leftovers of dead processes are cleaned up first: those of `folder`, and of all folders whose names begin with `group`.
+    The disk must hold the old and the new folder at once; a disk error is raised as OSError that says what is still whole.
     """
     place = Path(folder).resolve()
     if place.exists() and not (place / "config.json").is_file() and (not place.is_dir() or any(place.iterdir())):
@@ -335,7 +361,7 @@ def replacing(folder: Path | str, group: str | None = None) -> Iterator[Path]:
             kept = f"a whole {place.name} still stands" if place.exists() else "nothing was written"
             raise OSError(error.errno, f"{folder} could not be saved: {error.strerror or error}; {kept}") from error
         raise
-    with contextlib.suppress(OSError):  # the new folder stands; the next save clears up
+    with contextlib.suppress(OSError):  # the new folder is whole; the next save cleans up
         if old.exists():
             discard(old)
     _busy.difference_update((draft, old))

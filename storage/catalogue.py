@@ -1,11 +1,11 @@
-"""Which document is which: the names behind the documents of prepared data, and the authors behind the names.
+"""Names of the documents of prepared data, and the authors that the names tell.
 
     >>> catalogue = Catalogue.load(Path("data/novels"))
     >>> catalogue.name("val", 0)                        # 'Dickens_Bleak_1853.txt'
     >>> author_of("Dickens_Bleak_1853.txt")             # 'Dickens'
 
-`prepare_data.py` writes `documents.json` beside the manifest: the source files with the number of documents in each, and
-which documents validate or gave no text. The i-th document of a split is the i-th of those that are left.
+`prepare_data.py` writes `documents.json` beside the manifest: the source files with the number of documents in each, which
+documents validate, and which were dropped. The i-th document of a split is the i-th that is in it and was not dropped.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from storage.atomic import replace_text
 
 FILE = "documents.json"
 AUTHOR_LINE = re.compile(r"^\s*Author:[ \t]*(\S.*?)\s*$", re.MULTILINE)
-BY_PLACE = re.compile(r"(?P<author>[^_\d][^_]*)_[^_]+(_\d{3,4})?")
-HEAD = 4000  # characters in which an `Author:` line is looked for
+AUTHOR_TITLE = re.compile(r"(?P<author>[^_\d][^_]*)_[^_]+(_\d{3,4})?")
+HEAD = 4000  # characters at the start of a text that are searched for an `Author:` line
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Names of all documents of one preparation, by their number in it."""
+    """All documents of one preparation: their names, in order, and the split of each."""
 
     files: Sequence[tuple[str, int]]
     """Name of each source file and how many documents it holds."""
     validating: np.ndarray
-    """bool [documents]: those of the validation split."""
+    """Which documents validate, bool [documents]."""
     dropped: Sequence[int]
-    """Documents that gave no text and stand in no split."""
+    """Numbers of the documents that are in no split: duplicates, and those without text."""
     shared: bool = False
-    """The only document is split by position: both splits hold a part of it."""
+    """The only document is split by position: both splits have a part of it."""
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue | None:
-        """The catalogue of prepared data; None where there is none. ConfigError for a damaged one."""
+        """The catalogue of prepared data; None where there is none. Raises ConfigError for a damaged one."""
         path = Path(folder) / FILE
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ class Catalogue:
         return len(self._numbers[split])
 
     def name(self, split: str, at: int) -> str:
-        """The name of a split's document number `at`: its file's, with the row where the file holds several."""
+        """The name of a split's document number `at`: the name of its file, with the row if the file has several."""
         number = int(self._numbers[split][at])
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         name, count = self.files[file]
@@ -88,7 +88,7 @@ class Catalogue:
 
 
 def names_of(folder: Path, split: str, documents: int) -> Iterable[str] | None:
-    """Names of a split's documents in order, or None where the catalogue is missing or counts others."""
+    """Names of a split's documents in order; None where the catalogue is missing or does not have `documents` of them."""
     catalogue = Catalogue.load(folder)
     if catalogue is None or catalogue.count(split) != documents:
         return None
@@ -96,7 +96,7 @@ def names_of(folder: Path, split: str, documents: int) -> Iterable[str] | None:
 
 
 def author_of(name: str, head: str = "") -> str:
-    """Who wrote a document, from an `Author:` line in its `head`, else from its name; empty where neither says so.
+    """The author of a document, from an `Author:` line in its `head`, else from its name; empty where neither tells.
 
     Names: `Author - Title.txt`, `Author_Title_1853.txt`, `Author/Title.txt`.
     """
@@ -106,6 +106,6 @@ def author_of(name: str, head: str = "") -> str:
     stem = path.stem
     if " - " in stem:
         return stem.split(" - ")[0].strip()
-    if (match := BY_PLACE.fullmatch(stem)) and (match[2] or match["author"][:1].isupper()):
+    if (match := AUTHOR_TITLE.fullmatch(stem)) and (match[2] or match["author"][:1].isupper()):
         return match["author"].strip()
     return path.parent.name

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from model import GPT
     from tokenizer import Tokenizer
 
-OURS = "victorian_gpt"  # our key in config.json
+OURS = "victorian_gpt"  # our key in config.json and generation_config.json
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DDP put into names
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # [in, out] in GPT-2
 HEADS = ("wte.weight", "lm_head.weight")  # one row for each id
@@ -163,14 +163,18 @@ def gpt2_config(config: ModelConfig, tokenizer: Tokenizer, card: Mapping[str, An
     }
 
 
-def generation_config(params: GenerationParams, eot: int | None, controls: Iterable[int] = ()) -> dict[str, Any]:
+def generation_config(
+    params: GenerationParams, eot: int | None, controls: Iterable[int] = (), *, context: int
+) -> dict[str, Any]:
     """`generation_config.json`: how transformers and vLLM sample from this model unless told otherwise.
 
+    There a text ends where the `context` does: transformers raises IndexError at the first position beyond it, and
+    `max_new_tokens` takes no account of the prompt. Our own `max_tokens`, which may go beyond, is under our own key.
     A filter that is off, as it is by default, is left out, and at temperature 0 all that have no effect there.
     transformers never writes the `controls`. vLLM does not look at `suppress_tokens`; it leaves them out of the text as
     special tokens, and training makes them improbable.
     """
-    values: dict[str, Any] = {"max_new_tokens": max(1, params.max_tokens), "do_sample": params.temperature > 0}
+    values: dict[str, Any] = {"max_length": context, "do_sample": params.temperature > 0}
     given = params.model_dump(mode="json")
     for name, setting in SETTINGS.items():
         default = GenerationParams.model_fields[name].default
@@ -178,6 +182,7 @@ def generation_config(params: GenerationParams, eot: int | None, controls: Itera
         if setting.hf and setting.manner and not usual and (params.temperature > 0 or setting.at_zero):
             values[setting.hf] = given[name]
     values |= {"suppress_tokens": sorted(controls)} if controls else {}
+    values[OURS] = {"max_tokens": params.max_tokens}
     return values if eot is None else values | {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
 
 
@@ -346,6 +351,8 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     found = {name: held[setting.hf] for name, setting in SETTINGS.items() if held.get(setting.hf) is not None}
+    if isinstance(own := held.get(OURS), dict):
+        found["max_tokens"] = own.get("max_tokens")
     if not found.get("max_tokens"):
         found.pop("max_tokens", None)
     if held.get("do_sample") is False and "temperature" not in found:

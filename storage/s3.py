@@ -3,14 +3,13 @@
     python -m storage.s3 data/victorian s3://my-bucket/data/victorian        # up
     python -m storage.s3 s3://my-bucket/models/victorian models/victorian    # down
 
-A file that is already there whole is not sent again. Data folders carry sha256 sums in `manifest.json`, checkpoints
+A file that is already there whole is not sent again. Data folders have sha256 checksums in `manifest.json`, checkpoints
 in `checksums.json`; a downloaded file that differs from them is fetched once more and then refused by name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -22,14 +21,15 @@ from typing import Any
 
 from cli import parse_flags, run_main
 from config import ConfigError, Strict
+from storage.atomic import sha256
 
 PART_BYTES = 16 * 1024 * 1024
-SUM = "sha256"  # metadata of each object
-LISTS = ("manifest.json", "checksums.json")
+CHECKSUM = "sha256"  # metadata of each object
+CHECKSUM_FILES = ("manifest.json", "checksums.json")
 
 
 class S3Error(RuntimeError):
-    """A transfer that cannot work; the message names the place and the remedy."""
+    """A transfer that failed; the message names the address and the remedy."""
 
 
 class Transfer(Strict):
@@ -42,7 +42,7 @@ class Transfer(Strict):
 
 
 def is_s3(place: object) -> bool:
-    """Whether this names a place in S3; also when it has gone through `Path`, which turns `s3://` into `s3:/`."""
+    """Whether this is an S3 address; also after `Path`, which turns `s3://` into `s3:/`."""
     return str(place).startswith("s3:/")
 
 
@@ -55,13 +55,13 @@ def s3_url(place: object) -> str:
 
 
 def split(url: str) -> tuple[str, str]:
-    """Bucket and key prefix of a place in S3; the prefix ends in a slash unless it is empty."""
+    """Bucket and key prefix of an S3 address; the prefix ends in a slash unless it is empty."""
     bucket, _, prefix = s3_url(url).removeprefix("s3://").partition("/")
     return bucket, f"{prefix}/" if prefix else ""
 
 
 def explain(error: Exception, place: str) -> str:
-    """What an AWS error means for the user: cause and remedy."""
+    """An AWS error in words: cause and remedy."""
     kind = type(error).__name__
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
@@ -90,7 +90,7 @@ def explain(error: Exception, place: str) -> str:
 
 
 @contextlib.contextmanager
-def told(place: str) -> Iterator[None]:
+def readable_errors(place: str) -> Iterator[None]:
     """Turn boto3's errors into S3Error with cause and remedy."""
     from boto3.exceptions import Boto3Error, S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
@@ -113,38 +113,33 @@ def client(region: str | None = None) -> Any:
     return boto3.client("s3", region_name=region, config=config)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def known_sums(folder: Path) -> dict[str, str]:
+def known_checksums(folder: Path) -> dict[str, str]:
     """sha256 of the files of a data folder or checkpoint, by name, from the lists it carries.
 
-    Both forms are read: `{"file": NAME, "sha256": SUM}` (manifest) and `NAME: {"sha256": SUM}` (checksums).
+    Both forms are read: `{"file": NAME, "sha256": CHECKSUM}` (manifest) and `NAME: {"sha256": CHECKSUM}` (checksums).
     """
     sums: dict[str, str] = {}
-    for name in LISTS:
+    for name in CHECKSUM_FILES:
         with contextlib.suppress(OSError, ValueError):
-            _collect(json.loads((folder / name).read_text(encoding="utf-8")), sums)
+            _collect_checksums(json.loads((folder / name).read_text(encoding="utf-8")), sums)
     return sums
 
 
-def _collect(node: Any, sums: dict[str, str]) -> None:
+def _collect_checksums(node: Any, sums: dict[str, str]) -> None:
     if isinstance(node, list):
         for part in node:
-            _collect(part, sums)
+            _collect_checksums(part, sums)
     elif isinstance(node, dict):
-        if isinstance(node.get("file"), str) and isinstance(node.get(SUM), str):
-            sums[node["file"]] = node[SUM]
+        if isinstance(node.get("file"), str) and isinstance(node.get(CHECKSUM), str):
+            sums[node["file"]] = node[CHECKSUM]
         for name, part in node.items():
-            if isinstance(part, dict) and isinstance(part.get(SUM), str):
-                sums[name] = part[SUM]
-            _collect(part, sums)
+            if isinstance(part, dict) and isinstance(part.get(CHECKSUM), str):
+                sums[name] = part[CHECKSUM]
+            _collect_checksums(part, sums)
 
 
-class Progress:
-    """Bytes moved, on standard error: at a terminal as one changing line, elsewhere a line every ten seconds."""
+class TransferProgress:
+    """Bytes transferred, on standard error: on a terminal one changing line, elsewhere a line every ten seconds."""
 
     def __init__(self, verb: str, total: int):
         self.verb, self.total, self.done = verb, total, 0
@@ -173,85 +168,87 @@ class Progress:
         self._show("\n")
 
 
-def _config() -> Any:
+def _transfer_config() -> Any:
     from boto3.s3.transfer import TransferConfig
 
     return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
 
 
 def upload_folder(folder: Path | str, url: str, *, keep: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """Put every file of `folder` for which `keep(name)` holds under `url`; the names that were sent.
+    """Upload every file of `folder` for which `keep(name)` is true to `url`; returns the names of those that were sent.
 
-    Lists of checksums go last, so that a reader who finds them finds the files they speak of. Files already there with
-    the same content are left. Raises S3Error.
+    CHECKSUM_FILES go last, so that whoever finds them also finds the files that they list. Files that are already there with
+    the same content are not sent. Raises S3Error.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise S3Error(f"{folder}: no such folder")
     bucket, prefix = split(url)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = sorted(filter(keep, names), key=lambda name: (PurePosixPath(name).name in LISTS, name))
+    names = sorted(filter(keep, names), key=lambda name: (PurePosixPath(name).name in CHECKSUM_FILES, name))
     if not names:
         raise S3Error(f"{folder}: nothing to upload")
-    sums = known_sums(folder)
-    with told(url):
+    sums = known_checksums(folder)
+    with readable_errors(url):
         s3 = client()
-        there = _listing(s3, bucket, prefix)
-        progress = Progress(f"uploading to {url}:", sum((folder / name).stat().st_size for name in names))
+        there = _list_objects(s3, bucket, prefix)
+        progress = TransferProgress(f"uploading to {url}:", sum((folder / name).stat().st_size for name in names))
         sent = []
         for name in names:
             path, key = folder / name, prefix + name
             digest = sums.get(name) or sha256(path)
-            if there.get(key) == path.stat().st_size and _object_sum(s3, bucket, key) == digest:
+            if there.get(key) == path.stat().st_size and _object_checksum(s3, bucket, key) == digest:
                 progress(path.stat().st_size)
                 continue
-            extra = {"Metadata": {SUM: digest}}
-            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Callback=progress, Config=_config())
+            extra = {"Metadata": {CHECKSUM: digest}}
+            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Callback=progress, Config=_transfer_config())
             sent.append(name)
         progress.close()
     return sent
 
 
 def download_folder(url: str, folder: Path | str) -> list[str]:
-    """Fetch everything under `url` into `folder`; the names that were fetched.
+    """Download everything under `url` into `folder`; returns the names of the files that were fetched.
 
-    Files that are there with the right checksum are kept and each new one appears only when it is whole, so an
-    interrupted download goes on with the first file it lacks. Raises S3Error, naming a file that does not match.
+    Local files with the right checksum are kept, and a new file appears only when it is whole, so an interrupted download
+    continues with the first missing file. Raises S3Error, naming a file that does not match its checksum.
     """
     folder = Path(folder)
     bucket, prefix = split(url)
-    with told(url):
+    with readable_errors(url):
         s3 = client()
-        there = _listing(s3, bucket, prefix)
+        there = _list_objects(s3, bucket, prefix)
         if not there:
             raise S3Error(f"{url}: nothing there: check the prefix with `aws s3 ls {url}/`")
         folder.mkdir(parents=True, exist_ok=True)
-        order = sorted(there, key=lambda key: (PurePosixPath(key).name not in LISTS, key))
-        progress = Progress(f"downloading {url}:", sum(there.values()))
+        order = sorted(there, key=lambda key: (PurePosixPath(key).name not in CHECKSUM_FILES, key))
+        progress = TransferProgress(f"downloading {url}:", sum(there.values()))
         fetched = []
         for key in order:
             name = key[len(prefix) :]
             if not name or name.endswith("/"):
                 continue
-            if _fetch(s3, bucket, key, folder, name, there[key], progress):
+            if _download_file(s3, bucket, key, folder, name, there[key], progress):
                 fetched.append(name)
         progress.close()
     return fetched
 
 
-def _fetch(s3: Any, bucket: str, key: str, folder: Path, name: str, size: int, progress: Progress) -> bool:
+def _download_file(
+    s3: Any, bucket: str, key: str, folder: Path, name: str, size: int, progress: TransferProgress
+) -> bool:
     target = folder / name
     if not target.resolve().is_relative_to(folder.resolve()):
         raise S3Error(f"s3://{bucket}/{key}: the name leads out of {folder}; it is not fetched")
-    wanted = known_sums(folder).get(name) or _object_sum(s3, bucket, key)
-    lists = PurePosixPath(name).name in LISTS
+    wanted = known_checksums(folder).get(name) or _object_checksum(s3, bucket, key)
+    lists = PurePosixPath(name).name in CHECKSUM_FILES
     if not lists and target.is_file() and target.stat().st_size == size and wanted and sha256(target) == wanted:
         progress(size)
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     for attempt in (1, 2):
-        s3.download_file(bucket, key, str(part), Callback=progress, Config=_config())
+        s3.download_file(bucket, key, str(part), Callback=progress, Config=_transfer_config())
         found = sha256(part)
         if not wanted or found == wanted:
             os.replace(part, target)
@@ -265,13 +262,13 @@ def _fetch(s3: Any, bucket: str, key: str, folder: Path, name: str, size: int, p
     return True
 
 
-def _listing(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+def _list_objects(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 
 
-def _object_sum(s3: Any, bucket: str, key: str) -> str:
-    return s3.head_object(Bucket=bucket, Key=key)["Metadata"].get(SUM, "")
+def _object_checksum(s3: Any, bucket: str, key: str) -> str:
+    return s3.head_object(Bucket=bucket, Key=key)["Metadata"].get(CHECKSUM, "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

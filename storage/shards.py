@@ -27,7 +27,7 @@ SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
 
 class ManifestError(ValueError):
-    """A folder that holds no usable prepared data; the message names it and the remedy."""
+    """A folder without usable prepared data; the message names it and the remedy."""
 
 
 class Shard(Strict):
@@ -43,7 +43,7 @@ class Split(Strict):
 
     tokens: int = Field(ge=1)
     bytes: int = Field(ge=1)
-    """UTF-8 bytes of the text whose tokens these are; end-of-text tokens stand for none."""
+    """UTF-8 bytes of the text that the tokens encode; an end-of-text token encodes none."""
     documents: int = Field(ge=1)
     shards: tuple[Shard, ...] = Field(min_length=1)
 
@@ -58,11 +58,11 @@ class TokenizerIdentity(Strict):
     vocab_size: int = Field(ge=1)
     fingerprint: str
     styles: dict[str, int] = Field(default_factory=dict)
-    """Control id of each style, which stands before the documents that have it."""
+    """Control id of each style, which comes before each document of that style."""
 
 
 class Source(Strict):
-    """What was prepared and how."""
+    """The texts that were prepared, and the settings."""
 
     name: str
     documents: int
@@ -75,7 +75,7 @@ class Source(Strict):
 
 
 class Manifest(Strict):
-    """What `manifest.json` says of a prepared folder."""
+    """The contents of a prepared folder, as `manifest.json` has them."""
 
     format: Literal[1] = 1
     tokenizer: TokenizerIdentity
@@ -83,7 +83,7 @@ class Manifest(Strict):
     splits: Splits
     source: Source
     cleaning: dict[str, int]
-    """How often each cleaning step did something."""
+    """How often each cleaning step changed something."""
     max_id: int = Field(ge=0)
     """Largest id in the shards."""
 
@@ -101,7 +101,7 @@ class Manifest(Strict):
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest in `folder`. Raises ManifestError when it is missing, damaged or of another format."""
+        """The manifest in `folder`. Raises ManifestError if it is missing, damaged or of another format."""
         path = Path(folder) / MANIFEST
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -121,7 +121,7 @@ class Manifest(Strict):
 
 
 class ShardWriter:
-    """Appends one split's tokens to files of `shard_tokens` each; `state` and `restore` make it resumable."""
+    """Writes one split's tokens to files of `shard_tokens` each; `state` and `restore` make it resumable."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int, dtype: type[np.generic]):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
@@ -155,13 +155,13 @@ class ShardWriter:
                 self.close()
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush everything written to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End the open shard, if any."""
+        """Finish the open shard, if there is one."""
         if self._file is None:
             return
         self.sync()
@@ -174,7 +174,7 @@ class ShardWriter:
         return {name: getattr(self, name) for name in names} | {"shards": list(self.shards)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to `state`: what was written after it is dropped. Raises OSError where the files are not there."""
+        """Go back to `state` and drop everything written after it. Raises OSError if the files are missing or altered."""
         for name, value in state.items():
             setattr(self, name, value)
         self.shards = list(self.shards)
@@ -202,10 +202,10 @@ class ShardWriter:
 
 
 def join(folders: Sequence[Path], out: Path) -> Manifest:
-    """Make `out`, which must be empty, of the shards of several prepared folders, one after the other.
+    """Fill `out`, which must be empty, with the shards of several prepared folders, one after the other.
 
     Files are linked where the disk can, else copied. Raises ManifestError where the folders do not go together: another
-    tokenizer, or parts (`prepare_data.py --part`) of something else, twice or missing.
+    tokenizer, or parts (`prepare_data.py --part`) of other texts, twice or missing.
     """
     manifests = [Manifest.load(folder) for folder in folders]
     first = manifests[0]
@@ -214,51 +214,61 @@ def join(folders: Sequence[Path], out: Path) -> Manifest:
             raise ManifestError(
                 f"{folder} has another tokenizer than {folders[0]}: prepare it again with --tokenizer-from {folders[0]}"
             )
-    settings = [dict(manifest.source.settings) for manifest in manifests]
-    parts = [str(setting.pop("part", "")) for setting in settings]
-    if any(parts):
-        whole = [f"{number}/{len(folders)}" for number in range(1, len(folders) + 1)]
-        if sorted(parts) != sorted(whole):
-            raise ManifestError(
-                f"these are the parts {', '.join(part or 'none' for part in parts)}, not {', '.join(whole)}"
-            )
-        of = [
-            (manifest.source.name, manifest.source.documents, setting)
-            for manifest, setting in zip(manifests, settings, strict=True)
-        ]
-        if any(other != of[0] for other in of):
-            raise ManifestError("these are parts of different texts, or prepared with different settings")
-    splits: dict[str, Any] = {}
-    for name in SPLITS:
-        splits[name] = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
-        for folder, manifest in zip(folders, manifests, strict=True):
-            split: Split = getattr(manifest.splits, name)
-            for key in ("tokens", "bytes", "documents"):
-                splits[name][key] += getattr(split, key)
-            for shard in split.shards:
-                path = out / f"{name}_{len(splits[name]['shards']):06d}.bin"
-                try:
-                    os.link(folder / shard.file, path)
-                except OSError:
-                    shutil.copyfile(folder / shard.file, path)
-                splits[name]["shards"].append(shard.model_dump() | {"file": path.name})
+    settings, are_parts = _joined_settings(manifests)
+    splits = {name: _join_split(name, folders, manifests, out) for name in SPLITS}
     cleaning: Counter[str] = Counter()
     for manifest in manifests:
         cleaning.update(manifest.cleaning)
-    names = list(dict.fromkeys(manifest.source.name for manifest in manifests))
-    identities = [manifest.source.identity for manifest in manifests]
     source = {
-        "name": ", ".join(names),
-        "documents": first.source.documents if any(parts) else sum(m.source.documents for m in manifests),
-        "settings": settings[0],
-        "identity": hashlib.sha256("".join(identities).encode()).hexdigest(),
+        "name": ", ".join(dict.fromkeys(manifest.source.name for manifest in manifests)),
+        "documents": first.source.documents if are_parts else sum(m.source.documents for m in manifests),
+        "settings": settings,
+        "identity": hashlib.sha256("".join(m.source.identity for m in manifests).encode()).hexdigest(),
     }
     values = {
         "splits": splits,
         "source": source,
         "cleaning": dict(cleaning),
-        "max_id": max(m.max_id for m in manifests),
+        "max_id": max(manifest.max_id for manifest in manifests),
     }
     joined = Manifest.model_validate(first.model_dump() | values)
     joined.save(out)
     return joined
+
+
+def _joined_settings(manifests: Sequence[Manifest]) -> tuple[dict[str, Any], bool]:
+    """(the first folder's settings without `part`, whether the folders are parts of one preparation).
+
+    Raises ManifestError where they are parts, but not all parts of the same texts, each once.
+    """
+    settings = [dict(manifest.source.settings) for manifest in manifests]
+    parts = [str(setting.pop("part", "")) for setting in settings]
+    if not any(parts):
+        return settings[0], False
+    whole = [f"{number}/{len(manifests)}" for number in range(1, len(manifests) + 1)]
+    if sorted(parts) != sorted(whole):
+        raise ManifestError(
+            f"these are the parts {', '.join(part or 'none' for part in parts)}, not {', '.join(whole)}"
+        )
+    sources = [manifest.source for manifest in manifests]
+    texts = [(source.name, source.documents, setting) for source, setting in zip(sources, settings, strict=True)]
+    if any(other != texts[0] for other in texts):
+        raise ManifestError("these are parts of different texts, or prepared with different settings")
+    return settings[0], True
+
+
+def _join_split(name: str, folders: Sequence[Path], manifests: Sequence[Manifest], out: Path) -> dict[str, Any]:
+    """The sums of one split of `folders`, and its shards, which are linked or copied into `out` in order."""
+    totals: dict[str, Any] = {"tokens": 0, "bytes": 0, "documents": 0, "shards": []}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        split: Split = getattr(manifest.splits, name)
+        for key in ("tokens", "bytes", "documents"):
+            totals[key] += getattr(split, key)
+        for shard in split.shards:
+            path = out / f"{name}_{len(totals['shards']):06d}.bin"
+            try:
+                os.link(folder / shard.file, path)
+            except OSError:
+                shutil.copyfile(folder / shard.file, path)
+            totals["shards"].append(shard.model_dump() | {"file": path.name})
+    return totals

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from support import forked
 from support.helpers import SHARED, nonsense, prepare_text
 
 # Files that take minutes come first, so that none is left to one process at the end (pytest -n N --no-loadscope-reorder).
@@ -29,6 +32,18 @@ LONGEST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optin", action="store_true", help="also run the tests that compile or download for minutes")
     parser.addoption("--soak", default="0", help="seconds of killing and resuming in tests/test_resume.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # this process starts the others, or runs the tests itself
+        folder = tempfile.mkdtemp(prefix="vlg-tests-")
+        os.environ |= {forked.ADDRESS: f"{folder}/forks", forked.OWNER: str(os.getpid())}
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if seconds := forked.stop_server(os.environ[forked.ADDRESS]):
+        terminalreporter.write_line(f"{seconds:.0f} s of processor time in forked commands, not counted by `time`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """Who may import whom: rooms import only from lower floors or from themselves, nobody imports a command, no circles.
 
-Imports inside functions and under TYPE_CHECKING count as well. The floors are those of docs/architecture.md.
+Imports inside functions and under TYPE_CHECKING count as well. The floors are those of docs/architecture.md. And how long
+a function may be; how many branches and statements it may have is ruff's to say (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ FLOORS = (
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
 COMMANDS = 8
 FRONT_DOOR = ("app", "ui")  # the app's command is the way into its folder
+LONGEST = 80  # lines of a function
+LONGER = {"lambda/local_aws.py: application"}  # until they are divided
 STARTERS = {"ui", "sagemaker"}  # besides tests and benchmarks: they start commands in-process
 
 
@@ -90,6 +93,14 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def long_functions(source: str, limit: int = LONGEST) -> list[str]:
+    """Names of the functions in `source` that take more than `limit` lines, from `def` to the last one."""
+    functions = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= limit]
+
+
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     return {module_of(path): (ROOT / path).read_text(encoding="utf-8") for path in product_files()}
@@ -105,6 +116,21 @@ def test_every_folder_and_file_has_a_floor(sources: dict[str, str]) -> None:
 
 def test_the_root_holds_commands_and_core_only() -> None:
     assert len([path for path in product_files() if len(path.parts) == 1]) <= 16
+
+
+def test_no_function_is_too_long() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [name for name in listed.splitlines() if (ROOT / name).is_file()]
+    found = {f"{path}: {name}" for path in paths for name in long_functions((ROOT / path).read_text(encoding="utf-8"))}
+    assert not found - LONGER
+
+
+def test_a_long_function_is_named() -> None:
+    body = "    x = 1\n" * 3
+    assert long_functions(
+        f"def f():\n{body}\nclass C:\n    async def g(self):\n        x = 1\n\n\n        y = 2", limit=3
+    ) == ["f", "g"]
+    assert long_functions(f"def f():\n{body}", limit=4) == []
 
 
 @pytest.mark.parametrize(

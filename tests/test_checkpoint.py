@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, tokenizer: T
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     said: list[str] = []
     assert newest_checkpoint(tmp_path, said.append) == tmp_path / "last-000001"
-    assert file.name in said[0] and "passed over" in said[0] and len(said) == 1
+    assert file.name in said[0] and "skipped" in said[0] and len(said) == 1
     with pytest.raises(CheckpointError, match=file.name.replace(".", r"\.")):
         load_training(newest)
     assert load_training(tmp_path / "last-000001")["moments"][0] == 1
@@ -212,7 +212,7 @@ def test_newest_checkpoint_goes_by_time_and_knows_interrupted_exchanges(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "last-000100"]
     for folder in ("last", "last-000100"):
         (tmp_path / folder / "checksums.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) is None and capsys.readouterr().err.count("passed over") == 2
+    assert newest_checkpoint(tmp_path) is None and capsys.readouterr().err.count("skipped") == 2
 
 
 def test_find_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

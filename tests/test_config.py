@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from cli import bounds, flag_value, parse_flags, run_main
+from cli import bounds, flag_given, flag_value, parse_flags, run_main
 from config import (
     ROOT,
     Config,
@@ -198,6 +198,15 @@ def test_flags_over_file_over_preset(tmp_path: Path) -> None:
     assert (flags.model.n_layer, flags.model.n_head, flags.train.max_steps) == (3, 2, 4)
 
 
+def test_a_flag_can_be_a_mapping() -> None:
+    class Weighted(Strict):
+        weights: dict[int, float] = Field(default_factory=dict)
+
+    assert parse_flags(Weighted, []).weights == {}
+    assert parse_flags(Weighted, ["--weights", "5", "-1.5", "7", "2"]).weights == {5: -1.5, 7: 2.0}
+    assert parse_flags(Weighted, [], defaults={"weights": {"5": 1}}).weights == {5: 1.0}
+
+
 def test_flags_report_all_faults_and_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     code = run_main(lambda: int(bool(parse_flags(Flags, ["--train.lr", "-1", "--model.n-layer", "0"]))))
     text = capsys.readouterr().err
@@ -256,3 +265,21 @@ def test_flag_value() -> None:
     assert flag_value(["--a", "1", "--out=x=y"], "out") == "x=y"
     assert flag_value(["--a", "1"], "a") == "1"
     assert flag_value(["--a"], "a") is None
+    assert flag_value(["--init_from", "gpt2"], "init-from") == "gpt2"
+    assert flag_value(["--outer", "1", "--out-dir", "2"], "out") is None
+    assert flag_given(["--x", "1", "--resume"], "resume") and not flag_given(["--resumed"], "resume")
+
+
+class Bare(Strict):
+    """A script with a flag that may come without its value."""
+
+    plan: str = Field("", json_schema_extra={"bare": "here"})
+    out: str = ""
+
+
+@pytest.mark.parametrize(
+    ("words", "plan"),
+    [("", ""), ("--plan", "here"), ("--plan --out x", "here"), ("--plan T4", "T4"), ("--out x --plan=T4", "T4")],
+)
+def test_a_flag_without_its_value(words: str, plan: str) -> None:
+    assert parse_flags(Bare, words.split()).plan == plan

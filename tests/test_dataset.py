@@ -1,4 +1,4 @@
-"""Shards to batches: order, coverage, boundaries, damage, memory (correctness 26-29, 31)."""
+"""Shards to batches: order, coverage, boundaries, damage, memory."""
 
 from __future__ import annotations
 

@@ -1,24 +1,27 @@
-"""A model folder, unchanged, in other programs: each writes what generate.py writes.
+"""A model in other programs: each writes what generate.py writes.
 
-transformers is compared in test_gpt2_format.py. llama.cpp is compiled for that: `pytest tests/test_elsewhere.py --optin`.
+transformers is compared in test_gpt2_format.py, the web page in tests/web/test_offline_page.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-import tarfile
+import json
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import export
 from checkpoint import load_model
 from config import GenerationParams
 from inference.writing import generate
+from storage.gguf import write_gguf
+from support.exports import KINDS, ODD, exported, story
+from support.helpers import ROOT
 from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
-from tokenizer import gpt2_tokenizer, train_bpe
+from tokenizer import train_bpe
 
 PROMPT = "It was the best"
 GREEDY = GenerationParams(temperature=0, repetition_penalty=1.0, max_tokens=24)
@@ -40,9 +43,9 @@ def ours(folder: Path) -> tuple[list[int], str]:
 
 def test_ctranslate2_writes_the_same(folder: Path, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2")
-    script = ["-m", "ctranslate2.converters.transformers", "--model", folder, "--output_dir", tmp_path / "made"]
-    made = subprocess.run([sys.executable, *map(str, script)], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-2000:]
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(folder)).convert(str(tmp_path / "made"))
     prompt, text = ours(folder)
     _, tokenizer = load_model(folder)
     from transformers import AutoTokenizer
@@ -55,44 +58,86 @@ def test_ctranslate2_writes_the_same(folder: Path, tmp_path: Path) -> None:
     assert text and tokenizer.decode(found[0].sequences_ids[0]) == text
 
 
-@pytest.fixture(scope="module")
-def llama_cpp_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama.cpp as the source package of llama-cpp-python carries it; the library itself compiled from it if need be."""
-    folder = tmp_path_factory.mktemp("llama")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    wanted = ["--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python"]
-    subprocess.run([*pip, "download", "-q", "-d", folder, *wanted], check=True)
-    (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
-    if importlib.util.find_spec("llama_cpp") is None:
-        lean = os.environ | {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}  # a third of the compiling, for pictures
-        subprocess.run([*pip, "install", "-q", "--target", folder / "made", archive], check=True, env=lean)
-        sys.path.insert(0, str(folder / "made"))
-    return next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
+class Llama:
+    """llama.cpp's own server, in this process, with one GGUF file."""
+
+    def __init__(self, path: Path):
+        xllamacpp = pytest.importorskip("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.verbosity, params.warmup, params.n_parallel = str(path), -1, False, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, route: str, **body: Any) -> Any:
+        """The answer to a POST, or to a GET where there is nothing to post."""
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(
+            self.server.listening_address + route, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"])
+
+    def greedy(self, prompt: str | list[int], count: int, probabilities: int = 0) -> Any:
+        settings = {"temperature": 0, "repeat_penalty": 1.0, "n_probs": probabilities, "return_tokens": True}
+        return self.ask("/completion", prompt=prompt, n_predict=count, **settings)
 
 
-@pytest.mark.optin
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-def test_llama_cpp_writes_the_same(llama_cpp_source: Path, tmp_path: Path, positions: str) -> None:
-    """With GPT-2's vocabulary: llama.cpp knows the ways of splitting words by name, and not those of one's own."""
-    tokenizer = gpt2_tokenizer()
-    config = shape(tokenizer, n_layer=2, n_head=2, n_embd=64, block_size=64, positions=positions)
-    folder, gguf = save(tmp_path / "model", random_model(config, seed=3), tokenizer), tmp_path / "model.gguf"
-    script = [llama_cpp_source / "convert_hf_to_gguf.py", folder, "--outfile", gguf, "--outtype", "f32"]
-    path = os.pathsep.join([str(llama_cpp_source / "gguf-py"), *sys.path])
-    made = subprocess.run(
-        [sys.executable, *map(str, script)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_writes_the_same(kind: str, tmp_path: Path) -> None:
+    """From a GGUF file: the same ids, the same 80 likeliest tokens, the same probabilities of all tokens."""
+    model, tokenizer = exported(kind)
+    params = GREEDY.model_copy(update={"max_tokens": 80})
+    write_gguf(tmp_path / "m.gguf", model, tokenizer, name="mine", generation=params, dtype="f32")
+    llama = Llama(tmp_path / "m.gguf")
+    text = story() + ODD * (tokenizer.kind != "char")
+    assert llama.ids(text) == tokenizer.encode(text)
+
+    prompt = tokenizer.encode(PROMPT)
+    ids = llama.greedy(PROMPT, 80)["tokens"]
+    assert len(ids) == 80 or ids[-1:] == [tokenizer.eot]
+    logits = model(torch.tensor([prompt + ids]))[0]
+    logits[:, [*tokenizer.controls.values()]] = float("-inf")
+    best, taken = logits[len(prompt) - 1 : -1].max(1).values, logits[range(len(prompt) - 1, len(prompt + ids) - 1), ids]
+    assert (best - taken).max() < 0.02  # llama.cpp rounds inside its GELU: of two as likely it may take the other
+
+    (first,) = llama.greedy(PROMPT, 1, probabilities=len(logits[0]) + 1)["completion_probabilities"]
+    shown = {row["id"]: row["logprob"] for row in first["top_logprobs"]}
+    known = [id for id in range(len(logits[0])) if id in shown and id not in tokenizer.controls.values()]
+    assert len(known) > 40
+    found = torch.tensor([shown[id] for id in known])
+    ours = logits[len(prompt) - 1][known]
+    torch.testing.assert_close(found - found[0], ours - ours[0], atol=0.03, rtol=0)
+
+
+def test_llama_cpp_writes_what_the_shipped_model_writes(tmp_path: Path) -> None:
+    folder = ROOT / "models" / "victorian-mini"
+    assert export.main(["--model", str(folder), "--to", "gguf", "--out", str(tmp_path / "m.gguf")]) == 0
+    llama, (model, tokenizer) = Llama(tmp_path / "m.gguf"), load_model(folder)
+    params = GREEDY.model_copy(update={"max_tokens": 80})
+    for prompt in ("The old house stood", "It was a dark night, and", "“Mr. Pip,” said she"):
+        (result,) = generate(model, tokenizer, prompt, params)
+        assert llama.greedy(prompt, 80)["content"] == result.text
+
+
+def test_llama_cpp_takes_over_the_settings_and_writes_no_control_token(tmp_path: Path) -> None:
+    """A style's id, made the likeliest of all by hand, is not written; in front of a prompt it is read."""
+    model, tokenizer = exported("characters with a style")
+    (control,) = tokenizer.controls.values()
+    params = GenerationParams(temperature=0.75, top_k=33, top_p=0.5, min_p=0.0, repetition_penalty=1.25)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer, name="mine", generation=params, dtype="f32")
+    llama = Llama(tmp_path / "m.gguf")
+    held = llama.ask("/props")["default_generation_settings"]
+    assert held["n_ctx"] == model.config.block_size
+    names = {"temperature": 0.75, "top_k": 33, "top_p": 0.5, "min_p": 0.0, "repeat_penalty": 1.25, "repeat_last_n": -1}
+    assert {name: round(held["params"][name], 6) for name in names} == names
+    assert held["params"]["samplers"] == ["penalties", "temperature", "top_k", "top_p", "min_p"]
+    pushed = llama.ask(
+        "/completion", prompt="It was", n_predict=8, logit_bias=[[control, 100.0]], return_tokens=True, temperature=1.0
     )
-    assert made.returncode == 0, made.stderr[-2000:]
-    import llama_cpp
-
-    prompt, text = ours(folder)
-    model = llama_cpp.Llama(str(gguf), n_ctx=64, verbose=False)
-    assert model.tokenize(PROMPT.encode(), add_bos=False) == prompt
-    model.eval(prompt)
-    ids = []
-    for _ in range(24):
-        ids.append(model.sample(temp=0.0, repeat_penalty=1.0))
-        model.eval(ids[-1:])
-    assert text and tokenizer.decode(ids) == text
+    assert pushed["tokens"] and control not in pushed["tokens"]
+    (result,) = generate(model, tokenizer, PROMPT, GREEDY.model_copy(update={"style": "pip"}))
+    assert llama.greedy(f"<|pip|>{PROMPT}", 24)["tokens"] == result.ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from inference.terminal import columns
 from inference.writing import encode_prompt, generate, prompt_window, stream
 from model import GPT
 from storage.gpt2_format import folder_defaults
+from support.forked import PYTHON
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 from tokenizer import char_tokenizer, train_bpe
 
@@ -436,7 +438,7 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert shown.stdout.splitlines()[-1] == "0 False"
     assert "--temperature" in shown.stdout and "[0 to 2]" in shown.stdout
-    command = f"{sys.executable} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 2"
+    command = f"{shlex.join(PYTHON)} generate.py --model {folder} --prompt It --max-tokens 2000 | head -c 2"
     shown = subprocess.run(
         ["sh", "-c", command],
         capture_output=True,

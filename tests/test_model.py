@@ -1,4 +1,4 @@
-"""The GPT: counts, initialisation, causality, padding, loss, cache (correctness 1-7, 14, 33, 34)."""
+"""The GPT: counts, initialisation, causality, padding, loss, cache."""
 
 from __future__ import annotations
 

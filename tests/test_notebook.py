@@ -23,7 +23,7 @@ def test_the_notebook_is_whole_and_holds_no_outputs() -> None:
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert len(code) > 8 and all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    for module in ("tokenizer", "prepare_data", "dataset", "model", "config", "generate"):
+    for module in ("tokenizer", "prepare_data", "dataset", "model", "config", "inference.writing"):
         assert any(f"import {module}" in cell.source or f"from {module} import" in cell.source for cell in code)
 
 

@@ -12,16 +12,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
+from support.forked import PYTHON
 from support.helpers import ROOT, nonsense
-
-PYTHON = [sys.executable]
 
 SMALL = shlex.split(
     """

@@ -1,4 +1,4 @@
-"""The training loop: what it optimises, what it leaves behind, when it stops (correctness 9, 12, 13, 16, 18, 21, 24, 25)."""
+"""The training loop: what it optimises, what it leaves behind, when it stops."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def batches(count: int, rows: int, seed: int = 0):
         yield x[:, :-1], x[:, 1:]
 
 
-def gradients(model: GPT, source, micro: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(model: GPT, source, accumulate: int, settings: TrainConfig) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients a step hands to the optimizer, and the loss it reports."""
     caught: dict[str, torch.Tensor] = {}
     optimizer = Optimizer(model, settings)
     optimizer.parts[0].step = lambda: caught.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, micro, settings, "fp32", ALONE)
+    loss, _, _ = training_step.take_step(model, optimizer, Recorder([]), source, accumulate, settings, "fp32", ALONE)
     return caught, loss
 
 
@@ -625,6 +625,15 @@ def test_the_running_average() -> None:
     for _ in range(500):
         progress.add_loss(2.0)
     assert progress.running_loss == pytest.approx(2.0, abs=1e-3)
+
+
+def test_progress_keeps_its_keys_on_disk() -> None:
+    from training.checkpointing import Progress
+
+    progress = Progress(step=3, evals_since_best=2, losses=[1.5])
+    kept = progress.to_state()
+    assert kept["stale"] == 2 and "evals_since_best" not in kept
+    assert Progress.from_state(json.loads(json.dumps(kept))) == progress
 
 
 def test_a_preset_needs_no_flags_but_its_texts(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def first_decay(total: int, train: TrainConfig) -> int:
 def clock_end(step: int, elapsed_s: float, reserve_s: float, train: TrainConfig) -> int:
     """Last step of a wsd run that only the clock ends, once its decay has to begin; 0 while it may still hold.
 
-    The rate of wsd does not depend on the end before it decays, so the end can wait until the pace is known: `step`
-    steps took `elapsed_s`. `reserve_s` is kept for the last evaluation. With the steps returned as
-    --train.max-steps, the same run comes out whatever the clock says.
+    Before its decay the rate of wsd does not depend on the end, so the end can be fixed once the pace is known: `step`
+    steps took `elapsed_s`. `reserve_s` is kept for the last evaluation. With the returned number as --train.max-steps
+    the same run is repeated, whatever the clock says.
     """
     left_s = train.max_minutes * 60 - reserve_s - elapsed_s
     total = step + max(1, math.floor(left_s * step / elapsed_s)) if step else 0
@@ -86,7 +86,7 @@ def orthogonalized(stack: Tensor, steps: int, coefficients: tuple[float, float, 
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, ready two seconds sooner: torch imports its compiler to keep it away from these two methods."""
+    """`torch.optim.AdamW` without torch's wrappers around two methods, which import its compiler for two seconds."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
@@ -95,7 +95,7 @@ class AdamW(torch.optim.AdamW):
 class StackedMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # type: ignore[misc]
     """`torch.optim.Muon` with matrices of one shape orthogonalized together, and in float32 where bf16 is slow.
 
-    torch takes them one by one in bf16, which on a CPU without bf16 costs small models more than the model itself.
+    torch takes them one by one in bf16, which on a CPU without bf16 costs a small model more time than its own steps.
     """
 
     add_param_group = AdamW.add_param_group
@@ -128,7 +128,7 @@ class StackedMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # type:
 
 
 class Optimizer:
-    """AdamW, or Muon on the hidden matrices beside AdamW on the rest, behind one face.
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest, with one interface.
 
     Muon: Jordan et al. 2024, as in `torch.optim.Muon`; its rate is `muon_lr` under the same schedule.
     """
@@ -166,7 +166,7 @@ class Optimizer:
                 group["lr"] = peak * scale
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for part in self.parts:
             for group in part.param_groups:
                 for parameter in group["params"]:
@@ -183,7 +183,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Restore what `state_dict` gave; a parameter that is missing raises ValueError.
 
-        None has a state where no step was taken yet: an fp16 run may have been stopped in its first overflows.
+        An empty state is accepted: an fp16 run stopped during its first overflows has taken no step yet.
         """
         for part in self.parts if state else ():
             for group in part.param_groups:

@@ -34,7 +34,7 @@ def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block
     """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
     ends = [
         train.max_steps,
-        math.ceil(train.epochs * per_epoch / windows_per_step),
+        math.ceil(train.epochs * per_epoch / windows_per_step),  # the last step may reach into the next epoch
         math.ceil(train.max_tokens / (windows_per_step * block_size)),
     ]
     return min((end for end in ends if end), default=0)
@@ -42,7 +42,7 @@ def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block
 
 def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
     """Micro-batches that a rank accumulates in one step. Raises ConfigError where tokens_per_step is no multiple of one."""
-    once = batch_size * block_size * world
+    once = batch_size * block_size * world  # tokens of one micro-batch on every rank
     if not train.tokens_per_step:
         return 1
     if train.tokens_per_step % once:
@@ -82,7 +82,7 @@ def validate(
             loss = model(x.to(team.device), y.to(team.device))
             nats += loss.to(nats.device).double() * y.numel()  # the last batch is a shorter one: weight by tokens
             count += y.numel()
-    total = team.total([float(nats), float(count)])
+    total = team.total([float(nats), float(count)])  # over all ranks
     return total[0] / total[1]
 
 
@@ -114,13 +114,13 @@ def take_step(
             loss = module(x, y)
         # In fp16 small gradients would round to zero: the scaler multiplies the loss, and with it every gradient.
         scaler.scale(loss / grad_accum_steps).backward()
-        total += loss.detach() / grad_accum_steps
+        total += loss.detach() / grad_accum_steps  # on the device: reading it here would wait for the GPU every time
 
     # 2 clipping: back to the true scale, then no longer than grad_clip all parameters together
     for part in optimizer.parts:
         scaler.unscale_(part)
     parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)  # the norm before clipping
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     # 3 update: only where loss and gradient are finite. The norm covers all parameters and ranks, so no part of the
@@ -133,7 +133,7 @@ def take_step(
     # fp16: half the scale after an overflow, twice after many good steps. Other formats have nothing to adapt.
     if finite or scaler.is_enabled():
         scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # or the next step would add to these gradients
     return mean, float(norm), finite
 
 

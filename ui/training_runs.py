@@ -76,20 +76,17 @@ class Run:
         return self.locked() or self.process() is not None
 
     def locked(self) -> bool:
-        lock = self.path / ".lock"
-        if not lock.is_file():
+        """Whether a training process holds the lock of the run folder."""
+        import filelock
+
+        path = self.path / ".lock"
+        if not path.is_file():
             return False
         try:
-            import fcntl
-        except ImportError:
-            return False
-        with lock.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-            fcntl.flock(file, fcntl.LOCK_UN)
-        return False
+            with filelock.FileLock(path).acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
 
     def process(self) -> Any:
         """The process that the app started for this run, if it is still alive (a psutil.Process)."""

@@ -1,6 +1,7 @@
 """The file formats that can be prepared: READERS, and what a reader has to offer.
 
-A new format is a new file in this folder with a class like `TextFile`, and one line in READERS.
+A new format is a new file in this folder with a class like `TextFile`, or like `HtmlFile` where the text has to be
+extracted from the whole file; and its class in READERS, the order of which is that of messages.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from corpus.documents import Options, SourceFile
+from corpus.readers.docx import DocxFile
+from corpus.readers.html import HtmlFile
 from corpus.readers.jsonl import JsonlFile
 from corpus.readers.parquet import ParquetFile
 from corpus.readers.text import TextFile
@@ -34,6 +37,8 @@ READERS: tuple[type[Reader], ...] = (
     TextFile,
     JsonlFile,
     ParquetFile,
+    HtmlFile,
+    DocxFile,
 )
 SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
 

@@ -10,9 +10,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from server import schemas
-from server.completions import Completion, Echo, echo_of
+from server.completions import Completion, prompt_part
 from server.disconnect import cancelled_on_disconnect
-from server.errors import ApiError
+from server.errors import ApiError, bad_value
 from server.generation import finish_all
 from server.limits import check_prompt_count
 from server.openapi import TEXT_EVENT, errors, streaming
@@ -26,10 +26,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
         """The one model of this server."""
         return JSONResponse({"object": "list", "data": [model_card(service)]})
 
-    @app.get("/v1/models/{name}", response_model=schemas.ModelReply, responses=errors(401, 503, 404), tags=["openai"])
+    @app.get(
+        "/v1/models/{name:path}", response_model=schemas.ModelReply, responses=errors(401, 503, 404), tags=["openai"]
+    )
     async def model(name: str) -> Response:
-        """One model by name."""
+        """One model by name, which may contain slashes."""
         card = model_card(service)
+        if not name:
+            return await models()
         check_model_name(service, name)
         return JSONResponse(card)
 
@@ -64,8 +68,8 @@ def model_card(service: Service) -> dict[str, Any]:
 
 
 def check_model_name(service: Service, name: str | None) -> None:
-    """ApiError 404 for a model that this server does not have; None is the one that it has."""
-    if name not in (None, service.name):
+    """ApiError 404 for a model that this server does not have; None and the empty name are the one that it has."""
+    if name and name != service.name:
         message = f"the model {name!r} does not exist; this server has {service.name!r}"
         raise ApiError(404, message, code="model_not_found", param="model")
 
@@ -76,14 +80,20 @@ async def complete(service: Service, request: Request, body: schemas.CompletionB
     engine = service.ready()
     check_model_name(service, body.model)
     prompts, params = body.prompts(), body.params(settings)
+    n, logprobs = params.n, body.logprobs
+    if body.best_of is not None and body.best_of > n:
+        if body.best_of > settings.max_n:
+            raise bad_value(f"best_of: this server allows at most {settings.max_n}", "best_of", "limit_exceeded")
+        params = params.model_copy(update={"n": body.best_of})
+        logprobs = logprobs or 0  # by which the best are chosen
     check_prompt_count(prompts, "prompt", settings.max_prompts)
-    echoes = [Echo() for _ in prompts]
-    if body.echo:
-        work = [echo_of(service, prompt, body.logprobs) for prompt in prompts]
-        echoes = list(await cancelled_on_disconnect(request, asyncio.gather(*work)))
-    generations = await service.start_all(prompts, params, request.state.request_id, "prompt", body.logprobs)
+    for prompt in prompts:
+        service.check_prompt(prompt, "prompt")
+    work = [prompt_part(service, prompt, bool(body.echo), body.logprobs) for prompt in prompts]
+    parts = list(await cancelled_on_disconnect(request, asyncio.gather(*work)))
+    generations = await service.start_all(prompts, params, request.state.request_id, "prompt", logprobs)
     id = f"cmpl-{uuid.uuid4().hex}"
-    answer = Completion(id, service.name, generations, body.logprobs, echoes, engine.tokenizer.decode)
+    answer = Completion(id, service.name, generations, body.logprobs, parts, engine.tokenizer, n)
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamResponse(answer.events(include_usage), generations, SSE_TYPE, settings.stall_s)

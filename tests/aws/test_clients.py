@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
 from local_stack import Quotas, Stack
 
 from config import GenerationParams, ModelConfig
+from support.forked import PYTHON
 from support.helpers import ROOT
 
 
@@ -122,7 +122,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(model: Path, prompt: str, seed: int, tokens: int) -> str:
     """What `generate.py` writes to standard output."""
-    command = [sys.executable, ROOT / "generate.py", "--model", model, "--prompt", prompt, "--seed", str(seed)]
+    command = [*PYTHON, ROOT / "generate.py", "--model", model, "--prompt", prompt, "--seed", str(seed)]
     command += ["--max-tokens", str(tokens), "--json", "--dtype", "float32"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def written(model: Path, prompt: str, seed: int, tokens: int) -> str:
 @pytest.fixture(scope="module")
 def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`local_stack.py` as a program with its own api.py: the address that it prints."""
-    command = [sys.executable, ROOT / "lambda" / "local_stack.py", "--model", model, "--port", "0", "--aws-port", "0"]
+    command = [*PYTHON, ROOT / "lambda" / "local_stack.py", "--model", model, "--port", "0", "--aws-port", "0"]
     log = tmp_path_factory.mktemp("local-aws") / "log"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "VLG_DTYPE": "float32"}
     with log.open("w") as errors:

@@ -12,6 +12,7 @@ from config import ConfigError
 from corpus import cleaning, encoding
 from corpus.documents import Options
 from corpus.finder import find, inspect
+from corpus.readers.registry import SUFFIXES
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, make_texts, paragraphs, run, tokens, told, wrapped
 from tokenizer import END_OF_TEXT
@@ -99,7 +100,8 @@ def test_files_are_found_once_sorted_and_by_kind(texts: Path, tmp_path: Path, mo
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError) as caught:
         find([str(texts / "*.xyz"), str(tmp_path / "none")])
-    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl or .parquet" in caught.value.faults[1]
+    assert "no file matches" in caught.value.faults[0] and "no .txt, .jsonl, .parquet" in caught.value.faults[1]
+    assert all(suffix in caught.value.faults[1] for suffix in SUFFIXES)
 
 
 BAD = {

@@ -11,7 +11,6 @@ import signal
 import socket
 import string
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import pytest
 import torch
 import websockets
@@ -29,6 +29,7 @@ from config import GenerationParams, ModelConfig
 from inference.engine import Engine
 from model import GPT
 from server.settings import read_settings
+from support.forked import PYTHON
 from tokenizer import Tokenizer, char_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,8 @@ class Server:
         self.process, self.address = process, address
         host, port = address.removeprefix("http://").split(":")
         self.host, self.port = host, int(port)
+        listening = psutil.net_connections("tcp")
+        self.pid = next(found.pid for found in listening if found.laddr.port == self.port and found.status == "LISTEN")
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.address}/metrics").text
@@ -75,12 +78,12 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
     def sockets(self) -> int:
         found = 0
-        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with suppress(OSError):
                 found += os.readlink(link).startswith("socket")
         return found
@@ -89,7 +92,7 @@ class Server:
 @contextmanager
 def serving(folder: Path, log: Path, **settings: Any) -> Iterator[Server]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"VLG_{k.upper()}": str(v) for k, v in settings.items()}}
-    command = [sys.executable, "-u", str(ROOT / "api.py"), "--model", str(folder), "--port", "0"]
+    command = [*PYTHON, "-u", str(ROOT / "api.py"), "--model", str(folder), "--port", "0"]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stderr=errors, cwd=ROOT, env=environment, text=True)
     try:

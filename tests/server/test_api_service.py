@@ -183,6 +183,73 @@ def test_origins_are_closed_unless_listed(engine: Engine, client: TestClient) ->
         ) not in ("*", "https://no.example")
 
 
+LISTED = "HTTPS://Pages.Example:443/"
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin", "allowed"),
+    [
+        (LISTED, "https://pages.example", True),
+        (LISTED, "https://pages.example:443", True),
+        (LISTED, "http://pages.example", False),
+        (LISTED, "https://pages.example:8443", False),
+        (LISTED, "https://pages.example.evil", False),
+        (LISTED, "null", False),
+        ("http://[::1]:80", "http://[::1]", True),
+        ("*", "https://anywhere.example", True),
+        ("*", "null", True),
+        ("null", "null", True),
+        ("null", "https://anywhere.example", False),
+    ],
+)
+def test_one_matcher_decides_on_origins_for_http_and_websocket(
+    engine: Engine, listed: str, origin: str, allowed: bool
+) -> None:
+    with TestClient(api.create_app(settings(origins=listed), engine)) as client:
+        answer = client.get("/health", headers={"Origin": origin})
+        assert (answer.headers.get("access-control-allow-origin") in (origin, "*")) is allowed
+        flight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        flight["Access-Control-Request-Headers"] = "x-stainless-os,x-stainless-lang,authorization"
+        answer = client.options("/v1/completions", headers=flight)
+        assert (answer.status_code == 200) is allowed
+        if allowed:
+            assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+        refused = False
+        try:
+            with client.websocket_connect("/ws", headers={"Origin": origin}):
+                pass
+        except WebSocketDisconnect:
+            refused = True
+        assert refused is not allowed
+
+
+def test_the_servers_own_page_needs_no_origin_in_the_settings(engine: Engine) -> None:
+    for host, origin in (("testserver:80", "http://testserver"), ("TestServer", "http://testserver:80")):
+        with (
+            TestClient(api.create_app(settings(), engine)) as client,
+            client.websocket_connect("/ws", headers={"Origin": origin, "Host": host}) as socket,
+        ):
+            socket.send_json({"action": "ping"})
+            assert socket.receive_json() == {"type": "pong"}
+
+
+def test_a_refused_origin_is_logged_with_what_it_was_compared_with(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("api").propagate = True
+    with TestClient(api.create_app(settings(origins="https://a.example/,b.example"), engine)) as client:
+        client.get("/health", headers={"Origin": "https://c.example"})
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws", headers={"Origin": "null"}):
+            pass
+        client.get("/health", headers={"Origin": "https://a.example"})
+        client.get("/health", headers={"Origin": "http://testserver"})
+    rows = [(record.getMessage(), record.fields) for record in caplog.records if "origin" in record.getMessage()]  # type: ignore[attr-defined]
+    assert [name for name, _ in rows] == ["origin_ignored", "origin_refused", "origin_refused"]
+    assert rows[0][1]["origin"] == "b.example" and "scheme" in rows[0][1]["message"]
+    assert rows[1][1] == {"origin": "https://c.example", "host": "testserver", "allowed": ["https://a.example"]}
+    assert rows[2][1]["origin"] == "null"
+
+
 def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     secret = "zanzibar moonlight"
     with caplog.at_level(logging.DEBUG, logger="api"):
@@ -344,3 +411,61 @@ def test_a_full_queue_is_429_with_retry_after(model: GPT, tokenizer: Tokenizer) 
         assert until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
         assert client.post("/generate", json={"prompt": "x", "max_tokens": 3}).status_code == 200
     engine.close(5)
+
+
+def test_head_answers_like_get_without_a_body(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(api_keys="k"), engine)) as client:
+        for path in (
+            "/",
+            "/client.js",
+            "/health",
+            "/livez",
+            "/readyz",
+            "/ping",
+            "/docs",
+            "/openapi.json",
+            "/v1/models",
+        ):
+            whole = client.get(path, headers={"X-API-Key": "k"})
+            head = client.head(path, headers={"X-API-Key": "k"})
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == whole.headers["content-type"]
+            if "uptime_s" not in whole.text:
+                assert head.headers["content-length"] == str(len(whole.content))
+        assert client.head("/v1/models").status_code == 401
+        assert client.head("/nowhere").status_code == 401
+        assert client.head("/generate", headers={"X-API-Key": "k"}).status_code == 405
+        metrics = client.get("/metrics", headers={"X-API-Key": "k"}).text
+        assert 'vlg_requests_total{method="HEAD",route="/livez",status="200"} 1.0' in metrics
+
+
+def test_open_paths_stay_open_under_a_proxys_prefix(engine: Engine) -> None:
+    app = api.create_app(settings(api_keys="k"), engine)
+    with TestClient(app, root_path="/writer") as client:
+        assert client.get("/writer/health").status_code == client.get("/writer/livez").status_code == 200
+        assert client.get("/writer/v1/models").status_code == 401
+
+
+def test_model_names_may_hold_slashes_and_may_be_left_empty(engine: Engine) -> None:
+    with TestClient(api.create_app(settings(name="house/victorian:mini"), engine)) as client:
+        assert client.get("/v1/models/house/victorian:mini").json()["id"] == "house/victorian:mini"
+        assert client.get("/v1/models/house").status_code == 404
+        assert client.get("/v1/models/").json()["object"] == "list"
+        for given in ({}, {"model": ""}, {"model": None}, {"model": "house/victorian:mini"}):
+            body = {"prompt": PROMPT, "max_tokens": 1, **given}
+            assert client.post("/v1/completions", json=body).status_code == 200, given
+        assert client.post("/v1/completions", json={"prompt": PROMPT, "model": "house"}).status_code == 404
+
+
+def test_messages_about_a_request_speak_of_its_fields(client: TestClient) -> None:
+    for given, message in (
+        ({"stop": [str(number) for number in range(17)]}, "stop: at most 16 items are allowed, not 17"),
+        ({"top_k": "3"}, "top_k: must be an integer"),
+        ({"temperature": -1}, "temperature: must be 0 or more"),
+        ({"stream": "yes"}, "stream: must be true or false"),
+        ({"wings": 2}, "wings: there is no such field"),
+        ({"prompt": 3}, "prompt: must be a string"),
+    ):
+        error = client.post("/generate", json={"prompt": "x", **given}).json()["error"]
+        assert error["message"] == message
+    assert client.post("/generate", json={}).json()["error"]["message"] == "prompt: is required"

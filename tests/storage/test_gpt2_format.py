@@ -16,6 +16,8 @@ import checkpoint
 from checkpoint import CheckpointError, extend_positions, load_model, read_model_config, save_model, unwrapped
 from config import GPT2_TOKENS, GenerationParams, load_config, preset_names
 from model import GPT, sinusoids
+from storage.gpt2_format import folder_defaults
+from support.helpers import ROOT
 from support.tiny_models import (
     SHAPES,
     TEXT,
@@ -27,7 +29,7 @@ from support.tiny_models import (
     some_ids,
     tiny_tokenizer,
 )
-from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer
+from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, with_styles
 
 
 @pytest.fixture
@@ -234,11 +236,58 @@ def test_generation_defaults_for_transformers(tokenizer: Tokenizer, tmp_path: Pa
         params = GenerationParams(temperature=temperature, top_k=7, top_p=0.5, min_p=0.1, max_tokens=33)
         save_model(tmp_path / "m", model, tokenizer, card={}, generation=params)
         read = GenerationConfig.from_pretrained(tmp_path / "m")
-        assert (read.max_new_tokens, read.repetition_penalty) == (33, 1.2)
+        assert (read.max_new_tokens, read.max_length, read.repetition_penalty) == (None, 24, 1.2)
+        assert folder_defaults(tmp_path / "m")["max_tokens"] == 33
         assert (read.eos_token_id, read.bos_token_id, read.pad_token_id) == (tokenizer.eot,) * 3
         assert read.do_sample == (temperature > 0)
         if temperature:
             assert (read.temperature, read.top_k, read.top_p, read.min_p) == (0.8, 7, 0.5, 0.1)
+
+
+def check_pipeline(folder: Path, prompts: tuple[str, ...]) -> None:
+    """transformers' pipeline, and generate() on what its tokenizer makes, both without arguments, stay in the context."""
+    from transformers import pipeline
+
+    write = pipeline("text-generation", str(folder))
+    for prompt in prompts:
+        torch.manual_seed(0)
+        (written,) = write(prompt)
+        assert written["generated_text"].startswith(prompt)
+        ids = write.tokenizer(prompt, return_tensors="pt")
+        assert ids["input_ids"].size(1) < write.model.generate(**ids).size(1) <= write.model.config.n_positions
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_pipeline_without_arguments_writes_to_the_end_of_the_context(
+    preset: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = load_config(preset)
+    kept = config.model.model_dump(include={"bias", "positions", "tied_head", "dropout"})
+    context = min(96, config.model.block_size)  # beyond it transformers raises IndexError; its length costs time only
+    model = random_model(shape(tokenizer, **kept, block_size=context))
+    save_model(tmp_path / "m", model, tokenizer, card={}, generation=config.generation)
+    check_pipeline(tmp_path / "m", ("It was", TEXT))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "char with an end", "char with a style", "bpe with styles"])
+def test_a_pipeline_without_arguments_takes_every_tokenizer(kind: str, tmp_path: Path) -> None:
+    made = {
+        "gpt2": gpt2_tokenizer,
+        "char": lambda: char_tokenizer([TEXT], documents=1),
+        "char with an end": lambda: char_tokenizer([TEXT], documents=2),
+        "char with a style": lambda: with_styles(char_tokenizer([TEXT], documents=2), ["pip"]),
+        "bpe with styles": lambda: with_styles(tiny_tokenizer(), ["pip", "joe"]),
+    }
+    tokenizer = made[kind]()
+    save_model(
+        tmp_path / "m", random_model(shape(tokenizer)), tokenizer, card={}, generation=GenerationParams(temperature=0.0)
+    )
+    check_pipeline(tmp_path / "m", ("It was", "times"))
+
+
+def test_the_shipped_folder_writes_in_a_pipeline_without_arguments() -> None:
+    check_pipeline(ROOT / "models" / "victorian-mini", ("The old house", "The old house stood by the river. " * 8))
+    assert folder_defaults(ROOT / "models" / "victorian-mini")["max_tokens"] == 200
 
 
 def test_model_card_and_config(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Several processes train as one: gloo on this machine (correctness 10, 11, 19, 25)."""
+"""Several processes train as one: gloo on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from test_resume import assert_equal_runs, wait_for
 import train
 from checkpoint import load_training, newest_checkpoint
 from dataset import TokenData
+from support.forked import PYTHON
 from support.helpers import ROOT, TINY_FLAGS
 from test_train import rows, run, weights
 
@@ -24,7 +24,7 @@ FLAGS = ["--model.dropout", "0", "--train.lr", "1e-3"]
 
 def started(start: list[str], words: list[str], **env: str) -> subprocess.Popen:
     whole = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    return subprocess.Popen([sys.executable, *start, *words], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*PYTHON, *start, *words], cwd=ROOT, env=whole, stderr=subprocess.PIPE, text=True)
 
 
 def team(count: int, words: list[str], **env: str) -> subprocess.Popen:
@@ -33,8 +33,9 @@ def team(count: int, words: list[str], **env: str) -> subprocess.Popen:
 
 
 def torchrun(count: int, words: list[str], **env: str) -> subprocess.Popen:
-    """torchrun itself."""
-    return started(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"], words, **env)
+    """torchrun itself, which starts forked processes in place of new ones."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return started(torchrun, words, **env)
 
 
 def said(process: subprocess.Popen) -> str:
@@ -260,6 +261,8 @@ def test_an_elastic_restart_goes_on_from_the_last_checkpoint(tiny_data: Path, tm
         2,
         [
             "--max-restarts=1",
+            "--no-python",
+            *PYTHON,
             str(script),
             "--data",
             str(tiny_data),

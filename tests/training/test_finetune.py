@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import train
 from checkpoint import load_model
 from config import load_config
 from dataset import TokenData
+from support.forked import PYTHON
 from support.helpers import ROOT, nonsense, prepare_text
 from support.tiny_models import TEXT, saved_by_transformers, tiny_tokenizer
 from test_train import rows, weights
@@ -100,7 +100,7 @@ def test_a_gpt2_of_the_hub_learns_other_texts_and_goes_back(
     words = ["train.py", "--init-from", "nobody/tiny-gpt2", "--data", str(texts), "--out", str(out), *QUICK.split()]
     there = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | there, capture_output=True, text=True, timeout=300
+        [*PYTHON, *words], cwd=ROOT, env=os.environ | there, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     got = {path.split("/", 5)[5] for path in asked if "/resolve/" in path}

@@ -1,4 +1,4 @@
-"""Schedules and parameter groups (correctness 14, 15)."""
+"""Schedules and parameter groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact resume: interrupted equals uninterrupted, bit for bit, however it was interrupted (correctness 17, 20, 21)."""
+"""Exact resume: interrupted equals uninterrupted, bit for bit, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import devices
 import train
 from checkpoint import load_training, newest_checkpoint
 from dataset import TokenData, WindowSampler
+from support.forked import PYTHON
 from support.helpers import ROOT, TINY_FLAGS, prepare_text
 from test_train import rows, run, same, weights
 from training import plan
+from training import state as training_state
 from training import step as training_step
 
 LONG = ["--train.max-steps", "20"]
@@ -91,7 +93,7 @@ def test_interrupted_equals_uninterrupted(
 
 def test_a_resumed_run_remembers_its_best(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(training_step, "validate", lambda *_: next(found))
+    monkeypatch.setattr(training_state, "validate", lambda *_: next(found))
     flags = ["--train.eval-interval", "5", "--train.max-steps"]
     assert run(tiny_data, tmp_path / "run", *flags, "10") == 0
     best = weights(tmp_path / "run", "best")
@@ -300,7 +302,7 @@ def command(data: Path, out: Path, *flags: str) -> list[str]:
 def test_a_signal_saves_and_ends_with_code_0(tiny_data: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(tiny_data, out, "--train.max-steps", "1000000"), stderr=subprocess.PIPE, text=True
+        [*PYTHON, *command(tiny_data, out, "--train.max-steps", "1000000")[1:]], stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(rows(out)) > 3)
@@ -336,7 +338,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_data: Path, tmp_path: Path) -> None:
         "training_step.take_step, run_folder.Stop.install = slow, remember\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    words = [sys.executable, "-c", script, *command(tiny_data, out, *LONG)[2:]]
+    words = [*PYTHON, "-c", script, *command(tiny_data, out, *LONG)[2:]]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (out / "waiting").exists())

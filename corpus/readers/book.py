@@ -1,0 +1,88 @@
+"""What the readers of e-book and word processor formats share: one document a file, its text extracted from the whole file.
+
+Such a reader only says how to extract the text; see `HtmlFile`. The text is extracted twice, once to check the file before
+any work and once by the worker that encodes it, so that no more than one book is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
+
+from corpus.documents import DocumentError, Options, Piece, clean_document
+from storage.catalogue import author_of
+
+
+class Book(NamedTuple):
+    """The text of a file, and what the file itself says about it."""
+
+    text: str
+    author: str = ""
+    year: str = ""
+    """Any text with a year of four digits."""
+
+
+@dataclass(frozen=True)
+class BookFile(ABC):
+    """A file that is one document."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]
+    has_rows: ClassVar[bool] = False
+    has_years: ClassVar[bool] = False
+
+    name: str
+    path: Path
+    size: int
+    """UTF-8 bytes of the extracted text."""
+    documents: int
+    author: str = ""
+    year: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    split: str = ""
+
+    @classmethod
+    @abstractmethod
+    def extract(cls, path: Path) -> Book:
+        """The text of a file: paragraphs separated by blank lines. Raises DocumentError with cause and remedy, OSError."""
+
+    @classmethod
+    def inspect(cls, path: Path, name: str, options: Options, split: str) -> Self | str:
+        try:
+            book = cls.extract(path)
+        except DocumentError as error:
+            return f"{path}: {error}"
+        documents = int(bool(book.text.strip()))
+        return cls(name, path, len(book.text.encode()), documents, book.author, book.year, split=split)
+
+    def chunks(self, first: int) -> Iterator[BookChunk]:
+        yield BookChunk(type(self), first, self.path, self.size)
+
+    def style_values(self, what: str) -> list[str] | None:
+        """The author and the year that the file itself names, else those in its name."""
+        if what == "author":
+            return [self.author or author_of(self.name)] * self.documents
+        if what == "decade":
+            return [self.year or Path(self.name).stem] * self.documents
+        return None
+
+
+@dataclass(frozen=True)
+class BookChunk:
+    """A whole book."""
+
+    reader: type[BookFile]
+    document: int
+    path: Path
+    size: int
+    documents: int = 1
+
+    def read(self, options: Options) -> Iterator[Piece]:
+        try:
+            text = self.reader.extract(self.path).text
+        except DocumentError as error:
+            raise DocumentError(f"{self.path}: {error}") from None
+        yield clean_document(self.document, text.encode(), options)

@@ -1,0 +1,105 @@
+"""Word documents (`.docx`), by mammoth: one document a file, with its tables, text boxes and notes, the notes at the end.
+
+Of tracked changes the insertions are kept and the deletions left out. Comments, headers and footers are no part of the text.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from typing import ClassVar
+
+from corpus.documents import DocumentError
+from corpus.readers.book import Book, BookFile
+from corpus.readers.markup import markup_text, parse_markup
+
+OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # how encrypted documents begin, and those of Word before 2007
+WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+CREATOR = "{http://purl.org/dc/elements/1.1/}creator"
+BREAKS = "br[type='page'] => br\nbr[type='column'] => br"  # mammoth drops these breaks of a line by default
+SAVE_AGAIN = "open it in a word processor and save it as .docx"
+
+
+class DocxFile(BookFile):
+    suffixes: ClassVar[tuple[str, ...]] = (".docx",)
+    kind: ClassVar[str] = "a Word document"
+
+    @classmethod
+    def extract(cls, path: Path) -> Book:
+        import mammoth
+
+        parts = _text_parts(path.read_bytes())
+        try:
+            html = mammoth.convert_to_html(
+                _package(parts),
+                style_map=BREAKS,
+                convert_image=mammoth.images.img_element(lambda image: {}),
+                ignore_empty_paragraphs=False,
+            ).value
+        except (
+            Exception
+        ) as error:  # whatever a damaged document makes of the library, the file is named and the others read
+            raise DocumentError(
+                f"not {cls.kind} that can be read ({type(error).__name__}: {error}): {SAVE_AGAIN}"
+            ) from None
+        return Book(markup_text(parse_markup(_mark_scene_breaks(html)), keep_spaces=True), _author(parts))
+
+
+def _text_parts(data: bytes) -> dict[str, bytes]:
+    """The XML parts of a document by name. Raises DocumentError where `data` is no whole Word document."""
+    if data.startswith(OLE):
+        if "EncryptedPackage".encode("utf-16-le") in data:
+            raise DocumentError("this Word document is encrypted: open it with its password and save it without one")
+        raise DocumentError(f"a document of Word before 2007 (.doc): {SAVE_AGAIN}")
+    if not data.startswith(b"PK"):
+        raise DocumentError(f"not a Word document: {SAVE_AGAIN}, or as .txt")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as package:
+            names = [name for name in package.namelist() if name.endswith((".xml", ".rels"))]
+            parts = {name: package.read(name) for name in names}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise DocumentError(f"a damaged or incomplete Word document ({error}): copy or download it again") from None
+    except RuntimeError:  # zipfile's word for a password
+        raise DocumentError("this zip archive is encrypted: unpack it with its password") from None
+    if not any(name.startswith("word/") for name in parts):
+        raise DocumentError(f"a zip archive, but not a Word document (it holds no word/document.xml): {SAVE_AGAIN}")
+    return parts
+
+
+def _package(parts: dict[str, bytes]) -> io.BytesIO:
+    """A document of `parts` for mammoth, with the two elements that it ignores replaced: `cr`, and `ruby` by its base text."""
+    from lxml import etree
+
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as package:
+        for name, data in parts.items():
+            if name.startswith("word/") and (b":cr" in data or b":ruby" in data):
+                root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True))
+                for element in root.iter(f"{WORD}cr"):
+                    element.tag = f"{WORD}br"
+                for element in list(root.iter(f"{WORD}ruby")):
+                    runs = [run for base in element.iterfind(f"{WORD}rubyBase") for run in base]
+                    parent = element.getparent()
+                    parent[parent.index(element) : parent.index(element) + 1] = runs
+                data = etree.tostring(root)
+            package.writestr(name, data)
+    return file
+
+
+def _mark_scene_breaks(html: str) -> str:
+    """An empty paragraph as a further blank line, unless so many are empty that they only separate the paragraphs."""
+    if 4 * html.count("<p></p>") < html.count("<p>"):
+        return html.replace("<p></p>", "<br>")
+    return html
+
+
+def _author(parts: dict[str, bytes]) -> str:
+    from lxml import etree
+
+    try:
+        root = etree.fromstring(parts["docProps/core.xml"], etree.XMLParser(resolve_entities=False, no_network=True))
+    except (KeyError, etree.XMLSyntaxError):
+        return ""
+    return (root.findtext(f".//{CREATOR}") or "").strip()

@@ -1,0 +1,250 @@
+"""HTML and XHTML as trees, and the text in them as a browser shows it.
+
+    >>> markup_text(parse_markup("<p>It is <b>a</b> truth<br>universally acknowledged.</p><p>However</p>"))
+    'It is a truth\\nuniversally acknowledged.\\n\\nHowever'
+
+Blocks and line breaks follow the rules for `innerText` in the HTML standard, with a blank line around more kinds of blocks:
+https://html.spec.whatwg.org/multipage/dom.html#rendered-text-collection-steps
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from html.entities import html5
+from typing import Any
+
+from corpus.documents import DocumentError
+
+SPACE = re.compile(r"[ \t\r\n\f]+")  # HTML's white space; a no-break space is text
+WITHOUT_TEXT = {  # elements whose content is no text of the document
+    *("head", "script", "style", "template", "noscript", "title", "svg", "math", "iframe", "object", "audio", "video"),
+    *("canvas", "map", "button", "select", "textarea", "rt", "rp", "rtc", "del", "s", "strike"),
+}
+PARAGRAPHS = {  # a blank line before and after
+    *(
+        "p",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "blockquote",
+        "ul",
+        "ol",
+        "dl",
+        "table",
+        "pre",
+        "hr",
+        "figure",
+        "section",
+    ),
+    *("article", "header", "footer", "aside", "main", "hgroup", "center", "fieldset", "form"),
+}
+LINES = {"div", "li", "dt", "dd", "tr", "caption", "figcaption", "address", "summary", "details", "nav", "body", "html"}
+LEFT_OUT = {
+    "pagebreak",
+    "doc-pagebreak",
+    "noteref",
+    "doc-noteref",
+    "doc-backlink",
+}  # epub:type and role: page numbers, notes' marks
+BACK_ARROWS = {"↑", "↩", "↩︎", "↵", "^"}
+SCENE_BREAK = "* * *"
+DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
+DOCTYPE = re.compile(r"<!DOCTYPE[^>\[]*(?:\[[^\]]*\]\s*)?>", re.IGNORECASE)
+ENTITY = re.compile(r"&([A-Za-z][A-Za-z0-9]*);")
+XML_ENTITIES = {"amp", "lt", "gt", "quot", "apos"}
+CHARSET = re.compile(
+    rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)|<meta[^>]*?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
+)
+HEAD_BYTES = 4096  # in which an encoding may be declared
+
+
+def decode_markup(data: bytes) -> str:
+    """Text of an HTML or XML file by its byte order mark, else by the encoding it declares, else UTF-8, else Windows-1252.
+
+    Raises DocumentError where the text is not in the encoding declared.
+    """
+    for mark, name in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if data.startswith(mark):
+            return _decode(data, name).removeprefix("\ufeff")
+    if found := CHARSET.search(data[:HEAD_BYTES]):
+        name = (found[1] or found[2]).decode("ascii")
+        # HTML has Windows-1252 where a page declares Latin-1
+        return _decode(
+            data, "cp1252" if name.lower() in ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii") else name
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return _decode(data, "cp1252")
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except LookupError:
+        raise DocumentError(f"it declares the unknown encoding {encoding}: save it as UTF-8") from None
+    except UnicodeError:
+        if encoding == "cp1252":  # five bytes mean nothing there
+            return data.decode("latin-1")
+        raise DocumentError(
+            f"it is not the {encoding} that it declares: save it as UTF-8, or correct the declaration"
+        ) from None
+
+
+def parse_markup(text: str) -> Any:
+    """The root element of an HTML page. A page that says it is XHTML is read as XML, unless it is not well-formed."""
+    from lxml import etree
+
+    if "<html" in text[:HEAD_BYTES] and "xmlns" in text[:HEAD_BYTES]:
+        try:
+            return etree.fromstring(
+                _plain_xml(text), etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True)
+            )
+        except etree.XMLSyntaxError:
+            pass  # read as HTML, as browsers do
+    root = etree.fromstring(text.encode() or b" ", etree.HTMLParser(encoding="utf-8", huge_tree=True))
+    return etree.Element("html") if root is None else root
+
+
+def _plain_xml(text: str) -> bytes:
+    """XHTML without declarations, its named characters (`&nbsp;`, `&eacute;`) as themselves: no DTD is needed to parse it."""
+
+    def character(entity: re.Match[str]) -> str:
+        return entity[0] if entity[1] in XML_ENTITIES else html5.get(f"{entity[1]};", entity[0])
+
+    text = DOCTYPE.sub("", DECLARATION.sub("", text), count=1)
+    return ENTITY.sub(character, text).encode()
+
+
+def markup_text(root: Any, keep_spaces: bool = False) -> str:
+    """The text in `root` (an lxml element): paragraphs separated by a blank line; lines (`<br>`, verse, list items) by a newline.
+
+    Left out are scripts, deleted text, ruby annotations, page numbers, marks of notes, soft hyphens and pictures. `<hr>`
+    becomes `* * *`, a picture of a letter (a drop capital) the letter; a table has a line a row with tabs between its cells.
+    keep_spaces: as in `<pre>`, runs of spaces, tabs and newlines are kept.
+    """
+    from lxml import etree
+
+    writer = _TextWriter()
+    pre = int(keep_spaces)  # open elements in which white space is kept
+    walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
+    for event, element in walk:
+        name = local_name(element)
+        if event == "start":
+            writer.newlines(_newlines_around(element, name))
+            if name in WITHOUT_TEXT or LEFT_OUT & roles(element) or _is_note_mark(element, name):
+                walk.skip_subtree()
+                continue
+            pre += name == "pre"
+            if name == "br":
+                writer.line_break()
+            elif name == "hr":
+                writer.write(SCENE_BREAK)
+            elif name == "img":
+                writer.write(_drop_capital(element))
+            elif name == "tr":
+                writer.write_lines(_row_text(element, keep_spaces))
+                walk.skip_subtree()
+                continue
+            writer.write_lines(element.text or "") if pre else writer.write(element.text or "")
+        else:
+            writer.newlines(_newlines_around(element, name))
+            pre -= name == "pre"
+            if element is not root:
+                writer.write_lines(element.tail or "") if pre else writer.write(element.tail or "")
+    return writer.text()
+
+
+class _TextWriter:
+    """Collects text with HTML's rules for white space: runs are one space, none at the ends of lines."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.breaks = 0  # newlines before the next text
+        self.space = False  # a space before the next text, if it is on the same line
+
+    def newlines(self, count: int) -> None:
+        """At least `count` newlines before the next text."""
+        self.breaks = max(self.breaks, count)
+        self.space = self.space and not count
+
+    def line_break(self) -> None:
+        self.breaks += 1
+        self.space = False
+
+    def write(self, text: str) -> None:
+        """Text in which white space only separates words."""
+        words = SPACE.sub(" ", text)
+        if core := words.strip(" "):
+            self._append(" " + core if self.space or words[0] == " " else core)
+            self.space = words[-1] == " "
+        else:
+            self.space = self.space or bool(words)
+
+    def write_lines(self, text: str) -> None:
+        """Text whose spaces and newlines are kept."""
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                self.line_break()
+            if line:
+                self._append(line, kept=True)
+
+    def _append(self, text: str, kept: bool = False) -> None:
+        if self.breaks or not self.parts:
+            text = text if kept else text.lstrip(" ")
+            self.parts.append("\n" * self.breaks if self.parts else "")
+        self.parts.append(text)
+        self.breaks, self.space = 0, False
+
+    def text(self) -> str:
+        """All of it, without soft hyphens and white space at the ends of lines; at most two empty lines follow each other."""
+        text = "".join(self.parts).replace("\xad", "")
+        text = re.sub(r"[ \t\xa0]+$", "", text, flags=re.MULTILINE)
+        return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+
+
+def local_name(element: Any) -> str:
+    """The tag without namespace, in small letters; empty for comments and the like."""
+    return element.tag.rpartition("}")[2].lower() if isinstance(element.tag, str) else ""
+
+
+def roles(element: Any) -> set[str]:
+    """The words of `epub:type` and `role`."""
+    names = ("{http://www.idpf.org/2007/ops}type", "epub:type", "role")
+    return {word for name in names for word in (element.get(name) or "").split()}
+
+
+def _newlines_around(element: Any, name: str) -> int:
+    if name in PARAGRAPHS:
+        return 2
+    if name not in LINES:
+        return 0
+    # a div around other blocks is a section or a stanza; one with text alone is a line
+    blocks = name == "div" and any(local_name(child) in PARAGRAPHS | LINES for child in element)
+    return 2 if blocks else 1
+
+
+def _is_note_mark(element: Any, name: str) -> bool:
+    """`<sup><a href="#note">1</a></sup>`, which refers to a note, or `<a href="#mark">↑</a>`, which leads back from it."""
+    if name == "a":
+        return "#" in (element.get("href") or "") and not len(element) and (element.text or "").strip() in BACK_ARROWS
+    if name != "sup" or len(element) != 1 or local_name(element[0]) != "a":
+        return False
+    return "#" in (element[0].get("href") or "") and not (element.text or "").strip()
+
+
+def _drop_capital(image: Any) -> str:
+    letter = (image.get("alt") or "").strip()
+    return letter if len(letter) == 1 and letter.isalpha() else ""
+
+
+def _row_text(row: Any, keep_spaces: bool) -> str:
+    """A table's row: its cells with tabs between them, or as paragraphs where one has several lines."""
+    cells = [markup_text(cell, keep_spaces) for cell in row if local_name(cell) in ("td", "th")]
+    if any("\n" in cell for cell in cells):
+        return "\n\n".join(cell for cell in cells if cell)
+    return "\t".join(cells).rstrip("\t")
