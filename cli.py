@@ -47,7 +47,9 @@ def _flags(kind: type[BaseModel]) -> type:
         limits = bounds(field)
         help_text = f"{field.description or ''}{f' [{limits}]' if limits else ''}"
         annotation = Annotated[annotation, tyro.conf.arg(help=help_text.replace("%", "%%"))]
-        fields.append((name, annotation, dataclasses.field(default=default)))
+        shared = isinstance(default, dict)  # a dataclass wants a new one for each instance
+        made_default = dataclasses.field(default_factory=default.copy) if shared else dataclasses.field(default=default)
+        fields.append((name, annotation, made_default))
     made = dataclasses.make_dataclass(kind.__name__, fields)
     made.__doc__ = kind.__doc__
     return made
@@ -59,7 +61,7 @@ def _filled(kind: type, values: dict[str, Any]) -> Any:
     for field in dataclasses.fields(kind):
         if field.name in values:
             value = values[field.name]
-            given[field.name] = _filled(field.type, value) if isinstance(value, dict) else value  # type: ignore[arg-type]
+            given[field.name] = _filled(field.type, value) if dataclasses.is_dataclass(field.type) else value  # type: ignore[arg-type]
     return kind(**given)
 
 

@@ -10,6 +10,7 @@ a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import unicodedata
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    PlainSerializer,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -361,6 +363,28 @@ Phrases = Annotated[
 ]
 
 
+def _integer_keys(value: Any) -> Any:
+    """JSON and TOML have only strings as keys."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key: value[key] for key in value}
+
+
+BIASES = 1024  # ids in a logit_bias
+_BIAS_JSON = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": BIASES,
+}
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]],
+    BeforeValidator(_integer_keys),
+    PlainSerializer(lambda bias: {str(id): value for id, value in bias.items()}),
+    WithJsonSchema(_BIAS_JSON),
+]
+
+
 class GenerationParams(Strict):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
@@ -385,6 +409,74 @@ class GenerationParams(Strict):
         0.0, ge=0.0, lt=1.0
     )
     """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    typical_p: Annotated[float, Setting("Typical-p", (0.05, 1), 0.01, off=1.0, hf="typical_p", rare=True)] = Field(
+        1.0, gt=0.0, le=1.0
+    )
+    """Keep the tokens whose surprise is nearest to the expected one, until p is reached (Meister et al. 2023); 1: all."""
+    top_n_sigma: Annotated[float, Setting("Top-n-sigma", (0, 5), 0.1, off=0.0, hf="top_n_sigma", rare=True)] = Field(
+        0.0, ge=0.0, le=20.0
+    )
+    """Keep tokens whose logit is within this many standard deviations of the largest (Tang et al. 2024); 0: all."""
+    xtc_probability: Annotated[
+        float, Setting("XTC probability", (0, 1), 0.05, off=0.0, hf="xtc_probability", rare=True)
+    ] = Field(0.0, ge=0.0, le=1.0)
+    """How often the top choices are excluded: all likelier than xtc_threshold but the least likely of them; 0: never."""
+    xtc_threshold: Annotated[float, Setting("XTC threshold", (0.01, 0.5), 0.01, hf="xtc_threshold", rare=True)] = Field(
+        0.1, gt=0.0, le=0.5
+    )
+    """Probability from which on a token is a top choice for XTC."""
+    dry_multiplier: Annotated[
+        float, Setting("DRY multiplier", (0, 3), 0.05, off=0.0, hf="dry_multiplier", at_zero=True, rare=True)
+    ] = Field(0.0, ge=0.0, le=10.0)
+    """Strength of DRY, which penalises tokens that would go on repeating an earlier passage; 0: none, 0.8 is usual."""
+    dry_base: Annotated[float, Setting("DRY base", (1, 4), 0.05, hf="dry_base", at_zero=True, rare=True)] = Field(
+        1.75, ge=1.0, le=8.0
+    )
+    """DRY's penalty is the multiplier times this to the power of the repeated tokens beyond dry_allowed_length."""
+    dry_allowed_length: Annotated[
+        int, Setting("DRY allowed length", (1, 20), hf="dry_allowed_length", at_zero=True, rare=True)
+    ] = Field(2, ge=1, le=1000)
+    """Tokens that may be repeated before DRY penalises the next one."""
+    dry_sequence_breakers: Annotated[
+        Phrases, Setting("DRY sequence breakers", hf="dry_sequence_breakers", at_zero=True, rare=True)
+    ] = ("\n", ":", '"', "*")
+    """Strings at which DRY's repeated passages end."""
+    presence_penalty: Annotated[
+        float,
+        Setting(
+            "Presence penalty",
+            (-2, 2),
+            0.05,
+            off=0.0,
+            hf="presence_penalty",
+            openai="presence_penalty",
+            at_zero=True,
+            rare=True,
+        ),
+    ] = Field(0.0, ge=-2.0, le=2.0)
+    """Taken off the logits of tokens that have been written (OpenAI's); the prompt does not count; 0: none."""
+    frequency_penalty: Annotated[
+        float,
+        Setting(
+            "Frequency penalty",
+            (-2, 2),
+            0.05,
+            off=0.0,
+            hf="frequency_penalty",
+            openai="frequency_penalty",
+            at_zero=True,
+            rare=True,
+        ),
+    ] = Field(0.0, ge=-2.0, le=2.0)
+    """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
+    penalty_last_n: Annotated[
+        int, Setting("Penalty window", (0, 1024), 16, hf="penalty_last_n", at_zero=True, rare=True)
+    ] = Field(0, ge=0, le=1_000_000)
+    """Newest tokens that repetition, presence, frequency penalty and DRY look at (llama.cpp's); 0: all of the text."""
+    logit_bias: Annotated[
+        LogitBias, Setting("Logit bias", off={}, openai="logit_bias", at_zero=True, manner=False, rare=True)
+    ] = Field({}, max_length=BIASES)
+    """Added to the logits of token ids: -100 forbids one, 100 all others. Ids that the model lacks change nothing."""
     repetition_penalty: Annotated[
         float,
         Setting(

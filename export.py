@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,13 @@ def to_html(folder: Path, out: Path, dtype: Type) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, Path, Type], None]] = {"hf": to_hf, "gguf": to_gguf, "html": to_html}
+
+
+def as_bytes(folder: Path, to: str) -> bytes:
+    """The file that `--to gguf` or `--to html` writes, for the app to hand out."""
+    with tempfile.TemporaryDirectory() as place:
+        WRITERS[to](folder, Path(place) / "made", "auto")
+        return (Path(place) / "made").read_bytes()
 
 
 def main(argv: list[str] | None = None) -> int:

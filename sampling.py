@@ -9,6 +9,7 @@ All of it runs on the CPU in float32, for one text at a time, so that a text doe
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 ZERO_TEMPERATURE = 1e-6  # temperatures below it are 0: the likeliest token
 BLOCK = 64  # logits of which `top_k` looks at the maximum first
+DRY_MOST = 1e6  # DRY's largest penalty: with it no token is drawn, however likely
+DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare: the penalty is enormous long before
 MASK = 2**64 - 1
 
 
@@ -74,9 +77,22 @@ class History:
         self.ids, self.prompt_tokens, self.tokenizer = ids, prompt_tokens, tokenizer
         self._known: set[int] = set()
         self._distinct, self._counted = GrowingArray(), 0
+        self._all = GrowingArray()
 
-    def distinct(self) -> np.ndarray:
-        """Each id of the text once, in no particular order."""
+    def array(self, last: int = 0) -> np.ndarray:
+        """The last ids in order; 0: all of them."""
+        self._all.extend(self.ids[self._all.size :])
+        return self._all.array()[-last:]
+
+    def written(self, last: int = 0) -> np.ndarray:
+        """Those of the `last` ids (0: of all) that come after the prompt, in order."""
+        whole = self.array()
+        return whole[max(self.prompt_tokens, len(whole) - last if last else 0) :]
+
+    def distinct(self, last: int = 0) -> np.ndarray:
+        """Each of the `last` ids (0: of all) once, in no particular order."""
+        if last:
+            return np.unique(self.array(last))
         if self._counted < len(self.ids):
             new = set(self.ids[self._counted :]) - self._known
             self._known |= new
@@ -126,9 +142,17 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
-# neither array in place. Filters before the temperature get all N ids: there the logit of id i is logits[i].
+# neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
 Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
+
+
+def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Add the values of `logit_bias` to the logits of its ids (OpenAI's API reference); ids from N on are skipped."""
+    bias = {id: value for id, value in params.logit_bias.items() if id < len(logits)}
+    logits = logits.copy()
+    logits[list(bias)] += np.array(list(bias.values()), dtype=np.float32)
+    return logits, ids
 
 
 def penalise_repetition(
@@ -137,10 +161,90 @@ def penalise_repetition(
     """Divide the logits of ids in the text by `repetition_penalty`, or multiply negative ones (Keskar et al. 2019)."""
     if not text.ids:
         return logits, ids
-    seen, penalty = text.distinct(), np.float32(params.repetition_penalty)
+    seen, penalty = text.distinct(params.penalty_last_n), np.float32(params.repetition_penalty)
     held, logits = logits[seen], logits.copy()
     logits[seen] = np.where(held < 0, held * penalty, held / penalty)
     return logits, ids
+
+
+def penalise_frequency(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """Subtract `frequency_penalty` from an id's logit as often as it was written (OpenAI's API reference)."""
+    written, counts = np.unique(text.written(params.penalty_last_n), return_counts=True)
+    logits = logits.copy()
+    logits[written] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    return logits, ids
+
+
+def penalise_presence(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """Subtract `presence_penalty` from the logits of ids that were written at least once (OpenAI's API reference)."""
+    logits = logits.copy()
+    logits[np.unique(text.written(params.penalty_last_n))] -= np.float32(params.presence_penalty)
+    return logits, ids
+
+
+@lru_cache(maxsize=32)
+def breaker_ids(tokenizer: Tokenizer, breakers: tuple[str, ...]) -> np.ndarray:
+    """Ids, rising, whose bytes hold one of `breakers`; of a string that no single id holds, the last id it encodes to."""
+    found: set[int] = set()
+    for breaker in breakers:
+        ids = {id for id in range(tokenizer.vocab_size) if breaker.encode() in tokenizer.piece(id)}
+        if not ids:
+            with contextlib.suppress(ValueError):  # a small alphabet may lack its characters: it never occurs then
+                ids = set(tokenizer.encode(breaker)[-1:])
+        found |= ids
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def penalise_passages(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+) -> Candidates:
+    """DRY ("don't repeat yourself", P. E. Weidmann 2024, text-generation-webui pull request 5677).
+
+    For an id that followed, somewhere in the text, the same L ids with which the text now ends (the longest such L),
+    the logit falls by `dry_multiplier` x `dry_base` ^ (L - `dry_allowed_length`), if L is at least the allowed length;
+    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage goes across an id of `dry_sequence_breakers`, and none of these ids is
+    penalised.
+    """
+    whole = text.array(params.penalty_last_n)
+    none = np.empty(0, dtype=np.int64)
+    breakers = breaker_ids(text.tokenizer, params.dry_sequence_breakers) if text.tokenizer else none
+    broken = np.isin(whole, breakers)
+    end = len(whole) - 1
+    if end < 1 or broken[end]:
+        return logits, ids
+    ends = np.flatnonzero((whole[:end] == whole[end]) & ~broken[1:])  # where an earlier occurrence ends
+    allowed, base = params.dry_allowed_length, params.dry_base
+    penalties: dict[int, float] = {}
+    length = 1
+    while len(ends):
+        if length >= allowed:  # longer passages come later and overwrite the penalty
+            penalty = min(params.dry_multiplier * base ** (length - allowed), DRY_MOST)
+            penalties |= dict.fromkeys(whole[ends + 1].tolist(), penalty)
+        if length >= min(allowed + DRY_LONGEST, end) or broken[end - length]:
+            break
+        ends = ends[ends >= length]
+        ends = ends[whole[ends - length] == whole[end - length]]
+        length += 1
+    if penalties:
+        logits = logits.copy()
+        logits[list(penalties)] -= np.array(list(penalties.values()), dtype=np.float32)
+    return logits, ids
+
+
+def keep_top_n_sigma(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """Ids whose logit is at least the largest minus `top_n_sigma` standard deviations of all finite logits.
+
+    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it stands before the temperature, on which the set
+    does not depend; the deviation is the population's, as in llama.cpp.
+    """
+    top = logits.max()
+    _check(top)
+    kept = logits >= top - np.float32(params.top_n_sigma) * logits[np.isfinite(logits)].std()
+    return logits[kept], ids[kept]
 
 
 def apply_temperature(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -186,13 +290,54 @@ def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_
     return logits[kept], ids[kept]
 
 
+def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
+    """The smallest set of ids of probability `typical_p` whose surprise, -log p, is nearest to its mean, the entropy.
+
+    Locally typical sampling (Meister et al. 2023, https://arxiv.org/abs/2202.00666). Ids as near as the last one stay.
+    """
+    probs = softmax(logits)
+    surprise = -np.log(probs, where=probs > 0, out=np.full_like(probs, -np.inf))
+    entropy = (probs * np.where(probs > 0, surprise, 0)).sum()
+    distance = np.abs(surprise - entropy)
+    order = np.lexsort((ids, distance))
+    short = int((probs[order].cumsum() < np.float32(params.typical_p)).sum())
+    kept = distance <= distance[order[min(short, len(order) - 1)]]
+    return logits[kept], ids[kept]
+
+
+def exclude_top_choices(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, generator: torch.Generator | None
+) -> Candidates:
+    """With probability `xtc_probability`, drop the ids of at least `xtc_threshold` except the least likely of them.
+
+    XTC, exclude top choices (P. E. Weidmann 2024, text-generation-webui pull request 6335). Of equally unlikely ones all
+    stay. It draws one number a token from the text's generator; without a generator, or with one candidate, it
+    changes nothing.
+    """
+    if generator is None or len(ids) == 1:
+        return logits, ids
+    if float(torch.rand((), generator=generator, dtype=torch.float64)) >= params.xtc_probability:
+        return logits, ids
+    probs = softmax(logits)
+    top = probs >= np.float32(params.xtc_threshold)
+    kept = ~top | (probs == probs[top].min(initial=np.inf))
+    return logits[kept], ids[kept]
+
+
 # In this order, as in transformers: penalties on the logits of all ids, temperature, then what cuts off the unlikely.
 # A filter runs unless the setting beside it has its `off` value; the temperature's always runs.
 FILTERS: tuple[tuple[str, Filter], ...] = (
+    ("logit_bias", add_bias),
     ("repetition_penalty", penalise_repetition),
+    ("frequency_penalty", penalise_frequency),
+    ("presence_penalty", penalise_presence),
+    ("dry_multiplier", penalise_passages),
+    ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),
+    ("typical_p", keep_typical),
+    ("xtc_probability", exclude_top_choices),
 )
 _STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
 
@@ -230,7 +375,7 @@ def filter_logits(
 
 
 def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
-    """Draw an id from logits [N] (float32, CPU), taking one number from `generator` unless temperature is 0."""
+    """Draw an id from logits [N] (float32, CPU), taking one number from `generator` (with XTC two) unless temperature is 0."""
     values, ids = _candidates(logits, params, history, generator)
     if len(ids) == 1 and params.temperature < ZERO_TEMPERATURE:
         return int(ids[0])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from server.errors import ApiError, unexpected
-from server.generation import Generation, total_usage
+from server.generation import Generation, finish_all, total_usage
 from server.logprobs import Logprobs
 from server.service import Service
 from server.streaming import sse
@@ -51,6 +51,10 @@ class Completion:
 
     def reply(self) -> dict[str, Any]:
         """The whole answer, once all generations are complete."""
+        return self.envelope(self.whole_choices(), usage=total_usage(self.generations))
+
+    def whole_choices(self) -> list[dict[str, Any]]:
+        """Every choice, once all generations are complete."""
         choices: list[dict[str, Any]] = []
         for generation, prompt in zip(self.generations, self.prompts, strict=True):
             for sample in best_samples(generation, self.n):
@@ -60,7 +64,7 @@ class Completion:
                 logprobs = None if written is None else prompt.joined(written.take())
                 text = prompt.echo + generation.text(sample)
                 choices.append(choice(len(choices), text, openai_reason(generation.reasons[sample]), logprobs))
-        return self.envelope(choices, usage=total_usage(self.generations))
+        return choices
 
     def logprobs_after(self, prompt: PromptPart) -> Logprobs | None:
         """The logprobs of a text after its prompt; None where none were asked for."""
@@ -79,7 +83,8 @@ class Completion:
         """The answer as server-sent events, ending with `[DONE]`; an error object where it fails midway."""
         extra: dict[str, Any] = {"usage": None} if include_usage else {}
         try:
-            async with aclosing(self.choices()) as choices:
+            ranked = any(generation.params.n != self.n for generation in self.generations)
+            async with aclosing(self.best_choices() if ranked else self.choices()) as choices:
                 async for one in choices:
                     yield sse(self.envelope([one], **extra))
             if include_usage:
@@ -89,6 +94,12 @@ class Completion:
         except Exception:
             yield sse(unexpected("stream", self.id).body())
         yield b"data: [DONE]\n\n"
+
+    async def best_choices(self) -> AsyncGenerator[dict[str, Any]]:
+        """The choices of a stream with `best_of`, which are known only when all samples are complete."""
+        await finish_all(self.generations)
+        for one in self.whole_choices():
+            yield one
 
     async def choices(self) -> AsyncGenerator[dict[str, Any]]:
         """The parts of a stream: each choice's echo, then tokens as they are written, then each finish reason."""

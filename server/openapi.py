@@ -81,7 +81,8 @@ def openapi_document(app: FastAPI, service: Service) -> Schema:
 def write_limits(properties: Schema, service: Service) -> None:
     """Write this server's limits and the model's styles into the fields of a request body."""
     limits = service.settings
-    for field, limit in (("max_tokens", limits.max_tokens), ("max_length", limits.max_tokens), ("n", limits.max_n)):
+    tokens, n = limits.max_tokens, limits.max_n
+    for field, limit in (("max_tokens", tokens), ("max_length", tokens), ("n", n), ("best_of", n)):
         for part in bounded(properties.get(field, {})):
             part["maximum"] = min(part["maximum"], limit)
         if isinstance(properties.get(field, {}).get("default"), int):

@@ -186,15 +186,12 @@ class _OpenAIOnly(Body):
     user: str | None = None
     """Ignored."""
     best_of: int | None = Field(None, ge=1, le=128)
-    """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered."""
+    """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered.
+
+    Below n it is n. A stream of the best begins when all samples are complete.
+    """
     suffix: str | None = Field(None, max_length=0)
     """Not supported: the model only writes forwards."""
-    presence_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    frequency_penalty: float | None = Field(0.0, ge=0.0, le=0.0)
-    """Not supported: use repetition_penalty."""
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    """Not supported."""
 
 
 def _or_null(name: str) -> Any:

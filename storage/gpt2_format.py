@@ -351,9 +351,8 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     found = {name: held[setting.hf] for name, setting in SETTINGS.items() if held.get(setting.hf) is not None}
-    own = held.get(OURS)
-    if isinstance(own, dict) and "max_tokens" in own:
-        found["max_tokens"] = own["max_tokens"]
+    if isinstance(own := held.get(OURS), dict):
+        found["max_tokens"] = own.get("max_tokens")
     if not found.get("max_tokens"):
         found.pop("max_tokens", None)
     if held.get("do_sample") is False and "temperature" not in found:

@@ -49,6 +49,7 @@ def test_each_form_is_named_after_the_run(
     told = [fields[f"general.{key}"].contents() for key in ("name", "license", "description")]
     assert told == ["mine", "mit", "Of novels."]
     assert fields["general.sampling.temp"].contents() == pytest.approx(1.3)
+    assert all(export.as_bytes(folder, to) == Path(f"mine.{to}").read_bytes() for to in ("gguf", "html"))
     page = Path("mine.html").read_text(encoding="utf-8")
     assert "<title>mine</title>" in page and '"licence": "mit"' in page and "Of novels." in page
 

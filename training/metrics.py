@@ -270,5 +270,9 @@ def finish(summary: dict[str, Any]) -> None:
     where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     if done:
         print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
+        print(
+            f"share it:       python export.py --model {where}/best --to html  (or --to gguf, for llama.cpp)",
+            file=sys.stderr,
+        )
     else:
         print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)

@@ -74,17 +74,6 @@ def check_model_name(service: Service, name: str | None) -> None:
         raise ApiError(404, message, code="model_not_found", param="model")
 
 
-def check_best_of(best_of: int, n: int, stream: bool, max_n: int) -> None:
-    """ApiError 400 for a `best_of` that cannot be answered."""
-    if best_of < n:
-        raise bad_value(f"best_of: must be at least n, which is {n}", "best_of")
-    if best_of > max_n:
-        raise bad_value(f"best_of: this server allows at most {max_n}", "best_of", "limit_exceeded")
-    if stream:
-        message = "best_of: the best samples are known only at the end: leave out stream, or set best_of to n"
-        raise bad_value(message, "best_of")
-
-
 async def complete(service: Service, request: Request, body: schemas.CompletionBody) -> Response:
     """Answer `/v1/completions`."""
     settings = service.settings
@@ -92,8 +81,9 @@ async def complete(service: Service, request: Request, body: schemas.CompletionB
     check_model_name(service, body.model)
     prompts, params = body.prompts(), body.params(settings)
     n, logprobs = params.n, body.logprobs
-    if body.best_of is not None and body.best_of != n:
-        check_best_of(body.best_of, n, bool(body.stream), settings.max_n)
+    if body.best_of is not None and body.best_of > n:
+        if body.best_of > settings.max_n:
+            raise bad_value(f"best_of: this server allows at most {settings.max_n}", "best_of", "limit_exceeded")
         params = params.model_copy(update={"n": body.best_of})
         logprobs = logprobs or 0  # by which the best are chosen
     check_prompt_count(prompts, "prompt", settings.max_prompts)

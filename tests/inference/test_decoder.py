@@ -33,6 +33,20 @@ RAGGED = [
     Asked("I", max_tokens=70, index=2),
     Asked("of", max_tokens=1),
     Asked("best", min_p=0.1, max_tokens=50),
+    Asked("times", penalty_last_n=4, frequency_penalty=0.7, repetition_penalty=1.6, max_tokens=50),
+    Asked("times", logit_bias={5: 3.0, 9: -100}, max_tokens=50),
+    Asked("times", frequency_penalty=0.7, max_tokens=50),
+    Asked("times", presence_penalty=1.5, temperature=0.0, max_tokens=50),
+    Asked(
+        "It was the best of times, it was",
+        dry_multiplier=2.0,
+        dry_allowed_length=1,
+        repetition_penalty=1.0,
+        max_tokens=70,
+    ),
+    Asked("times", xtc_probability=0.5, xtc_threshold=0.05, max_tokens=50),
+    Asked("times", top_n_sigma=1.5, top_k=0, temperature=2.0, max_tokens=50),
+    Asked("times", typical_p=0.5, top_k=0, max_tokens=50),
 ]
 
 

@@ -94,14 +94,15 @@ def test_json_lines_escape_unicode_line_separators() -> None:
     assert json.loads(line)["text"] == "a\x85b\u2028c\u2029d\ne“"
 
 
-def surfaces(client: TestClient) -> dict[str, str]:
+def surfaces(client: TestClient, **more: Any) -> dict[str, str]:
     """The same request's text, on each surface of a server."""
-    body = {"prompt": PROMPT, **PARAMS}
+    wanted = PARAMS | more
+    body = {"prompt": PROMPT, **wanted}
     found = {
         "rest": client.post("/generate", json=body).json()["generated_text"],
         "events": texts(events(client.post("/generate", json={**body, "stream": True})))[0],
         "invocations": client.post("/invocations", json=body).json()["generated_text"],
-        "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **PARAMS}).json()["results"][1][
+        "batch": client.post("/generate/batch", json={"prompts": ["x", PROMPT], **wanted}).json()["results"][1][
             "generated_text"
         ],
     }
@@ -114,6 +115,26 @@ def surfaces(client: TestClient) -> dict[str, str]:
     with client.websocket_connect("/ws") as socket:
         found["socket"] = texts(socket_messages(socket, body))[0]
     return found
+
+
+FILTERED: dict[str, Any] = {
+    "typical_p": 0.9,
+    "top_n_sigma": 3.0,
+    "xtc_probability": 0.5,
+    "dry_multiplier": 0.8,
+    "presence_penalty": 0.4,
+    "penalty_last_n": 9,
+    "logit_bias": {"5": 2.0},
+    "frequency_penalty": 0.2,
+    "dry_sequence_breakers": ["\n"],
+}
+
+
+def test_one_seed_one_text_with_every_filter(client: TestClient, model: GPT, tokenizer: Tokenizer) -> None:
+    terminal = generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS | FILTERED))[0].text
+    found = surfaces(client, **FILTERED)
+    assert len(terminal) > 10 and found == dict.fromkeys(found, terminal)
+    assert terminal != generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -255,11 +276,10 @@ def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> Non
         ("/v1/completions", {"prompt": [300]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": [["x"]]}, "prompt"),
-        ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
-        ("/v1/completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ("/v1/completions", {"prompt": "x", "best_of": 17}, "best_of"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
-        ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1.0}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "x", "presence_penalty": 2.1}, "presence_penalty"),
         ("/v1/completions", {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
         ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
         ("/v1/score", {"text": ""}, "text"),

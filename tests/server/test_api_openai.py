@@ -28,6 +28,13 @@ def test_openai_client_completes(live: str, tokenizer: Tokenizer) -> None:
             model="tiny", prompt=tokenizer.encode(PROMPT), max_tokens=12, seed=3, extra_body={"top_k": -1, "min_p": 0}
         )
         assert again.choices[0].text == whole.choices[0].text
+        only = client.completions.create(
+            model="tiny", prompt="a", max_tokens=3, logit_bias={str(tokenizer.encode("b")[0]): 100}
+        )
+        assert only.choices[0].text == "bbb"
+        asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        penalised = client.completions.create(**asked, presence_penalty=2, frequency_penalty=2).choices[0].text
+        assert penalised != client.completions.create(**asked, presence_penalty=None).choices[0].text
         many = client.completions.create(model="tiny", prompt=[PROMPT, "a"], n=2, max_tokens=5, seed=3)
         assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
         assert client.completions.create(model="tiny", prompt="a", seed=1).usage.completion_tokens == 16  # type: ignore[union-attr]

@@ -147,5 +147,8 @@ def test_best_of_answers_the_samples_with_the_highest_mean_logprob(client: TestC
             assert [choice["text"] for choice in answer["choices"][first : first + 2]] == best
         assert answer["usage"]["completion_tokens"] == 2 * 6 * 8
         assert (answer["choices"][0]["logprobs"] is None) is (not more)
-    same = client.post("/v1/completions", json={**body, "n": 6, "best_of": 6}).json()["choices"]
-    assert [choice["text"] for choice in same] == [choice["text"] for choice in every]
+        stream = events(client.post("/v1/completions", json={**body, "n": 2, "best_of": 6, **more, "stream": True}))
+        assert [chunk["choices"][0] for chunk in stream] == answer["choices"]
+    for best_of in (1, 6):
+        same = client.post("/v1/completions", json={**body, "n": 6, "best_of": best_of}).json()["choices"]
+        assert [choice["text"] for choice in same] == [choice["text"] for choice in every]

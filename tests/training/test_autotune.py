@@ -1,4 +1,4 @@
-"""One dial: what minutes and text choose, and schedules that end by the clock."""
+"""Settings from the training time alone: what minutes and text choose, and schedules that end by the clock."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_training_table_is_whole() -> None:
         ("--input a.txt", "--minutes"),
     ],
 )
-def test_what_does_not_go_with_the_dial(words: str, named: str) -> None:
+def test_flags_that_exclude_minutes(words: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         train.read_args(words.split())
 
@@ -120,10 +120,10 @@ def test_prepared_texts_are_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["", "elsewhere"])
-def test_one_dial_from_texts_to_a_model(
+def test_from_texts_and_minutes_to_a_model(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], clock: None
 ) -> None:
-    """With a machine said to be slow, so that the smallest model is taken; a flag beside the dial is heard."""
+    """On a machine reported as slow the smallest model is chosen; a flag given besides --minutes counts."""
     monkeypatch.setattr(autotune, "ROOT", tmp_path)
     monkeypatch.setattr(autotune, "measured_rate", lambda *_: 1e8)
     texts, run, elsewhere = tmp_path / "books", tmp_path / "run", tmp_path / where if where else None

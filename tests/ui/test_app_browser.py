@@ -280,7 +280,7 @@ def test_every_character_is_shown_unchanged(tab: Tab) -> None:
     assert text.startswith(NASTY) and len(text) > len(NASTY)
     mirror = tab.page.locator(".mirror")
     assert mirror.text_content() == text + "\u200b" and mirror.locator("b, script").count() == 0
-    cards = tab.page.locator(".take")
+    cards = tab.page.locator(".version")
     assert cards.count() == 2 and cards.locator("script, em, b").count() == 0
     assert cards.first.text_content() == text[len(NASTY) :].strip()
     assert tab.page.title() != "broken"
@@ -291,7 +291,7 @@ def test_every_character_is_shown_unchanged(tab: Tab) -> None:
 def test_versions_side_by_side_and_one_after_another(tab: Tab) -> None:
     tab.slider("Length", "Home").finer().slider("Versions at once", "ArrowRight", "ArrowRight")
     tab.write("The fog").go().idle()
-    cards = tab.page.locator(".take")
+    cards = tab.page.locator(".version")
     cards.nth(2).wait_for()
     tab.page.get_by_role("button", name="Use this").nth(2).click()
     tab.page.get_by_text("Version 3 · in the text").wait_for()
@@ -358,7 +358,7 @@ def test_compare_two_settings(tab: Tab, tmp_path: Path) -> None:
     with tab.page.expect_download() as started:
         tab.button("Save the table as .csv").click()
     assert started.value.suggested_filename == "compared.csv"
-    assert tab.page.locator(".take").count() == 4
+    assert tab.page.locator(".version").count() == 4
 
 
 def test_two_browsers_write_on_one_model_each_its_own_story(tab: Tab, chromium: Any, app: Process) -> None:

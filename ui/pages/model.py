@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import streamlit as st
 
+from checkpoint import model_title
 from ui import state
 from ui.backends import Backend, LocalBackend, Place
 
@@ -108,6 +110,42 @@ def draw_parts(backend: Backend) -> None:
     )
 
 
+def draw_exports(place: Place, backend: Backend) -> None:
+    """The model in a form that other programs run, made when it is asked for."""
+    if not isinstance(backend, LocalBackend):
+        return
+    from storage.web_page import MOST
+
+    large = backend.engine.model.num_parameters() > MOST
+    st.subheader("Take it elsewhere", anchor=False)
+    with st.container(horizontal=True):
+        for to, label, told in (
+            ("html", "A page that writes by itself", "One file that writes in any browser, without a server"),
+            ("gguf", "A GGUF file", "For llama.cpp and the programs built on it"),
+        ):
+            refused = large and to == "html"
+            st.download_button(
+                label,
+                data=partial(exported, place.where, to),
+                file_name=f"{model_title(Path(place.where))}.{to}",
+                mime="text/html" if to == "html" else "application/octet-stream",
+                key=f"export_{to}",
+                on_click="ignore",
+                icon=":material/download:",
+                disabled=refused,
+                help=f"Beyond {MOST // 1_000_000} million parameters a browser is too slow: take the GGUF file"
+                if refused
+                else told,
+            )
+
+
+def exported(folder: str, to: str) -> bytes:
+    """The file, once the button is pressed."""
+    from export import as_bytes
+
+    return as_bytes(Path(folder), to)
+
+
 def draw_card(place: Place) -> None:
     """The model card, without its YAML header."""
     card = Path(place.where) / "README.md"
@@ -138,6 +176,7 @@ def draw() -> None:
         st.subheader(state.plain(backend.name), anchor=False)
         st.caption(state.plain(now.where if now.kind == "local" else now.where.partition("?")[0]))
         draw_parts(backend)
+        draw_exports(now, backend)
         draw_card(now)
 
 

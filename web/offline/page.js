@@ -143,7 +143,7 @@ function apply(values) {
   for (const name of FIELDS) if (values[name] !== undefined && values[name] !== null) {
     const field = at(name), before = field.value;
     field.value = values[name];
-    if (name === "style" && field.selectedIndex < 0) field.value = "";
+    if (name === "style" && !Object.hasOwn(MODEL.vocabulary.styles, values.style)) field.value = "";
     if (NUMBERS.includes(name) && (field.value === "" || !field.checkValidity())) field.value = before;
   }
   for (const name of ["fresh", "tint"]) if (typeof values[name] === "boolean") at(name).checked = values[name];
