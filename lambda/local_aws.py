@@ -17,12 +17,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 if TYPE_CHECKING:
     import httpx
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-
 MESSAGE_BYTES = 128 * 1024  # of one WebSocket message
 EVENT_BYTES = 1024 * 1024  # of an asynchronous invocation's payload
 INVOKE_SECONDS = 60.0  # that a whole answer may take
@@ -149,107 +150,101 @@ def holds(condition: str, item: dict[str, Any], values: dict[str, Any]) -> bool:
 
 def fault(status: int, kind: str, message: str, bare: bool = False, **more: Any) -> Response:
     """An AWS error: the class in a header, the message in the body."""
-    from starlette.responses import JSONResponse
-
     headers = {} if bare else {"x-amzn-ErrorType": kind}
     return JSONResponse({"Message": message, "message": message, **more}, status, headers)
 
 
-def application(
-    endpoint: Endpoint,
-    invoke: Callable[[str, dict[str, Any], bool], Awaitable[Any]],
-    connections: Connections,
-    faults: Faults,
-) -> Starlette:
-    """The services as one ASGI application. `invoke(function, event, wait)` runs a Lambda function."""
-    from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
+@dataclass
+class Services:
+    """The services' handlers. `invoke(function, event, wait)` runs a Lambda function."""
 
-    table = Table()
+    endpoint: Endpoint
+    invoke: Callable[[str, dict[str, Any], bool], Awaitable[Any]]
+    connections: Connections
+    faults: Faults
+    table: Table = field(default_factory=Table)
 
-    async def dynamodb(request: Request) -> Response:
+    async def dynamodb(self, request: Request) -> Response:
+        """DynamoDB: one operation on the table."""
         operation = request.headers.get("x-amz-target", "").rpartition(".")[2]
-        answer = table.call(operation, await request.json())
+        answer = self.table.call(operation, await request.json())
         if answer is None:
             kind = "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException"
             return JSONResponse({"__type": kind, "message": "The conditional request failed"}, 400)
         return JSONResponse(answer, media_type="application/x-amz-json-1.0")
 
-    async def function(request: Request) -> Response:
+    async def invoke_function(self, request: Request) -> Response:
+        """Lambda's Invoke, synchronous or as an event."""
         body = await request.body()
         event = request.headers.get("x-amz-invocation-type", "RequestResponse") == "Event"
         if event and len(body) > EVENT_BYTES:
             return fault(413, "RequestTooLargeException", "Request must be smaller than 1048576 bytes")
-        if event and faults.refuse_events > 0:
-            faults.refuse_events -= 1
+        if event and self.faults.refuse_events > 0:
+            self.faults.refuse_events -= 1
             return fault(429, "TooManyRequestsException", "Rate Exceeded.")
         name = request.path_params["name"].rpartition(":")[2]
         try:
-            for _ in range(2 if event and faults.duplicate_events else 1):
-                result = await invoke(name, json.loads(body or b"{}"), not event)
+            for _ in range(2 if event and self.faults.duplicate_events else 1):
+                result = await self.invoke(name, json.loads(body or b"{}"), not event)
         except KeyError:
             return fault(404, "ResourceNotFoundException", f"Function not found: {name}")
         return Response(status_code=202) if event else JSONResponse(result)
 
-    async def post(request: Request) -> Response:
+    async def post_to_connection(self, request: Request) -> Response:
+        """`@connections`: a message to a WebSocket."""
         connection_id, data = request.path_params["id"], await request.body()
-        wrong = unknown(connection_id)
+        wrong = self.unknown(connection_id)
         if wrong:
             return wrong
-        if faults.throttle_posts > 0:
-            faults.throttle_posts -= 1
+        if self.faults.throttle_posts > 0:
+            self.faults.throttle_posts -= 1
             return fault(429, "LimitExceededException", "Too Many Requests")
         if len(data) > MESSAGE_BYTES:
             return fault(413, "PayloadTooLargeException", "The data has exceeded the maximum size allowed.")
-        if not await connections.send(connection_id, data):
-            return fault(410, "GoneException", "Gone", faults.bare_gone)
+        if not await self.connections.send(connection_id, data):
+            return fault(410, "GoneException", "Gone", self.faults.bare_gone)
         return Response(status_code=200)
 
-    async def inspect(request: Request) -> Response:
-        wrong = unknown(request.path_params["id"])
-        return wrong or JSONResponse(connections.describe(request.path_params["id"]))
+    async def describe_connection(self, request: Request) -> Response:
+        """`@connections`: what is known of a WebSocket."""
+        wrong = self.unknown(request.path_params["id"])
+        return wrong or JSONResponse(self.connections.describe(request.path_params["id"]))
 
-    async def hang_up(request: Request) -> Response:
-        wrong = unknown(request.path_params["id"])
+    async def close_connection(self, request: Request) -> Response:
+        """`@connections`: close a WebSocket."""
+        wrong = self.unknown(request.path_params["id"])
         if not wrong:
-            await connections.close(request.path_params["id"])
+            await self.connections.close(request.path_params["id"])
         return wrong or Response(status_code=204)
 
-    def unknown(connection_id: str) -> Response | None:
+    def unknown(self, connection_id: str) -> Response | None:
+        """The error for an id that is no connection's, or none."""
         if not re.fullmatch(r"[\w-]{15}=", connection_id):
             return fault(400, "BadRequestException", "Invalid connectionId: " + connection_id[:64])
-        if connections.describe(connection_id) is None:
-            return fault(410, "GoneException", "Gone", faults.bare_gone)
+        if self.connections.describe(connection_id) is None:
+            return fault(410, "GoneException", "Gone", self.faults.bare_gone)
         return None
 
-    def refused(request: Request, body: bytes) -> Response | None:
+    def refused(self, request: Request, body: bytes) -> Response | None:
+        """The error for a body that the endpoint does not take, or none."""
         name = request.path_params["name"]
-        if name != endpoint.name:
+        if name != self.endpoint.name:
             return fault(400, "ValidationError", f"Endpoint {name} of account 000000000000 not found.")
-        limit = SERVERLESS_BYTES if endpoint.serverless else REALTIME_BYTES
+        limit = SERVERLESS_BYTES if self.endpoint.serverless else REALTIME_BYTES
         if len(body) > limit:
             return fault(400, "ValidationError", f"Body has {len(body)} bytes, the limit is {limit}")
         return None
 
-    def model_error(status: int, text: str) -> Response:
-        message = f'Received client error ({status}) from primary with message "{text}".'
-        more: dict[str, Any] = {
-            "OriginalStatusCode": status,
-            "OriginalMessage": text,
-            "LogStreamArn": "arn:aws:logs:local",
-        }
-        return fault(424, "ModelError", message, **more)
-
-    async def whole(request: Request) -> Response:
+    async def invoke_endpoint(self, request: Request) -> Response:
+        """SageMaker's InvokeEndpoint: the whole answer."""
         import httpx
 
         body = await request.body()
-        wrong = refused(request, body)
+        wrong = self.refused(request, body)
         if wrong:
             return wrong
         try:
-            answer = await endpoint.upstream().post("/invocations", content=body, headers=passed(request))
+            answer = await self.endpoint.upstream().post("/invocations", content=body, headers=passed(request))
         except httpx.TimeoutException:
             return model_error(0, "Your invocation timed out while waiting for a response from container primary")
         except httpx.TransportError:
@@ -258,16 +253,17 @@ def application(
             return model_error(answer.status_code, answer.text)
         return Response(answer.content, 200, {"Content-Type": answer.headers.get("content-type", "application/json")})
 
-    async def streamed(request: Request) -> Response:
+    async def invoke_endpoint_streamed(self, request: Request) -> Response:
+        """SageMaker's InvokeEndpointWithResponseStream: the answer as an event stream."""
         import httpx
 
         body = await request.body()
-        wrong = refused(request, body)
+        wrong = self.refused(request, body)
         if wrong:
             return wrong
-        if endpoint.serverless:
-            return fault(400, "ValidationError", f"Endpoint {endpoint.name} does not support response streaming.")
-        upstream = endpoint.upstream()
+        if self.endpoint.serverless:
+            return fault(400, "ValidationError", f"Endpoint {self.endpoint.name} does not support response streaming.")
+        upstream = self.endpoint.upstream()
         asked = upstream.build_request(
             "POST", "/invocations", content=body, headers=passed(request), timeout=STREAM_SECONDS
         )
@@ -283,16 +279,39 @@ def application(
             "X-Amzn-SageMaker-Content-Type": answer.headers.get("content-type", "application/octet-stream"),
             "x-Amzn-Invoked-Production-Variant": "primary",
         }
-        return StreamingResponse(parts(answer, faults), 200, headers, media_type="application/vnd.amazon.eventstream")
+        return StreamingResponse(
+            parts(answer, self.faults), 200, headers, media_type="application/vnd.amazon.eventstream"
+        )
 
+
+def model_error(status: int, text: str) -> Response:
+    """SageMaker's error for what the container answered, or did not."""
+    message = f'Received client error ({status}) from primary with message "{text}".'
+    more: dict[str, Any] = {
+        "OriginalStatusCode": status,
+        "OriginalMessage": text,
+        "LogStreamArn": "arn:aws:logs:local",
+    }
+    return fault(424, "ModelError", message, **more)
+
+
+def application(
+    endpoint: Endpoint,
+    invoke: Callable[[str, dict[str, Any], bool], Awaitable[Any]],
+    connections: Connections,
+    faults: Faults,
+) -> Starlette:
+    """The services as one ASGI application. `invoke(function, event, wait)` runs a Lambda function."""
+    services = Services(endpoint, invoke, connections, faults)
+    connection, model = "/{stage}/@connections/{id}", "/endpoints/{name}"
     routes = [
-        Route("/", dynamodb, methods=["POST"]),
-        Route("/2015-03-31/functions/{name}/invocations", function, methods=["POST"]),
-        Route("/endpoints/{name}/invocations", whole, methods=["POST"]),
-        Route("/endpoints/{name}/invocations-response-stream", streamed, methods=["POST"]),
-        Route("/{stage}/@connections/{id}", post, methods=["POST"]),
-        Route("/{stage}/@connections/{id}", inspect, methods=["GET"]),
-        Route("/{stage}/@connections/{id}", hang_up, methods=["DELETE"]),
+        Route("/", services.dynamodb, methods=["POST"]),
+        Route("/2015-03-31/functions/{name}/invocations", services.invoke_function, methods=["POST"]),
+        Route(f"{model}/invocations", services.invoke_endpoint, methods=["POST"]),
+        Route(f"{model}/invocations-response-stream", services.invoke_endpoint_streamed, methods=["POST"]),
+        Route(connection, services.post_to_connection, methods=["POST"]),
+        Route(connection, services.describe_connection, methods=["GET"]),
+        Route(connection, services.close_connection, methods=["DELETE"]),
     ]
     return Starlette(routes=routes)
 

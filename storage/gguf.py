@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Dtype = Literal["f16", "q8_0", "f32"]
 SUPPRESS = "tokenizer.ggml.suppress_tokens"  # ids never written; llama.cpp honours it, the package has no name for it
 # Our order of filters in llama.cpp's names. Its own order ends with the temperature.
-SAMPLERS = "penalties;temperature;top_k;top_p;min_p"
+SAMPLERS = "penalties;dry;top_n_sigma;temperature;top_k;top_p;min_p;typ_p;xtc"
 NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -225,4 +225,6 @@ def _add_sampling(writer: GGUFWriter, generation: GenerationParams) -> None:
     writer.add_sampling_top_p(generation.top_p)
     writer.add_sampling_min_p(generation.min_p)  # 0 too: llama.cpp's own default is 0.05
     writer.add_sampling_penalty_repeat(generation.repetition_penalty)
-    writer.add_sampling_penalty_last_n(-1)  # over all that is in view, as ours
+    writer.add_sampling_penalty_last_n(generation.penalty_last_n or -1)  # -1: over all that is in view, as ours
+    writer.add_sampling_xtc_probability(generation.xtc_probability)
+    writer.add_sampling_xtc_threshold(generation.xtc_threshold)

@@ -17,7 +17,7 @@ import export
 from checkpoint import load_model
 from config import GenerationParams
 from inference.writing import generate
-from storage.gguf import write_gguf
+from storage.gguf import SAMPLERS, write_gguf
 from support.exports import KINDS, ODD, exported, story
 from support.helpers import ROOT
 from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
@@ -134,7 +134,7 @@ def test_llama_cpp_takes_over_the_settings_and_writes_no_control_token(tmp_path:
     assert held["n_ctx"] == model.config.block_size
     names = {"temperature": 0.75, "top_k": 33, "top_p": 0.5, "min_p": 0.0, "repeat_penalty": 1.25, "repeat_last_n": -1}
     assert {name: round(held["params"][name], 6) for name in names} == names
-    assert held["params"]["samplers"] == ["penalties", "temperature", "top_k", "top_p", "min_p"]
+    assert held["params"]["samplers"] == SAMPLERS.split(";")
     pushed = llama.ask(
         "/completion", prompt="It was", n_predict=8, logit_bias=[[control, 100.0]], return_tokens=True, temperature=1.0
     )

@@ -191,6 +191,7 @@ def test_a_compiled_step_is_one_graph() -> None:
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_loss_equals_the_eager_one_without_recompiling() -> None:
     model, x = tiny(), ids(2, 17)

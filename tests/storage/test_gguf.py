@@ -16,7 +16,7 @@ from gguf import GGUFReader, quants
 from config import GenerationParams
 from model import sinusoids
 from storage.atomic import CheckpointError
-from storage.gguf import gguf_tensors, packed, vocabulary, write_gguf
+from storage.gguf import SAMPLERS, gguf_tensors, packed, vocabulary, write_gguf
 from support.exports import KINDS, exported
 from support.tiny_models import TEXT, random_model, shape
 from tokenizer import char_tokenizer
@@ -77,9 +77,10 @@ def test_the_vocabulary_has_every_id(kind: str, tmp_path: Path) -> None:
 def test_the_settings_and_the_true_context_go_with_it(tmp_path: Path) -> None:
     reader = written(tmp_path / "m.gguf", "own vocabulary", description="Of novels.", licence="mit")
     expected = {"temp": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "penalty_repeat": 1.1, "penalty_last_n": -1}
+    expected |= {"xtc_probability": 0.0, "xtc_threshold": 0.1}
     for name, wanted in expected.items():
         assert value(reader, f"general.sampling.{name}") == pytest.approx(wanted)
-    assert value(reader, "general.sampling.sequence") == "penalties;temperature;top_k;top_p;min_p"
+    assert value(reader, "general.sampling.sequence") == SAMPLERS
     assert value(reader, "gpt2.context_length") == 128 and value(reader, "general.architecture") == "gpt2"
     assert (value(reader, "general.name"), value(reader, "general.license")) == ("mine", "mit")
     assert value(reader, "general.description") == "Of novels."
