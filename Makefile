@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ROOMS := storage inference evaluation corpus server training ui sagemaker lambda
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint format app api soak bench bench-gpu clean local-aws aws-validate aws-package aws-deploy aws-delete
+.PHONY: demo test test-all lint format app api soak bench bench-gpu clean local-aws aws-validate aws-package aws-deploy aws-delete
 
 $(VENV)/base: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,7 +20,11 @@ demo: $(VENV)/base          ## train on the sample stories, then write one
 	$(BIN)/python train.py --preset sample
 	$(BIN)/python generate.py --prompt "The old house stood" --max-tokens 250
 
-test: $(VENV)/dev           ## all tests
+test: $(VENV)/dev           ## the tests, without those marked slow
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+	@echo "left out: the tests marked slow; all of them run with: make test-all"
+
+test-all: $(VENV)/dev       ## all tests, as CI runs them
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev           ## style, spelling and types

@@ -93,6 +93,25 @@ class Chunk(Protocol):
         """Its pieces in order. Raises DocumentError."""
 
 
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes start..stop of a file, for the chunks that are read in place; `document` is the number of the first one."""
+
+    document: int
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read_bytes(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
 class SourceFile(Protocol):
     """One file whose documents are counted before they are read."""
 

@@ -155,7 +155,9 @@ def _written(report: dict[str, Any]) -> list[str]:
     rows = [["texts", *(str(part["texts"]) for part in parts)]]
     rows += [[label, *(formatted(part[key], form) for part in parts)] for key, label, form in WRITTEN]
     scores = [part["bleu"] for part in parts]
-    rows += [["BLEU against how held-out texts go on", *(f"{one['score']:.2f}" if one else "–" for one in scores)]]
+    rows += [
+        ["BLEU of continuations against the held-out texts", *(f"{one['score']:.2f}" if one else "–" for one in scores)]
+    ]
     if all("originality" in part for part in parts):
         found = [part["originality"] for part in parts]
         least = found[0]["min_tokens"]

@@ -291,7 +291,7 @@ class BatchDecoder:
         for first in range(0, len(decoding), largest):
             self._attempt(decoding[first : first + largest], self._decode, events)
 
-        # 4. Sample from the logits, and let go of what has ended.
+        # 4. Sample from the logits; sequences that have ended leave.
         for sequence in active:
             if sequence.finish_reason is None and all(state.logits is not None for state in sequence.states):
                 try:
@@ -303,7 +303,7 @@ class BatchDecoder:
         return events
 
     def _prefill_one_chunk(self, waiting: list[Sequence], events: list[tuple[Sequence, Event]]) -> None:
-        """One chunk for the first sequence that needs one; whoever finds its whole window in the prefix cache is ready too."""
+        """One chunk for the first sequence that needs one; a window that is in the prefix cache as a whole costs nothing."""
         chunks = 1
         for sequence in waiting:
             if not sequence.states[0].prefix_reused and len(sequence.ids) == sequence.prompt_tokens:

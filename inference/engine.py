@@ -485,7 +485,7 @@ class Engine:
         self._finish(request, events, "failed")
 
     def _recover(self, error: Exception) -> None:
-        """After a failure outside any one sequence: every request is told, and the engine goes on with an empty cache."""
+        """After a failure outside any one sequence: every request gets an error, and the engine continues with an empty cache."""
         message = f"the engine failed: {str(error) or type(error).__name__}"
         with self._changed:
             requests, self._requests = self._requests, []

@@ -1,8 +1,8 @@
-"""Openings to write on from, by kind of story; every one was written for this project and is in the public domain.
+"""Openings for the model to continue, by kind of story; all were written for this project and are in the public domain.
 
     python generate.py --creative
 
-Letters and plain punctuation only, so that a model with a small alphabet reads them too.
+Only letters and plain punctuation, so that models with a small alphabet can read them.
 """
 
 from __future__ import annotations

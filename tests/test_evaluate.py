@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = random_model(shape(tokenizer, padding=7))
     with torch.no_grad():
         model.wte.weight.mul_(0.3)
-    return save(tmp_path_factory.mktemp("models") / "wild", model, tokenizer)
+    return save(tmp_path_factory.mktemp("models") / "small-logits", model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_two_models_side_by_side(data: Path, data_model: Path, model_folder: Pat
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.md").read_text(encoding="utf-8")
     assert page == markdown(report)
-    calm, wild = report["models"]
+    first, second = report["models"]
     for part in report["models"]:
         rows, authors = part["documents"], part["authors"]
         assert len(rows) == 4 and {row["author"] for row in rows} == {row["author"] for row in authors}
@@ -221,7 +221,7 @@ def test_two_models_side_by_side(data: Path, data_model: Path, model_folder: Pat
         assert nats == pytest.approx([part["total"]["loss"] * part["total"]["tokens"]] * 2)
         assert part["written"]["texts"] == 9 and part["written"]["originality"]["runs"] == []
         assert f"{part['total']['loss']:.4f}" in page and "Ash" in page
-    assert calm["total"]["bytes"] == wild["total"]["bytes"]
+    assert first["total"]["bytes"] == second["total"]["bytes"]
     assert evaluate.main([*words, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["models"] == report["models"]
@@ -266,7 +266,7 @@ def test_held_out_texts_are_continued_from_the_middle(data: Path, data_model: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (["--data", "DATA", "--input", "x.txt"], 2, "exclude each other"),
         ([], 2, "--data FOLDER or --input"),
@@ -280,13 +280,13 @@ def test_held_out_texts_are_continued_from_the_middle(data: Path, data_model: Pa
     ],
 )
 def test_bad_flags_are_named(
-    data: Path, data_model: Path, tmp_path: Path, capsys: Any, words: list[str], code: int, told: str
+    data: Path, data_model: Path, tmp_path: Path, capsys: Any, words: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "FILE").write_text("x")
     places = {"DATA": str(data), "FILE": str(tmp_path / "FILE"), "nowhere": str(tmp_path / "nowhere")}
     given = ["--model", str(data_model), *FAST, *(places.get(word, word) for word in words)]
     assert evaluate.main(given) == code
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_read_a_text_is_named(tmp_path: Path, capsys: Any) -> None:
@@ -294,4 +294,4 @@ def test_a_tokenizer_that_cannot_read_a_text_is_named(tmp_path: Path, capsys: An
     folder = save(tmp_path / "chars", random_model(shape(tokenizer)), tokenizer)
     (tmp_path / "odd.txt").write_text("the old house №\n", encoding="utf-8")
     assert evaluate.main(["--model", str(folder), "--input", str(tmp_path / "odd.txt"), *FAST]) == 2
-    assert "odd.txt" in (told := capsys.readouterr().err) and "№" in told
+    assert "odd.txt" in (message := capsys.readouterr().err) and "№" in message

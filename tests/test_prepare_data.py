@@ -20,6 +20,7 @@ from corpus.documents import Options
 from corpus.finder import find, inspect
 from storage import shards
 from storage.shards import Manifest
+from support.forked import PYTHON
 from support.samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
 from tokenizer import load_tokenizer
 
@@ -298,22 +299,22 @@ def test_unchanged_texts_are_kept_and_changed_ones_never_reused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    common = ["--input", texts, "--out", out, "--tokenizer", "bpe", "--vocab-size", 400]
+    folders = ["--input", texts, "--out", out]
+    common = [*folders, "--tokenizer", "bpe", "--vocab-size", 400]
     run(*common)
     first, begun = hashes(out), (out / "manifest.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run(*common) == 0
     assert "already prepared" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == begun
-    changes = [
-        ["--tokenizer", "char"],
-        ["--vocab-size", 350],
-        ["--vocab-size", 350],
-        ["--no-unwrap"],
-        ["--no-strip-licence"],
+    others = [
+        [*folders, "--tokenizer", "char"],
+        [*common, "--vocab-size", 350],
+        [*common, "--no-unwrap"],
+        [*common, "--no-strip-licence"],
     ]
-    for change in changes:
-        assert run(*common, *change) == 0
+    for other in others:
+        assert run(*other) == 0
         assert "already" not in capsys.readouterr().err
         assert hashes(out) != first
         run(*common)
@@ -399,7 +400,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(
             "--out",
             out,
         ]
-        command = [sys.executable, "-c", INTERRUPTED, str(stop), how, *map(str, flags)]
+        command = [*PYTHON, "-c", INTERRUPTED, str(stop), how, *map(str, flags)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     whole = start(0, tmp_path / "whole")
@@ -422,7 +423,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(
 
 def test_an_interrupted_preparation_of_other_texts_is_not_gone_on_with(texts: Path, tmp_path: Path) -> None:
     out, common = tmp_path / "out", ["--tokenizer", "char", "--workers", "1"]
-    command = [sys.executable, "-c", INTERRUPTED, "9", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
+    command = [*PYTHON, "-c", INTERRUPTED, "9", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert (tmp_path / ".out.part" / "state.json").is_file()
     (texts / "s04.txt").write_text("Changed.", encoding="utf-8")
@@ -433,7 +434,7 @@ def test_an_interrupted_preparation_of_other_texts_is_not_gone_on_with(texts: Pa
 
 def test_an_interrupted_preparation_whose_files_were_altered_starts_anew(texts: Path, tmp_path: Path) -> None:
     out, common = tmp_path / "out", ["--tokenizer", "char", "--workers", "1", "--shard-tokens", "1024"]
-    command = [sys.executable, "-c", INTERRUPTED, "25", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
+    command = [*PYTHON, "-c", INTERRUPTED, "25", "SIGKILL", "--input", str(texts), *common, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     (tmp_path / ".out.part" / "train_000001.bin").write_bytes(b"?")
     run("--input", texts, *common, "--out", out)

@@ -53,6 +53,7 @@ BY_HAND = (
     "vllm ",
     "hf ",
     "curl ",
+    "llama-server ",
     "aws ",
     "export ",
     "npx ",
@@ -62,7 +63,7 @@ BY_HAND = (
     "bash findings/",
 )
 RECORDS = ("results.md", "experiments.md", "decisions.md")  # how figures were measured: hours each
-FIRST = ("README.md", "training.md", "data.md", "writing.md", "serving.md", "formats.md")
+FIRST = ("README.md", "training.md", "data.md", "writing.md", "serving.md", "formats.md", "sharing.md")
 SHELLS = ("", "sh", "bash")
 OURS = ("python ", "torchrun ", "echo ")
 

@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 
 from corpus import cleaning
 from corpus.cleaning import BOM
-from corpus.documents import CONVERT, STYLE_FIELDS, DocumentError, Options, Piece, clean_document, skipped_row
+from corpus.documents import (
+    CONVERT,
+    STYLE_FIELDS,
+    ByteRange,
+    DocumentError,
+    Options,
+    Piece,
+    clean_document,
+    skipped_row,
+)
 
 
 @dataclass(frozen=True)
@@ -69,24 +78,14 @@ class JsonlFile:
 
 
 @dataclass(frozen=True)
-class JsonlChunk:
-    """Bytes start..stop of a `.jsonl` file: whole lines, `first_line` (from 1) being the first."""
+class JsonlChunk(ByteRange):
+    """Whole lines of a `.jsonl` file; `first_line` (from 1) is the number of the first."""
 
-    document: int
-    path: Path
-    start: int
-    stop: int
     first_line: int
     documents: int
 
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
     def read(self, options: Options) -> Iterator[Piece]:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            lines = file.read(self.size).split(b"\n")
+        lines = self.read_bytes().split(b"\n")
         document, offset = self.document, self.start
         for number, line in enumerate(lines, self.first_line):
             if line.strip():

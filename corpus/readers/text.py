@@ -11,7 +11,7 @@ from typing import BinaryIO, ClassVar
 
 from corpus import cleaning
 from corpus.cleaning import BOM, LAYOUT_SAMPLE, LICENCE_WINDOW, Layout, cut_after, licence_bounds, normalise_newlines
-from corpus.documents import CONVERT, DocumentError, Options, Piece, clean_part, layout_of
+from corpus.documents import CONVERT, ByteRange, DocumentError, Options, Piece, clean_part, layout_of
 from storage.catalogue import HEAD, author_of
 
 OTHER_FORMATS = {  # how files that are not plain text begin
@@ -92,25 +92,15 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class TextChunk:
-    """Bytes start..stop of a text file."""
+class TextChunk(ByteRange):
+    """A part of a text file."""
 
-    document: int
-    path: Path
-    start: int
-    stop: int
     layout: Layout
     last: bool
     documents: int = 1
 
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
     def read(self, options: Options) -> Iterator[Piece]:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = normalise_newlines(file.read(self.size))
+        data = normalise_newlines(self.read_bytes())
         try:
             text, size, counts = clean_part(data, self.layout, options, self.last)
         except UnicodeDecodeError:

@@ -57,6 +57,7 @@ XHTML = (
             + '<p>a<span epub:type="pagebreak">12</span>b<a epub:type="noteref" href="#n">*</a></p></body></html>',
             "ab",
         ),
+        (XHTML + "<p>a <![CDATA[<b> & c]]></p><script>//<![CDATA[\nx < y\n//]]></script></body></html>", "a <b> & c"),
         (XHTML + "<p>not <b>well-formed</p><p>but read</p></body></html>", "not well-formed\n\nbut read"),
         ("plain words", "plain words"),
         ("", ""),

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from config import ConfigError
 from corpus import sources
 from corpus.sources import HubSelection, SourceError, WebFile, fetch, split_of
 from storage.shards import Manifest
+from support.forked import PYTHON
 from support.helpers import ROOT
 from support.hub_server import Hub
 from support.samples import hashes, paragraphs, run, told, wrapped
@@ -321,7 +321,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(how: str, hub: Hub, tm
     flags += ["--tokenizer", "char"]
 
     def start(stop: int, out: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", STOPPED, str(stop), how, *flags, "--out", str(out)]
+        command = [*PYTHON, "-c", STOPPED, str(stop), how, *flags, "--out", str(out)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -385,8 +385,8 @@ def test_fetching_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
         fetch("someone/gone", HubSelection())
 
 
-def test_the_readmes_commands(hub: Hub, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documented_commands_prepare_named_corpora(hub: Hub, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     lines = re.findall(r"^python prepare_data\.py (--(?:preset|hub) .*)$", text, re.MULTILINE)
     assert len(lines) >= 3
     for line in lines:

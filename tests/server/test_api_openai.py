@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import openai
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -95,6 +94,8 @@ def test_openai_client_logprobs_and_echo(live: str, model: GPT, tokenizer: Token
 
 
 def test_openai_client_errors(live: str, engine: Engine) -> None:
+    import openai
+
     with openai_client(live) as client:
         with pytest.raises(openai.BadRequestError) as bad:
             client.completions.create(model="tiny", prompt="x", temperature=3)
@@ -115,6 +116,8 @@ def test_openai_client_errors(live: str, engine: Engine) -> None:
 
 
 def test_openai_client_raises_when_a_stream_fails_midway(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openai
+
     app = api.create_app(settings(), engine)
     with running(app) as address, openai_client(address) as client:
         stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4000, stream=True)

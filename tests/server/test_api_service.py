@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import openai
 import pytest
 import websockets.sync.client as websockets
 from starlette.testclient import TestClient
@@ -393,6 +392,8 @@ def test_a_request_cancelled_during_tokenization_leaves_no_job(engine: Engine, m
 
 
 def test_a_full_queue_is_429_with_retry_after(model: GPT, tokenizer: Tokenizer) -> None:
+    import openai
+
     engine = Engine(model, tokenizer, name="tiny", slots=1, queue_size=1)
     with running(api.create_app(settings(), engine)) as address, httpx.Client(base_url=address) as client:
         long = {"action": "generate", "prompt": PROMPT, "max_tokens": 4000}

@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
-import openai
 import pytest
 import torch
 import uvicorn
@@ -22,6 +21,9 @@ from inference.engine import Engine
 from model import GPT
 from server.settings import Settings, read_settings
 from tokenizer import Tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    import openai
 
 TEXT = "The fog lay upon the river, and “the lamps” of the quay burned low; £5 was paid for the café’s piano.\n"
 PARAMS: dict[str, Any] = {"max_tokens": 24, "temperature": 1.1, "top_k": 40, "top_p": 0.9, "seed": 7}
@@ -126,4 +128,6 @@ def socket_messages(socket: Any, request: dict[str, Any]) -> list[dict[str, Any]
 
 
 def openai_client(address: str, **given: Any) -> openai.OpenAI:
+    import openai  # here: it takes three seconds
+
     return openai.OpenAI(base_url=f"{address}/v1", api_key="unused", **{"max_retries": 0, "timeout": 30, **given})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ from support.helpers import nonsense, prepare_text
 from training import autotune
 from training.autotune import Budget, choose_model, choose_training, cost, fitting_vocabulary
 from training.optimizer import clock_end, first_decay, lr_scale
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock takes 60 ms, and a step a few looks, however fast or busy the machine is."""
+    now = itertools.count(time.monotonic(), 0.06)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+
 
 CLOCK = TrainConfig(max_minutes=1, schedule="wsd", decay_fraction=0.4, warmup_steps=5)
 
@@ -36,7 +46,7 @@ def test_no_step_already_taken_falls_into_the_decay() -> None:
     assert clock_end(0, 0.0, 0.0, CLOCK) == 0
 
 
-def test_a_run_by_the_clock_is_repeated_by_its_settings(tmp_path: Path) -> None:
+def test_a_run_by_the_clock_is_repeated_by_its_settings(tmp_path: Path, clock: None) -> None:
     data = prepare_text(tmp_path, nonsense(4000), "--tokenizer", "char")
     small = "--model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 2"
     quiet = "--train.eval-interval 0 --train.sample-interval 0 --train.no-tensorboard --train.device cpu"
@@ -111,7 +121,7 @@ def test_prepared_texts_are_not_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["", "elsewhere"])
 def test_from_texts_and_minutes_to_a_model(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], clock: None
 ) -> None:
     """On a machine reported as slow the smallest model is chosen; a flag given besides --minutes counts."""
     monkeypatch.setattr(autotune, "ROOT", tmp_path)

@@ -157,6 +157,7 @@ assert train.main(sys.argv[1:]) == 0
 """
 
 
+@pytest.mark.slow
 def test_compiled_in_parallel_with_waves_for_positions(tiny_data: Path, tmp_path: Path, one_thread: None) -> None:
     """A buffer in the model, compile inside DDP, and ranks that validate different numbers of batches."""
     script = tmp_path / "compiled.py"
