@@ -81,7 +81,13 @@ def openapi_document(app: FastAPI, service: Service) -> Schema:
 def write_limits(properties: Schema, service: Service) -> None:
     """Write this server's limits and the model's styles into the fields of a request body."""
     limits = service.settings
-    for field, limit in (("max_tokens", limits.max_tokens), ("max_length", limits.max_tokens), ("n", limits.max_n)):
+    most = {
+        "max_tokens": limits.max_tokens,
+        "max_length": limits.max_tokens,
+        "n": limits.max_n,
+        "best_of": limits.max_n,
+    }
+    for field, limit in most.items():
         for part in bounded(properties.get(field, {})):
             part["maximum"] = min(part["maximum"], limit)
         if isinstance(properties.get(field, {}).get("default"), int):
