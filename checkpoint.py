@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cli import parse_flags, run_main
-from config import ConfigError, GenerationParams, ModelConfig, Strict, build
+from config import ConfigError, FrozenSettings, GenerationParams, ModelConfig, build
 from storage.atomic import (
     SUMS,
     CheckpointError,
+    atomic_folder,
     discard,
     faults,
     pack,
@@ -31,7 +32,6 @@ from storage.atomic import (
     read_json,
     read_tensors,
     recover,
-    replacing,
     unfinished,
     unpack,
     write_sums,
@@ -118,7 +118,7 @@ def _write(
         ),
         "README.md": model_card(model_title(Path(folder)), core.config, tokenizer, facts),
     }
-    with replacing(folder, group=None if state is None else "last") as draft:
+    with atomic_folder(folder, group=None if state is None else "last") as draft:
         sums = {WEIGHTS: write_tensors(draft / WEIGHTS, export_state(model, weights), hashed=state is not None)}
         tokenizer.save(draft)
         for name, content in texts.items():
@@ -334,7 +334,7 @@ def fetch_model(name: Path | str) -> Path:
     return found
 
 
-class CopyArgs(Strict):
+class CopyArgs(FrozenSettings):
     """Copy a model folder with its weights in another number format: half the size, for sharing."""
 
     model: Path | None = None
@@ -358,7 +358,7 @@ def copy_model(source: Path, folder: Path, dtype: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {name} holds numbers beyond {dtype}'s largest: take --dtype bfloat16")
-    with replacing(folder) as draft:
+    with atomic_folder(folder) as draft:
         write_tensors(draft / WEIGHTS, tensors, hashed=False)
         write_text(draft / "config.json", config)
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):

@@ -49,20 +49,20 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"- {fault}" for fault in self.faults))
 
 
-class Strict(BaseModel):
+class FrozenSettings(BaseModel):
     """Base of all settings: frozen, and an unknown key is a fault."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Checked(Protocol):
+class Validated(Protocol):
     """Settings that can list what is wrong with them."""
 
     def faults(self) -> list[str]:
         """Every fault in one line each; empty if there is none."""
 
 
-C = TypeVar("C", bound=Checked)
+C = TypeVar("C", bound=Validated)
 
 
 def raise_faults(settings: C) -> C:
@@ -73,7 +73,7 @@ def raise_faults(settings: C) -> C:
     return settings
 
 
-class ModelConfig(Strict):
+class ModelConfig(FrozenSettings):
     """The shape of the network (GPT-2: Radford et al. 2019, section 2.3)."""
 
     n_layer: int = Field(4, ge=1, le=200)
@@ -132,7 +132,7 @@ class ModelConfig(Strict):
         return found
 
 
-class DataConfig(Strict):
+class DataConfig(FrozenSettings):
     """Where the texts of a preset come from, and what `prepare_data.py` does with them."""
 
     source: str = ""
@@ -165,7 +165,7 @@ class DataConfig(Strict):
     """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see styles.py)."""
 
 
-class TrainConfig(Strict):
+class TrainConfig(FrozenSettings):
     """How the weights are fitted. Every interval is in optimizer steps; 0 switches it off."""
 
     batch_size: int = Field(16, ge=0)
@@ -385,7 +385,7 @@ LogitBias = Annotated[
 ]
 
 
-class GenerationParams(Strict):
+class GenerationParams(FrozenSettings):
     """How a text is sampled: the REST body, the flags and the sliders' bounds.
 
     `sampling.FILTERS` says in which order the settings are applied.
@@ -508,7 +508,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-class Config(Strict):
+class Config(FrozenSettings):
     """One preset: everything needed to prepare data, train and write."""
 
     description: str = ""

@@ -1,13 +1,13 @@
 """Folders that exist whole or not at all, exclusive locks, tensors and nested state without pickle, checksums.
 
-    >>> with replacing("models/mine") as draft:                # the old folder stays until this block has succeeded
+    >>> with atomic_folder("models/mine") as draft:                # the old folder stays until this block has succeeded
     ...     write_tensors(draft / "model.safetensors", model.state_dict())
     ...     write_sums(draft, step=100)
     >>> faults("models/mine")                                  # [] or what is damaged
 
 A folder is written as NAME.tmp-PID, flushed to the disk, and then exchanged: NAME is renamed to NAME.old-PID, the new
 folder to NAME, and the old one is removed. A process that dies anywhere in between leaves NAME or NAME.old-PID whole;
-`present` finds either, and the next `replacing` cleans up. Nothing here reads or writes a pickle.
+`present` finds either, and the next `atomic_folder` cleans up. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def write_text(path: Path, content: Any) -> None:
         file.write(text)
 
 
-def replace_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all: a full disk or a killed process leaves the old file."""
     draft = path.with_name(f"{path.name}.tmp")
     try:
@@ -132,7 +132,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str) -> Iterator[Path]:
     """A new file to write; it takes the place of `path` when the block ends, and vanishes if the block fails.
 
     A disk error is raised as OSError that names `path` and says what still stands.
@@ -275,7 +275,7 @@ def unfinished(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that `replacing` made. It is renamed first, so that a half-removed folder never counts as whole."""
+    """Remove a folder that `atomic_folder` made. It is renamed first, so that a half-removed folder never counts as whole."""
     if not unfinished(folder):
         match = LEFTOVER.fullmatch(folder.name)
         name = match["name"] if match else folder.name
@@ -324,7 +324,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path | str, group: str | None = None) -> Iterator[Path]:
+def atomic_folder(folder: Path | str, group: str | None = None) -> Iterator[Path]:
     """A new folder to fill; it replaces `folder` when the block ends, and is removed if the block fails.
 
     Leftovers of dead processes are cleaned up first: those of `folder`, and of all folders whose names begin with `group`.

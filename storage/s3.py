@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cli import parse_flags, run_main
-from config import ConfigError, Strict
+from config import ConfigError, FrozenSettings
 from storage.atomic import sha256
 
 PART_BYTES = 16 * 1024 * 1024
@@ -32,7 +32,7 @@ class S3Error(RuntimeError):
     """A transfer that failed; the message names the address and the remedy."""
 
 
-class Transfer(Strict):
+class Transfer(FrozenSettings):
     """Copy a folder to S3 or back."""
 
     source: str

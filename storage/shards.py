@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from config import Strict, describe_faults
-from storage.atomic import replace_text
+from config import FrozenSettings, describe_faults
+from storage.atomic import atomic_write_text
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
@@ -30,7 +30,7 @@ class ManifestError(ValueError):
     """A folder without usable prepared data; the message names it and the remedy."""
 
 
-class Shard(Strict):
+class Shard(FrozenSettings):
     """One file of tokens."""
 
     file: str = Field(pattern=r"^(train|val)_\d{6}\.bin$")
@@ -38,7 +38,7 @@ class Shard(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Split(Strict):
+class Split(FrozenSettings):
     """All tokens of training or validation."""
 
     tokens: int = Field(ge=1)
@@ -48,12 +48,12 @@ class Split(Strict):
     shards: tuple[Shard, ...] = Field(min_length=1)
 
 
-class Splits(Strict):
+class Splits(FrozenSettings):
     train: Split
     val: Split
 
 
-class TokenizerIdentity(Strict):
+class TokenizerIdentity(FrozenSettings):
     kind: Literal["gpt2", "bpe", "char"]
     vocab_size: int = Field(ge=1)
     fingerprint: str
@@ -61,7 +61,7 @@ class TokenizerIdentity(Strict):
     """Control id of each style, which comes before each document of that style."""
 
 
-class Source(Strict):
+class Source(FrozenSettings):
     """The texts that were prepared, and the settings."""
 
     name: str
@@ -74,7 +74,7 @@ class Source(Strict):
         return self.name
 
 
-class Manifest(Strict):
+class Manifest(FrozenSettings):
     """The contents of a prepared folder, as `manifest.json` has them."""
 
     format: Literal[1] = 1
@@ -117,7 +117,7 @@ class Manifest(Strict):
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
-        replace_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        atomic_write_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
 class ShardWriter:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from config import GenerationParams
-from storage.atomic import CheckpointError, replacing_file
+from storage.atomic import CheckpointError, atomic_file
 from storage.gguf import gguf_tensors, packed
 from tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def write_page(
         numbers, form = packed(label, values, dtype)
         blocks.append((f"tensor-{len(tensors)}", numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()))
         tensors.append({"name": label, "shape": list(values.shape), "type": form.name.lower()})
-    with replacing_file(path) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_file(path) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
         head, tail = _frame(name).split("<!--blocks-->")
         file.write(head)
         file.write(_block("model", "application/json", _script_safe({**facts, "tensors": tensors})))
