@@ -147,7 +147,7 @@ def write_gguf(
     licence: str = "",
     dtype: Dtype = "f16",
 ) -> None:
-    """Write the model as one GGUF file, whole or not at all, in place of an older one of that name.
+    """Write the model as one GGUF file atomically, replacing an older one of that name.
 
     generation: what the programs sample with unless told otherwise. Raises CheckpointError, and OSError for the disk.
     """

@@ -27,7 +27,7 @@ SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
 
 class ManifestError(ValueError):
-    """A folder without usable prepared data; the message names it and the remedy."""
+    """A folder without usable prepared data; the message names it and the fix."""
 
 
 class Shard(FrozenSettings):
@@ -116,7 +116,7 @@ class Manifest(FrozenSettings):
             raise ManifestError(f"{path} is damaged or of another version ({faults}): prepare the data again") from None
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, whole or not at all."""
+        """Write `manifest.json` into `folder`, atomically."""
         atomic_write_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
