@@ -165,11 +165,9 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from training.schedule import clamp_schedule, total_steps
     from training.state import TrainState, announce, batch_sizes
 
-    # 1 data: the shards that prepare_data.py wrote and the tokenizer they were encoded with; a resumed run takes its
-    # position in them from the checkpoint.
-    device = distributed.device
+    # 1 data: the shards and the tokenizer they were encoded with; a checkpoint holds the position in them.
+    device, tokenizer = distributed.device, load_tokenizer(data.folder)
     precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
-    tokenizer = load_tokenizer(data.folder)
     checkpoint = newest_valid_checkpoint(run) if args.resume or restarted() else None
 
     # 2 model: new, or with the weights that --init-from names, or from the checkpoint. The batch size is fixed before
@@ -186,8 +184,9 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
     train, clamped = clamp_schedule(train, total)
-    model.to(device)
-    module = wrapped(model, config, distributed, device)  # compiled, distributed: `model` itself is what is saved
+    module = wrapped(
+        model.to(device), config, distributed, device
+    )  # compiled, distributed: `model` itself is what is saved
 
     # 3 optimizer: AdamW, or Muon beside it, and for fp16 a loss scaler against gradient underflow.
     optimizer = Optimizer(model, train)
@@ -205,9 +204,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         scaler.load_state_dict(start.state["scaler"])
 
     # 4 loop: collect its state in one object, then train step by step
-    save = CheckpointWriter(
-        run, config, data, tokenizer, model, optimizer, scaler, distributed, sizes.batch_size, sizes.tokens_per_step
-    )
+    per_step = (sizes.batch_size, sizes.tokens_per_step)
+    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step)
     save.step = start.state.get("step", -1)  # last/ of this step is on the disk already
     state = TrainState(
         run=run,
@@ -240,19 +238,12 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
     from devices import seed_dropout
     from training.run_folder import Stop
     from training.schedule import lr_scale
-    from training.state import (
-        checkpoint,
-        count_step,
-        evaluate,
-        log_sample,
-        metrics_row,
-        schedule_final_decay,
-        summary,
-        sync_stop_and_checkpoint,
-    )
+    from training.state import checkpoint, count_step, evaluate, log_sample, metrics_row, schedule_final_decay, summary
+    from training.state import sync_stop_and_checkpoint as sync
     from training.step import bad_step, step_seed, take_step, training_ends
 
     distributed, progress, log, meter = state.distributed, state.progress, state.log, state.meter
+    module, optimizer, scaler = state.module, state.optimizer, state.scaler
     batches = state.batches()  # endless, from the run's next window on
     stop = Stop()  # SIGTERM or Ctrl-C only set a flag: the current step is finished and a checkpoint saved
     stop.install()
@@ -268,26 +259,23 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
             # Does the run end here? Clocks and signals differ between ranks, and a rank that stopped alone would leave the
             # others waiting for its gradients in all-reduce: so the ranks exchange their answers first.
             reason = training_ends(train, progress, state.total_steps, meter.elapsed_s() / 60, stop)
-            reason, save_now = sync_stop_and_checkpoint(state, reason, stop)
+            reason, save_now = sync(state, reason, stop)
             if reason:
                 break
             if save_now:
                 checkpoint(state)
 
-            # One step. Dropout is seeded by step and rank, so that a resumed run draws the same masks as an
-            # uninterrupted one.
+            # One step. Dropout is seeded by step and rank: a resumed run draws the masks of an uninterrupted one.
             epoch = state.epoch  # before the step: compared below to detect the end of an epoch
             with meter.step():
                 seed_dropout(distributed.device, step_seed(train.seed, progress.step, distributed.rank))
-                scale = lr_scale(
-                    progress.step, state.total_steps, train
-                )  # factor on all peak rates: warm-up to 1, then the schedule
-                state.optimizer.set_lr(scale)
-                state.module.train()  # dropout on; the last evaluation has switched it off
+                scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: share of each peak rate
+                optimizer.set_lr(scale)
+                module.train()  # dropout on; an evaluation may have switched it off
                 loss, norm, finite = take_step(
-                    state.module,
-                    state.optimizer,
-                    state.scaler,
+                    module,
+                    optimizer,
+                    scaler,
                     batches,
                     state.sizes.grad_accum_steps,
                     train,
@@ -295,22 +283,20 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
                     distributed,
                 )
                 if not finite:  # no weight has changed: skip the step, or raise TrainingFailed after too many
-                    bad_step(progress, state.scaler, train, loss, norm, state.run, log)
+                    bad_step(progress, scaler, train, loss, norm, state.run, log)
                 count_step(state, loss, finite)  # progress.step and .windows now count this step
 
             # Due after the step, if anything: a row of metrics (with validation at its interval), a sample, a checkpoint.
             epoch_end = train.each_epoch and state.epoch > epoch
             eval_due = epoch_end or progress.step == state.total_steps or state.due(train.eval_interval)
             eta_s = state.eta_s()
-            # The first step is always logged, so that a wrong setting shows at once (expected loss: about ln V).
-            if eval_due or progress.step == 1 or state.due(train.log_interval):
+            if eval_due or progress.step == 1 or state.due(train.log_interval):  # the first loss should be near ln(V)
                 row = metrics_row(state, train.lr * scale, norm)
                 progress.losses.clear()  # train_loss is the mean since the last row
                 log.metrics(row | evaluate(state, epoch_end) if eval_due else row, eta_s=eta_s)
                 meter.restart()  # tokens_per_s is the speed since the last row
             else:
-                # Between rows only the progress line of a terminal is updated.
-                log.live(progress.step, progress.running_loss, meter.pace(), eta_s)
+                log.live(progress.step, progress.running_loss, meter.pace(), eta_s)  # a terminal's progress line
             if epoch_end or state.due(train.sample_interval):
                 log_sample(state)
             if state.due(train.checkpoint_interval):
