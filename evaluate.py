@@ -22,7 +22,7 @@ from pydantic import Field
 
 from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, GenerationParams, Strict
+from config import ROOT, ConfigError, FrozenSettings, GenerationParams
 from corpus.documents import Options
 from corpus.finder import find, inspect
 from corpus.workers import Progress
@@ -31,7 +31,7 @@ from storage.catalogue import author_of
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
 
-    class EvaluateFlags(Strict):
+    class EvaluateFlags(FrozenSettings):
         """Evaluate a model, or two side by side, on held-out texts and on what it writes."""
 
         model: str = ""

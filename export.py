@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from checkpoint import copy_model, find_model, load_model, model_title
 from cli import parse_flags, run_main
-from config import ConfigError, GenerationParams, Strict
+from config import ConfigError, FrozenSettings, GenerationParams
 from storage.atomic import read_json
 from storage.gpt2_format import OURS, folder_defaults
 
@@ -26,7 +26,7 @@ Type = Literal["auto", "f16", "q8_0", "f32"]
 FORMATS: dict[str, tuple[str, ...]] = {"gguf": ("f16", "q8_0", "f32"), "html": ("f16", "f32"), "hf": ("f16", "f32")}
 
 
-class ExportArgs(Strict):
+class ExportArgs(FrozenSettings):
     """Write a model in a form that other programs run: hf (transformers), gguf (llama.cpp), html (a browser)."""
 
     model: Path | None = None

@@ -49,7 +49,7 @@ from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
 from corpus.styles import Control, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress
-from storage.atomic import exclusive_lock, replace_text
+from storage.atomic import atomic_write_text, exclusive_lock
 from storage.catalogue import Catalogue
 from storage.shards import SPLITS, Manifest, ShardWriter, Source, TokenizerIdentity, join
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
@@ -154,7 +154,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
             print(style_counts(styles, list(tokenizer.styles)), file=sys.stderr)
         if not state:
             state = _initial_state(identity)
-            replace_text(draft / STATE, json.dumps(state))
+            atomic_write_text(draft / STATE, json.dumps(state))
 
         # 5 shards
         writers, cleaning = _write_shards(pool, plan, flags, tokenizer, draft, state)
@@ -436,7 +436,7 @@ def _write_shards(
     def save() -> None:
         for writer in writers.values():
             writer.sync()
-        replace_text(draft / STATE, json.dumps(state))
+        atomic_write_text(draft / STATE, json.dumps(state))
 
     # encoded by the workers, written here in order
     counts, dropped = Counter(state["counts"]), list(state.get("dropped", []))

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, Strict
+from config import ROOT, ConfigError, FrozenSettings
 from corpus.readers.jsonl import JsonlFile
 from corpus.readers.parquet import ParquetFile
 from corpus.readers.text import TextFile
@@ -96,7 +96,7 @@ NAMED: dict[str, HubDataset | WebFile] = {
 }
 
 
-class HubSelection(Strict):
+class HubSelection(FrozenSettings):
     """Which files of a data set on the hub to fetch."""
 
     config: str = ""
@@ -362,7 +362,7 @@ def _quiet_hub() -> None:
     logging.set_verbosity_error()
 
 
-class FetchFlags(Strict):
+class FetchFlags(FrozenSettings):
     """Fetch a corpus, so that it can be prepared without a network."""
 
     corpus: str = "pg19"

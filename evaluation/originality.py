@@ -34,9 +34,9 @@ import numpy as np
 from pydantic import Field
 
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, Strict, read_toml
+from config import ROOT, ConfigError, FrozenSettings, read_toml
 from dataset import TokenData, TokenStream
-from storage.atomic import replace_text
+from storage.atomic import atomic_write_text
 from storage.catalogue import Catalogue
 from storage.shards import Manifest
 from tokenizer import Tokenizer, load_tokenizer
@@ -151,7 +151,7 @@ def build_index(folder: Path) -> Path:
             }
     header = {"format": 1, "corpus": identity, "gram": gram, "stride": stride, "bits": bits}
     header |= {"entries": entries, "documents": documents, "files": files}
-    replace_text(draft / HEADER, json.dumps(header | {"sha256": _digest(header)}, indent=1) + "\n")
+    atomic_write_text(draft / HEADER, json.dumps(header | {"sha256": _digest(header)}, indent=1) + "\n")
     if place.exists():
         shutil.rmtree(place)
     draft.rename(place)
@@ -501,7 +501,7 @@ def markdown(report: OriginalityReport, most: int = 20) -> str:
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
 
-    class OriginalityFlags(Strict):
+    class OriginalityFlags(FrozenSettings):
         """Index the training text of prepared data, or find what a text has copied from it."""
 
         data: Path | None = None
