@@ -23,7 +23,7 @@ from pydantic import Field
 from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, GenerationParams, Strict
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import find, inspect
 from corpus.workers import Progress
 from storage.catalogue import author_of
@@ -78,11 +78,11 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     Raises ConfigError for a file that cannot be read.
     """
     for path, name in find(inputs):
-        file = inspect(path, name, Options())
+        file = inspect(path, name, ReadOptions())
         if isinstance(file, str):
             raise ConfigError([f"--input {file}"])
         authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
-        for number, text in _whole(file.chunks(0), Options()):
+        for number, text in _whole(file.chunks(0), ReadOptions()):
             if text.strip():
                 own = f"{name}, row {number + 1}" if file.has_rows else name
                 yield own, authors[number] if authors else author_of(own, text), text

@@ -94,7 +94,7 @@ def write(argv: list[str]) -> int:
             terminal.print_text(flags.prompt if flags.echo else "")
             story.add(flags.prompt)
         return story.run()
-    params = writing.seeded(params)
+    params = writing.with_seed(params)
     if flags.creative:
         return terminal.write_gallery(writer, params)
     return terminal.write_once(

@@ -1,8 +1,8 @@
 """From logits to the next token: filters, seeds and stop strings.
 
-    >>> history = History(prompt_ids, len(prompt_ids), tokenizer)       # the caller appends to its list of ids
+    >>> history = TokenHistory(prompt_ids, len(prompt_ids), tokenizer)  # the caller appends to its list of ids
     >>> values, ids = candidates(logits, GenerationParams(top_k=40), history)     # what may still be drawn
-    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), history)
+    >>> token = sample(logits, params, torch.Generator().manual_seed(sample_seed(7, 0)), history)
 
 All of it runs on the CPU in float32, for one text at a time, so that a text does not depend on what is written beside it.
 """
@@ -36,12 +36,12 @@ class LogitsError(RuntimeError):
     """The model computed something that is no probability."""
 
 
-def fresh_seed() -> int:
+def random_seed() -> int:
     """A new seed; of 53 bits, which every JSON reader keeps exactly."""
     return secrets.randbits(53)
 
 
-def seed_of(seed: int, index: int) -> int:
+def sample_seed(seed: int, index: int) -> int:
     """The generator's seed of sample `index`: SplitMix64 (Steele et al. 2014), so that samples share nothing."""
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -66,7 +66,7 @@ class GrowingArray:
         return self.store[: self.size]
 
 
-class History:
+class TokenHistory:
     """The ids of one text so far, as the filters need them. `ids` is the caller's list, which grows at its end.
 
     prompt_tokens: how many of them are the prompt's; the rest are written. tokenizer: for filters that look at what
@@ -101,7 +101,7 @@ class History:
         return self._distinct.array()
 
 
-NOTHING = History([])
+NOTHING = TokenHistory([])
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +144,7 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 # A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
 # neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
-Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
+Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, TokenHistory, torch.Generator | None], Candidates]
 
 
 def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -156,7 +156,7 @@ def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: 
 
 
 def penalise_repetition(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Divide the logits of ids in the text by `repetition_penalty`, or multiply negative ones (Keskar et al. 2019)."""
     if not text.ids:
@@ -168,7 +168,7 @@ def penalise_repetition(
 
 
 def penalise_frequency(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Subtract `frequency_penalty` from an id's logit as often as it was written (OpenAI's API reference)."""
     written, counts = np.unique(text.written(params.penalty_last_n), return_counts=True)
@@ -178,7 +178,7 @@ def penalise_frequency(
 
 
 def penalise_presence(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Subtract `presence_penalty` from the logits of ids that were written at least once (OpenAI's API reference)."""
     logits = logits.copy()
@@ -199,8 +199,8 @@ def breaker_ids(tokenizer: Tokenizer, breakers: tuple[str, ...]) -> np.ndarray:
     return np.array(sorted(found), dtype=np.int64)
 
 
-def penalise_passages(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+def penalise_dry(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """DRY ("don't repeat yourself", P. E. Weidmann 2024, text-generation-webui pull request 5677).
 
@@ -305,8 +305,8 @@ def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, 
     return logits[kept], ids[kept]
 
 
-def exclude_top_choices(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, generator: torch.Generator | None
+def apply_xtc(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, generator: torch.Generator | None
 ) -> Candidates:
     """With probability `xtc_probability`, drop the ids of at least `xtc_threshold` except the least likely of them.
 
@@ -331,19 +331,19 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
     ("frequency_penalty", penalise_frequency),
     ("presence_penalty", penalise_presence),
-    ("dry_multiplier", penalise_passages),
+    ("dry_multiplier", penalise_dry),
     ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),
     ("typical_p", keep_typical),
-    ("xtc_probability", exclude_top_choices),
+    ("xtc_probability", apply_xtc),
 )
 _STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
 
 
 def _candidates(
-    logits: Tensor, params: GenerationParams, history: History, generator: torch.Generator | None
+    logits: Tensor, params: GenerationParams, history: TokenHistory, generator: torch.Generator | None
 ) -> Candidates:
     """All ids of logits [N] through FILTERS; in NumPy, whose calls cost a fifth of torch's."""
     values = logits.numpy()
@@ -355,7 +355,7 @@ def _candidates(
 
 
 def candidates(
-    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+    logits: Tensor, params: GenerationParams, history: TokenHistory = NOTHING, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """(logits [M], ids [M]) of the tokens that may be drawn from logits [N] after all FILTERS; at temperature 0 one.
 
@@ -367,14 +367,16 @@ def candidates(
 
 
 def filter_logits(
-    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+    logits: Tensor, params: GenerationParams, history: TokenHistory = NOTHING, generator: torch.Generator | None = None
 ) -> Tensor:
     """logits [N] after all FILTERS, -inf where a token may not be drawn; for comparison and display."""
     values, ids = candidates(logits, params, history, generator)
     return torch.full_like(logits, float("-inf")).index_put((ids,), values)
 
 
-def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
+def sample(
+    logits: Tensor, params: GenerationParams, generator: torch.Generator, history: TokenHistory = NOTHING
+) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` (with XTC two) unless temperature is 0."""
     values, ids = _candidates(logits, params, history, generator)
     if len(ids) == 1 and params.temperature < ZERO_TEMPERATURE:
@@ -391,7 +393,7 @@ def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple
     return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))
 
 
-class Stopper:
+class StopStringMatcher:
     """Cuts a growing text before the first stop string that it completes, and holds back what may begin one.
 
     One matcher of Knuth, Morris & Pratt (1977) a stop string, so that it does not matter how the text is cut in pieces.

@@ -39,7 +39,7 @@ class DocumentError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """How texts are read, and which cleaning steps are on. Those from `strip_notes` to `strip_italics` clean books only."""
 
     unwrap: bool = True
@@ -89,7 +89,7 @@ class Chunk(Protocol):
     def path(self) -> Path:
         """Its file, for messages."""
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         """Its pieces in order. Raises DocumentError."""
 
 
@@ -147,7 +147,7 @@ class SourceFile(Protocol):
         """
 
 
-def clean_document(document: int, data: bytes, options: Options) -> Piece:
+def clean_document(document: int, data: bytes, options: ReadOptions) -> Piece:
     """The clean text of a whole document. Raises UnicodeDecodeError."""
     counts: dict[str, int] = {}
     data = normalise_newlines(data.removeprefix(BOM))
@@ -169,14 +169,14 @@ def skipped_row(document: int) -> Piece:
     return Piece(document, "", 0, True, {"skipped_rows": 1})
 
 
-def layout_of(sample: bytes, options: Options, licence: bool) -> Layout:
+def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:
     """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
     found = find_layout(sample)
     width = found.width if options.unwrap else 0
     return Layout(width, found.blocks, options.books or licence or found.width > 0)
 
 
-def clean_part(data: bytes, layout: Layout, options: Options, last: bool) -> tuple[str, int, dict[str, int]]:
+def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) -> tuple[str, int, dict[str, int]]:
     """The clean text of a document or of a part of it (LF line ends), its UTF-8 bytes, and what each step did.
 
     last: the document ends with it. Raises UnicodeDecodeError.

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus.documents import Chunk, DocumentError, Options, SourceFile
+from corpus.documents import Chunk, DocumentError, ReadOptions, SourceFile
 from corpus.finder import Corpus
 from storage.shards import SPLITS
 from tokenizer import Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ class EncodedBatch:
     """Documents that are in no split: duplicates, and those without text."""
 
 
-def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
+def validation_split(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
     """Which documents validate, bool [documents]: the source's own split, else a fixed pseudo-random choice by name.
 
     At least one document, and never all; none where there is only one document, which is split by position instead.
@@ -87,7 +87,7 @@ def batched_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 
 def encode(
     chunks: list[Chunk],
-    options: Options,
+    options: ReadOptions,
     tokenizer: tuple[str, str],
     roles: np.ndarray,
     cut: int | None,
@@ -139,7 +139,7 @@ def encode(
     return made
 
 
-def document_digests(file: SourceFile, options: Options) -> np.ndarray:
+def document_digests(file: SourceFile, options: ReadOptions) -> np.ndarray:
     """A digest of each document's clean text without surrounding white space, uint64 [documents]; 0 where there is no text."""
     found = np.zeros(file.documents, dtype=np.uint64)
     digest = hashlib.blake2b(digest_size=8)
@@ -166,12 +166,12 @@ def find_duplicates(corpus: Corpus, digests: Sequence[np.ndarray]) -> np.ndarray
     return dropped & (flat != 0)
 
 
-def count_characters(chunks: list[Chunk], options: Options) -> int:
+def count_characters(chunks: list[Chunk], options: ReadOptions) -> int:
     """Characters in the clean text of `chunks`."""
     return sum(len(piece.text) for chunk in chunks for piece in chunk.read(options))
 
 
-def distinct_characters(chunks: list[Chunk], options: Options) -> str:
+def distinct_characters(chunks: list[Chunk], options: ReadOptions) -> str:
     """The distinct characters in the clean text of `chunks`, by code point."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for chunk in chunks:
@@ -200,7 +200,7 @@ class EncodingPlan:
     """What is to be encoded: the documents, how they are read, and the role and style of each."""
 
     corpus: Corpus
-    options: Options
+    options: ReadOptions
     roles: np.ndarray
     """TRAIN, VAL or DROP, uint8 [documents]."""
     cuts: Sequence[int]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import YEAR_FIELD, Chunk, Options, SourceFile
+from corpus.documents import YEAR_FIELD, Chunk, ReadOptions, SourceFile
 from corpus.readers.registry import READERS, SUFFIXES, reader_of
 
 
@@ -75,7 +75,7 @@ def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
     return list(found.values())
 
 
-def inspect(path: Path, name: str, options: Options, split: str = "") -> SourceFile | str:
+def inspect(path: Path, name: str, options: ReadOptions, split: str = "") -> SourceFile | str:
     """The documents in one file, none where it is empty; or, as text, why it cannot be read.
 
     split: `train` or `val` where the source says so.

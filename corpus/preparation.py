@@ -30,24 +30,24 @@ from pydantic import Field
 
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
-from corpus.documents import TEXT_FIELD, DocumentError, Options, SourceFile
+from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile
 from corpus.encoding import (
     DROP,
     TRAIN,
     VAL,
     EncodingPlan,
     batched_chunks,
-    choose_validation,
     count_characters,
     distinct_characters,
     document_digests,
     encode,
     find_duplicates,
+    validation_split,
 )
 from corpus.finder import Corpus, find, inspect
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
-from corpus.styles import Control, document_styles, largest_styles, style_counts
+from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress
 from storage.atomic import exclusive_lock, replace_text
 from storage.catalogue import Catalogue
@@ -229,10 +229,10 @@ def _name(flags: PrepareFlags) -> str:
     return ", ".join(Path(item).name or item for item in flags.input) or flags.source
 
 
-def _options(flags: PrepareFlags) -> Options:
+def _options(flags: PrepareFlags) -> ReadOptions:
     first, _, last = flags.years.partition("-")
-    return Options(
-        **flags.model_dump(include=set(Options.__dataclass_fields__) - {"years"}),
+    return ReadOptions(
+        **flags.model_dump(include=set(ReadOptions.__dataclass_fields__) - {"years"}),
         skip_bad=flags.skip_bad_files,
         field=flags.text_field,
         books=not flags.input and sources.is_books(flags.source),
@@ -250,7 +250,7 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
     elif flags.tokenizer == "bpe":
         settings["vocab_size"] = flags.vocab_size
     if flags.control:
-        settings["control"] = vars(Control.read(flags.control))
+        settings["control"] = vars(StyleSource.read(flags.control))
     return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
@@ -274,7 +274,9 @@ def _identity(settings: dict[str, Any], files: Iterable[InputFile]) -> str:
 # The documents in the files, and what becomes of each
 
 
-def _inspect_files(pool: Pool, files: Sequence[InputFile], options: Options, name: str) -> tuple[Corpus, Counter[str]]:
+def _inspect_files(
+    pool: Pool, files: Sequence[InputFile], options: ReadOptions, name: str
+) -> tuple[Corpus, Counter[str]]:
     """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file."""
     good: list[SourceFile] = []
     bad: list[str] = []
@@ -305,7 +307,7 @@ def _inspect_files(pool: Pool, files: Sequence[InputFile], options: Options, nam
     return Corpus(name, good), counts
 
 
-def _plan(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) -> EncodingPlan:
+def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags) -> EncodingPlan:
     """The role of each document; with --drop-duplicates all texts are read first to find duplicates."""
     dropped = np.zeros(corpus.documents, dtype=bool)
     if flags.drop_duplicates:
@@ -316,7 +318,7 @@ def _plan(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) -> 
                 digests.append(found)
                 progress.add(file.size)
         dropped = find_duplicates(corpus, digests)
-    validate = choose_validation(corpus, flags.val_fraction, dropped)
+    validate = validation_split(corpus, flags.val_fraction, dropped)
     roles = np.where(dropped, DROP, np.where(validate, VAL, TRAIN)).astype(np.uint8)
     if corpus.documents > 1 or validate.any():
         return EncodingPlan(corpus, options, roles, ())
@@ -339,7 +341,7 @@ def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[st
         return []
     if corpus.documents < 2:
         raise ConfigError([f"--control {flags.control}: there is only one document: leave it out, or add texts"])
-    control = Control.read(flags.control)
+    control = StyleSource.read(flags.control)
     names: list[str] = []
     arguments = ((file, control) for file in corpus.files)
     for file, found in zip(corpus.files, pool.map(document_styles, arguments), strict=True):

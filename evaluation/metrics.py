@@ -1,7 +1,7 @@
 """The metrics of `evaluate.py`: sums over scored tokens, and what can be counted on generated texts.
 
 python -c "from evaluation import metrics; print(metrics.distinct(['the cat and the hat'], 1))"
->>> tally = Tally(); tally.add(nats, confidence, top1, top5)
+>>> tally = MetricSums(); tally.add(nats, confidence, top1, top5)
 >>> tally.figures()["bits_per_byte"], tally.calibration()["error"]
 """
 
@@ -23,7 +23,7 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass
-class Tally:
+class MetricSums:
     """Sums over the scored tokens of one or several texts."""
 
     documents: int = 0
@@ -52,7 +52,7 @@ class Tally:
         for column, weights in enumerate((None, confidence, top1.astype(np.float64))):
             self.bins[:, column] += np.bincount(number, weights, minlength=BINS)
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: MetricSums) -> MetricSums:
         for name in ("documents", "tokens", "nats", "bytes", "words", "top1", "top5"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bins = self.bins + other.bins

@@ -6,7 +6,7 @@
 A graph repeats fixed kernels on fixed shapes. So there is one for each number of rows and each span, the number of
 positions that attention looks back at; each is recorded when it is first needed. Rows of padding use the cache's last slot.
 
-The bits of a row must not depend on the other rows here either. `rows_are_independent` tries that with the model's own
+The bits of a row must not depend on the other rows here either. `is_batch_invariant` tries that with the model's own
 attention; where it does not hold, there are no graphs.
 """
 
@@ -108,7 +108,7 @@ class DecodeGraphs:
 
 
 @torch.inference_mode()
-def rows_are_independent(model: GPT, row_counts: Sequence[int], spans: Sequence[int]) -> bool:
+def is_batch_invariant(model: GPT, row_counts: Sequence[int], spans: Sequence[int]) -> bool:
     """Whether attention gives a row the same bits for any number of rows and any span, tried on random numbers."""
     config, weight = model.config, model.wte.weight
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def record_graphs(model: GPT, cache: KVCache, row_counts: Sequence[int]) -> Deco
         return None
     try:
         for spans in (attention_spans(model.config.block_size), [model.config.block_size]):
-            if rows_are_independent(model, row_counts, spans):
+            if is_batch_invariant(model, row_counts, spans):
                 graphs = DecodeGraphs(model, cache, row_counts, spans)
                 graphs.record(row_counts[0], spans[0])
                 return graphs

@@ -47,7 +47,7 @@ from config import GenerationParams
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import History, Stopper, likelihoods, sample, seed_of
+from sampling import StopStringMatcher, TokenHistory, likelihoods, sample, sample_seed
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -128,9 +128,9 @@ class Sequence:
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
-        self.generator = torch.Generator().manual_seed(seed_of(seed, index))
-        self.history = History(self.ids, len(prompt), tokenizer)
-        self.detokenizer, self.stopper = tokenizer.detokenizer(), Stopper(params.stop)
+        self.generator = torch.Generator().manual_seed(sample_seed(seed, index))
+        self.history = TokenHistory(self.ids, len(prompt), tokenizer)
+        self.detokenizer, self.stopper = tokenizer.detokenizer(), StopStringMatcher(params.stop)
         styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
         controls = list(tokenizer.controls.values())

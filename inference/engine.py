@@ -38,7 +38,7 @@ from inference.quantize import prepare
 from inference.scoring import TokenScore, score_in_chunks
 from inference.writing import encode_prompt, prompt_window
 from model import GPT
-from sampling import fresh_seed
+from sampling import random_seed
 from tokenizer import StyleError, Tokenizer
 
 __all__ = ["Engine", "EngineError", "Event", "GenerationRequest", "QueueFull", "Result", "TokenScore"]
@@ -272,7 +272,7 @@ class Engine:
             ids,
             params,
             id=request_id or uuid.uuid4().hex,
-            seed=fresh_seed() if params.seed is None else params.seed,
+            seed=random_seed() if params.seed is None else params.seed,
             truncated=truncated,
             deadline_s=deadline_s,
             logprobs=logprobs,

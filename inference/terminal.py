@@ -91,7 +91,7 @@ class TerminalWriter:
 
     def write(self, prompt: str, params: GenerationParams, timing: Timing, *, live: bool) -> tuple[list[Result], bool]:
         """(results, completed) of all samples. live: print the first as it is written. Ctrl-C keeps what is written."""
-        results = writing.blank_results(self.model, self.tokenizer, prompt, params)
+        results = writing.empty_results(self.model, self.tokenizer, prompt, params)
         if results[0].truncated:
             print_status(
                 f"the prompt is longer than this model's context of {self.model.config.block_size} tokens: "
@@ -240,7 +240,7 @@ class InteractiveStory:
             return True
         actions = {
             "/help": lambda: print_status(HELP),
-            "/continue": self.write_on,
+            "/continue": self.continue_generation,
             "/retry": self.retry,
             "/undo": self.undo,
             "/new": self.new,
@@ -266,11 +266,11 @@ class InteractiveStory:
         self.writer.tokenizer.encode(text)  # raises if a small alphabet lacks a character: nothing changes then
         self.pieces.append(gap + text)
         self.by_model.append(False)
-        self.write_on()
+        self.continue_generation()
 
-    def write_on(self) -> None:
+    def continue_generation(self) -> None:
         """The next piece, by the model. Ctrl-C ends it and keeps what was written."""
-        params = writing.seeded(self.params.model_copy(update={"n": 1}))
+        params = writing.with_seed(self.params.model_copy(update={"n": 1}))
         timing = Timing()
         results, _ = self.writer.write(self.story, params, timing, live=True)
         print(flush=True)
@@ -287,7 +287,7 @@ class InteractiveStory:
         self.by_model.pop()
         if self.params.seed is not None:
             self.params = self.params.model_copy(update={"seed": (self.params.seed + 1) % 2**63})
-        self.write_on()
+        self.continue_generation()
 
     def undo(self) -> None:
         """Take back the model's last piece, and the words before it that asked for it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
-from corpus.documents import DocumentError, Options, Piece, clean_document
+from corpus.documents import DocumentError, Piece, ReadOptions, clean_document
 from storage.catalogue import author_of
 
 
@@ -50,7 +50,7 @@ class BookFile(ABC):
         """The text of a file: paragraphs separated by blank lines. Raises DocumentError with cause and remedy, OSError."""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> Self | str:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> Self | str:
         try:
             book = cls.extract(path)
         except DocumentError as error:
@@ -80,7 +80,7 @@ class BookChunk:
     size: int
     documents: int = 1
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         try:
             text = self.reader.extract(self.path).text
         except DocumentError as error:

@@ -15,8 +15,8 @@ from corpus.documents import (
     STYLE_FIELDS,
     ByteRange,
     DocumentError,
-    Options,
     Piece,
+    ReadOptions,
     clean_document,
     skipped_row,
 )
@@ -40,7 +40,7 @@ class JsonlFile:
     split: str = ""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> JsonlFile:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> JsonlFile:
         """The rows in a file, which is read for its line ends only: a bad row is named when its text is read."""
         blocks, start, line = [], 0, 1
         with path.open("rb") as file:
@@ -84,7 +84,7 @@ class JsonlChunk(ByteRange):
     first_line: int
     documents: int
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         lines = self.read_bytes().split(b"\n")
         document, offset = self.document, self.start
         for number, line in enumerate(lines, self.first_line):
