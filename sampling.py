@@ -25,7 +25,7 @@ from config import SETTINGS, GenerationParams
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
-ZERO_TEMPERATURE = 1e-6  # temperatures below it are 0: the likeliest token
+ZERO_TEMPERATURE = 1e-6  # temperatures below it count as 0: the most likely token
 BLOCK = 64  # logits of which `top_k` looks at the maximum first
 DRY_MOST = 1e6  # DRY's largest penalty: with it no token is drawn, however likely
 DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare: the penalty is enormous long before
@@ -33,7 +33,7 @@ MASK = 2**64 - 1
 
 
 class LogitsError(RuntimeError):
-    """The model computed something that is no probability."""
+    """Logits are NaN or infinite."""
 
 
 def random_seed() -> int:
@@ -206,8 +206,8 @@ def penalise_dry(
 
     For an id that followed, somewhere in the text, the same L ids with which the text now ends (the longest such L),
     the logit falls by `dry_multiplier` x `dry_base` ^ (L - `dry_allowed_length`), if L is at least the allowed length;
-    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage goes across an id of `dry_sequence_breakers`, and none of these ids is
-    penalised.
+    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage extends across an id of
+    `dry_sequence_breakers`, and none of these ids is penalised.
     """
     whole = text.array(params.penalty_last_n)
     none = np.empty(0, dtype=np.int64)
@@ -238,7 +238,7 @@ def penalise_dry(
 def keep_top_n_sigma(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
     """Ids whose logit is at least the largest minus `top_n_sigma` standard deviations of all finite logits.
 
-    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it stands before the temperature, on which the set
+    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it comes before the temperature, on which the set
     does not depend; the deviation is the population's, as in llama.cpp.
     """
     top = logits.max()
@@ -272,7 +272,7 @@ def apply_temperature(logits: np.ndarray, ids: np.ndarray, params: GenerationPar
 
 
 def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
-    """The smallest set of likeliest ids whose probabilities sum to `top_p` (Holtzman et al. 2020, nucleus sampling).
+    """The smallest set of most likely ids whose probabilities sum to `top_p` (Holtzman et al. 2020, nucleus sampling).
 
     Of equal logits at the edge those with larger ids stay, which transformers leaves open.
     """
@@ -284,7 +284,7 @@ def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_
 
 
 def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
-    """Ids at least `min_p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    """Ids at least `min_p` times as likely as the most likely one (Nguyen et al. 2024)."""
     probs = softmax(logits)
     kept = probs >= np.float32(params.min_p) * probs.max()
     return logits[kept], ids[kept]
@@ -387,7 +387,7 @@ def sample(
 
 
 def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """(log-probability of `token`, the `top` likeliest as (id, log-probability)) under logits [N], unfiltered."""
+    """(log-probability of `token`, the `top` most likely as (id, log-probability)) under logits [N], unfiltered."""
     total = logits.logsumexp(-1)
     values, ids = logits.topk(min(top, len(logits)))
     return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))
@@ -406,7 +406,7 @@ class StopStringMatcher:
 
     @staticmethod
     def _table(stop: str) -> list[int]:
-        """For each prefix the length of its longest end that is also its beginning."""
+        """KMP failure table: for each prefix the length of its longest proper prefix that is also a suffix."""
         table = [0] * len(stop)
         for at in range(1, len(stop)):
             length = table[at - 1]

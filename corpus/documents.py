@@ -30,12 +30,12 @@ from corpus.cleaning import (
 
 TEXT_FIELD = "text"  # the field of rows that holds their text
 YEAR_FIELD = "publication_date"  # the field that --years looks at
-STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may tell a style
+STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may hold a style
 CONVERT = "convert it to UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`), or leave it out with --skip-bad-files"
 
 
 class DocumentError(ValueError):
-    """A text that cannot be read; the message names the file, the place and the remedy."""
+    """A text that cannot be read; the message names the file, the place and the fix."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class SourceFile(Protocol):
 
     @property
     def split(self) -> str:
-        """`train` or `val` where the source itself says so, else empty."""
+        """`train` or `val` where the source itself defines the split, otherwise empty."""
 
     def chunks(self, first: int) -> Iterator[Chunk]:
         """Its chunks in order; `first` is the number of its first document."""
 
     def style_values(self, what: str) -> Iterable[Any] | None:
-        """What each document says of its `author`, `decade` (any text with a year) or the field `what`; None where the format
+        """Each document's own `author`, `decade` (any text with a year) or field `what`; None where the format
         has no such field.
 
         Raises DocumentError where this file alone lacks the field.

@@ -34,16 +34,14 @@ class MetricSums:
     words: int = 0
     """Words of the text, cut at white space."""
     top1: int = 0
-    """Tokens that the model found likeliest."""
+    """Tokens that were the model's most likely (top-1 hits)."""
     top5: int = 0
-    """Tokens among its five likeliest."""
+    """Tokens among its five most likely (top-5 hits)."""
     bins: np.ndarray = field(default_factory=lambda: np.zeros((BINS, 3)))
-    """[BINS, 3] by the probability of the likeliest token: tokens, sum of that probability, how often it was right."""
+    """[BINS, 3] by the probability of the most likely token: tokens, sum of that probability, how often it was right."""
 
     def add(self, nats: np.ndarray, confidence: np.ndarray, top1: np.ndarray, top5: np.ndarray) -> None:
-        """Add scored tokens, each array [n]: the loss, the likeliest token's probability, whether the text goes on with it
-        and whether with one of the five likeliest.
-        """
+        """Add scored tokens, each array [n]: the loss, the most likely token's probability, top-1 and top-5 hits."""
         self.tokens += len(nats)
         self.nats += math.fsum(nats.tolist())
         self.top1 += int(top1.sum())
@@ -80,7 +78,7 @@ class MetricSums:
         }
 
     def calibration(self) -> dict[str, Any]:
-        """Expected calibration error (Guo et al. 2017) and its table, for the likeliest token."""
+        """Expected calibration error (Guo et al. 2017) and its table, for the most likely token."""
         rows = []
         for number, (count, confidence, right) in enumerate(self.bins.tolist()):
             row: dict[str, Any] = {"from": number / BINS, "to": (number + 1) / BINS, "tokens": int(count)}

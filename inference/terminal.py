@@ -55,7 +55,7 @@ class Timing:
     tokens: int = 0
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Pass events on and count their tokens."""
+        """Yield the events unchanged and count their tokens."""
         for event in events:
             if event.token_id is not None:
                 self.last = time.perf_counter()
@@ -70,7 +70,7 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None where there is too little to measure."""
+        """Tokens a second after the first; None with too few tokens to measure."""
         spent = self.last - (self.first or self.last)
         return (self.tokens - 1) / spent if spent > 0 else None
 
@@ -83,7 +83,7 @@ class Timing:
 
 @dataclass
 class TerminalWriter:
-    """A loaded model that writes for the terminal. decoder: used again for each text, so that it keeps what it has read."""
+    """A loaded model that writes for the terminal. decoder: reused for each text, so that its prefix cache is kept."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -125,7 +125,7 @@ def columns(texts: Sequence[str], width: int) -> str:
 
 
 def print_samples(texts: Sequence[str]) -> None:
-    """Several samples: side by side on a terminal, else as sections."""
+    """Several samples: side by side on a terminal, otherwise as sections."""
     print(columns(texts, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0), flush=True)
 
 
@@ -139,7 +139,7 @@ def write_once(
     live: bool,
     as_json: bool,
 ) -> int:
-    """One prompt: text, samples or JSON. echo: print the prompt before the text. Returns 130 when interrupted, else 0."""
+    """One prompt: text, samples or JSON. echo: print the prompt before the text. Returns 0, or 130 when interrupted."""
     timing = Timing()
     live = live and params.n == 1 and not as_json
     opening = prompt if echo else ""
@@ -180,7 +180,7 @@ def json_report(
 
 
 def write_gallery(writer: TerminalWriter, params: GenerationParams) -> int:
-    """One text for each kind of opening. Returns 130 when interrupted, else 0."""
+    """One text for each kind of opening. Returns 0, or 130 when interrupted."""
     for number, (kind, openings) in enumerate(GALLERY.items()):
         opening = openings[((params.seed or 0) + number) % len(openings)]
         try:
@@ -232,7 +232,7 @@ class InteractiveStory:
                 print_status(f"error: {error}")
 
     def handle(self, line: str) -> bool:
-        """Do what one line says; False to end."""
+        """Handle one line of input, a command or text; False to end."""
         command, _, rest = line.strip().partition(" ")
         if not command.startswith("/"):
             if line.strip():
@@ -290,7 +290,7 @@ class InteractiveStory:
         self.continue_generation()
 
     def undo(self) -> None:
-        """Take back the model's last piece, and the words before it that asked for it."""
+        """Remove the model's last piece and the person's words before it."""
         if not self.pieces:
             print_status("nothing to take back")
             return
@@ -305,7 +305,7 @@ class InteractiveStory:
         self.pieces, self.by_model = [], []
 
     def set(self, words: str) -> None:
-        """Change one setting; a fault is named and changes nothing."""
+        """Change one setting; an invalid value is reported and changes nothing."""
         name, _, value = words.strip().partition(" ")
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerationParams.model_fields or not value:

@@ -4,8 +4,8 @@
     >>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
 
 This is the loop for one caller at a time: `generate.py`, samples during training, `evaluate.py`. For many callers at once
-`engine.Engine` runs the same `BatchDecoder` in a thread of its own; one seed gives the same text either way. What happens
-to a prompt on its way is described in `inference/decoder.py`.
+`engine.Engine` runs the same `BatchDecoder` in its own thread; one seed gives the same text either way. The path
+of a prompt is described in `inference/decoder.py`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def stream(
     """The events of all `params.n` samples as they are written, side by side; see `decoder.Event`.
 
     A prompt longer than the context is cut (`prompt_window`). logprobs: number of alternatives reported with each token.
-    decoder: one of this model's, used again so that a prompt it has read before is not read twice.
+    decoder: one of this model's, reused so that a prompt it has read before is not read twice.
     Raises what the model or the sampling raised; closing the generator ends the samples.
     """
     context = model.config.block_size

@@ -37,7 +37,7 @@ class Catalogue:
     files: Sequence[tuple[str, int]]
     """Name of each source file and how many documents it holds."""
     validating: np.ndarray
-    """Which documents validate, bool [documents]."""
+    """The validation documents (boolean mask), bool [documents]."""
     dropped: Sequence[int]
     """Numbers of the documents that are in no split: duplicates, and those without text."""
     shared: bool = False

@@ -413,7 +413,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(
         assert stopped.returncode == (-signal.SIGKILL if how == "SIGKILL" else 130), stopped.stderr
         assert not out.exists()
     if how == "SIGINT":
-        assert "goes on from here" in stopped.stderr
+        assert "run the same command to resume" in stopped.stderr
     done = start(0, out)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= calls - 2 * (calls // 3) + 4

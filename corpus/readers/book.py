@@ -1,6 +1,6 @@
 """What the readers of e-book and word processor formats share: one document a file, its text extracted from the whole file.
 
-Such a reader only says how to extract the text; see `HtmlFile`. The text is extracted twice, once to check the file before
+Such a reader only defines how to extract the text; see `HtmlFile`. The text is extracted twice, once to check the file before
 any work and once by the worker that encodes it, so that no more than one book is in memory at a time.
 """
 
@@ -17,7 +17,7 @@ from storage.catalogue import author_of
 
 
 class Book(NamedTuple):
-    """The text of a file, and what the file itself says about it."""
+    """The text of a file, and the metadata in the file itself."""
 
     text: str
     author: str = ""

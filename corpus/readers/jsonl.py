@@ -65,7 +65,7 @@ class JsonlFile:
             first += rows
 
     def style_values(self, what: str) -> Iterator[Any]:
-        """The first field of each row that tells `what`; None for a row without one."""
+        """The first field of each row that holds `what`; None for a row without one."""
         names = STYLE_FIELDS.get(what, (what,))
         with self.path.open("rb") as lines:
             for line in lines:
@@ -108,12 +108,12 @@ def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes:
         raise DocumentError(f"{place}: not UTF-8 at byte offset {offset + error.start}; {CONVERT}") from None
     except ValueError as error:
         raise DocumentError(
-            f"{place}: not JSON ({error}); mend the row, or leave it out with --skip-bad-files"
+            f"{place}: not JSON ({error}); fix the row, or leave it out with --skip-bad-files"
         ) from None
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         fields = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise DocumentError(
-            f"{place}: no text in a field '{name}' ({fields}); mend the row, name another with --text-field, or use "
+            f"{place}: no text in a field '{name}' ({fields}); fix the row, name another with --text-field, or use "
             f"--skip-bad-files"
         )
     text: str = row[name]

@@ -105,7 +105,7 @@ class ParquetFile:
             yield ParquetChunk(first, self.path, tuple(rows))
 
     def style_values(self, what: str) -> list[Any]:
-        """The column that tells `what`. Raises DocumentError where there is none."""
+        """The column that holds `what`. Raises DocumentError where there is none."""
         import pyarrow.parquet
 
         fields = STYLE_FIELDS.get(what, (what,))

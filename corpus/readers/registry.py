@@ -29,7 +29,7 @@ class Reader(SourceFile, Protocol):
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> SourceFile | str:
         """The documents in one file, none where it is empty; or, as text, why it cannot be read.
 
-        split: `train` or `val` where the source says so. May raise OSError.
+        split: `train` or `val` where the source defines the split. May raise OSError.
         """
 
 

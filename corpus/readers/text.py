@@ -50,9 +50,9 @@ class TextFile:
             for beginning, what in OTHER_FORMATS.items():
                 if head.startswith(beginning):
                     return f"{path}: this is {what}"
-            size, blank, fault = _check_encoding(file)
-            if fault:
-                return f"{path}: {fault}"
+            size, blank, problem = _check_encoding(file)
+            if problem:
+                return f"{path}: {problem}"
             start = len(BOM) if head.startswith(BOM) else 0
             if blank or size == start:
                 return cls(name, path, (0,), Layout(), {}, documents=0, split=split)

@@ -273,7 +273,7 @@ def test_more_styles_than_ids_keep_the_largest_and_say_so(tmp_path: Path, capsys
         ("missing.csv", "missing.csv: No such file"),
         ("bad.csv", "line 2 is not NAME,STYLE: B_Two_1850.txt"),
         ("bad.toml", "bad.toml: A: write NAME = "),
-        ("other.csv", "tells no style of any document"),
+        ("other.csv", "gives no document a style"),
     ],
 )
 def test_what_cannot_tell_styles_is_refused(
