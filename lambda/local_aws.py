@@ -244,7 +244,9 @@ class Services:
         if wrong:
             return wrong
         try:
-            answer = await self.endpoint.upstream().post("/invocations", content=body, headers=passed(request))
+            answer = await self.endpoint.upstream().post(
+                "/invocations", content=body, headers=forwarded_headers(request)
+            )
         except httpx.TimeoutException:
             return model_error(0, "Your invocation timed out while waiting for a response from container primary")
         except httpx.TransportError:
@@ -265,7 +267,7 @@ class Services:
             return fault(400, "ValidationError", f"Endpoint {self.endpoint.name} does not support response streaming.")
         upstream = self.endpoint.upstream()
         asked = upstream.build_request(
-            "POST", "/invocations", content=body, headers=passed(request), timeout=STREAM_SECONDS
+            "POST", "/invocations", content=body, headers=forwarded_headers(request), timeout=STREAM_SECONDS
         )
         try:
             answer = await upstream.send(asked, stream=True)
@@ -316,7 +318,7 @@ def application(
     return Starlette(routes=routes)
 
 
-def passed(request: Request) -> dict[str, str]:
+def forwarded_headers(request: Request) -> dict[str, str]:
     """The headers of a request that reach the container."""
     accept = request.headers.get("x-amzn-sagemaker-accept") or request.headers.get("accept") or "*/*"
     return {"Content-Type": request.headers.get("content-type", "application/json"), "Accept": accept}

@@ -33,7 +33,7 @@ CALL_S = 60.0  # that SageMaker gives a serverless invocation
 SPARE_S = 10.0  # of it, for the request's way and the prompt
 
 
-class Flags(base.Common):
+class Flags(base.EndpointFlags):
     """A serverless endpoint: billed by the millisecond of use."""
 
     name: str = Field("victorian-serverless", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags.dry_run:
                 print(json.dumps([{name: parameters} for name, parameters in calls], indent=2))
                 return 0
-            base.carry_out(flags, calls, stream=False)
+            base.deploy_and_test(flags, calls, stream=False)
             print(base.usage(flags, "buffered", token_limit(flags.tokens_per_s)))
         return 0
 

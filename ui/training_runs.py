@@ -30,7 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
 
 class TrainingError(ValueError):
-    """A run cannot be started, stopped or resumed; the message says why."""
+    """A run cannot be started, stopped or resumed; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def start(
     texts: Mapping[str, bytes] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Start `train.py` on uploaded texts, else on the preset's own (with `minutes`: on the sample stories).
+    """Start `train.py` on uploaded texts, or without any on the preset's own (with `minutes`: on the sample stories).
 
     minutes: how long to train; `train.py --minutes` chooses everything else. Raises TrainingError or ConfigError before
     anything starts.

@@ -20,7 +20,7 @@ def found_runs() -> list[Run]:
     return training_runs.runs(state.flags().runs)
 
 
-def act(action: str, run: Run) -> None:
+def run_action(action: str, run: Run) -> None:
     """Stop or resume a run; the page shows why it cannot."""
     try:
         getattr(training_runs, action)(run)
@@ -38,10 +38,12 @@ def draw_head(run: Run, running: bool) -> None:
         st.subheader(run.name, anchor=False, width="content")
         if running:
             st.badge("training", icon=":material/model_training:", color="green")
-            st.button("Stop and save", icon=":material/stop:", key="stop_run", on_click=act, args=("stop", run))
+            st.button("Stop and save", icon=":material/stop:", key="stop_run", on_click=run_action, args=("stop", run))
         elif run.resumable():
             st.badge("stopped", color="orange")
-            st.button("Resume", icon=":material/play_arrow:", key="resume_run", on_click=act, args=("resume", run))
+            st.button(
+                "Resume", icon=":material/play_arrow:", key="resume_run", on_click=run_action, args=("resume", run)
+            )
         elif rows:
             st.badge("finished", icon=":material/check:", color="gray")
     if description := run.config().get("description"):
