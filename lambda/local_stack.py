@@ -374,6 +374,8 @@ class Stack:
             "WORKER_FUNCTION": "worker",
             "TABLE_NAME": "requests",
             "LIMITS_JSON": limits_json(),
+            "MAX_TOKENS": "100000",  # the most that the template allows
+            "MAX_SAMPLES": "128",
             "TOKENS": f"local:{hashlib.sha256(self.token.encode()).hexdigest()}",
         }
         return given | self._environment

@@ -3,7 +3,7 @@
     python sagemaker/launch_training_job.py --data s3://MY-BUCKET/data/victorian --output s3://MY-BUCKET/runs \\
         --role arn:aws:iam::ACCOUNT:role/SageMaker --dry-run
     python sagemaker/launch_training_job.py … --instance-type ml.g5.xlarge --preset story-small --max-hours 3
-    python sagemaker/launch_training_job.py … --name victorian-a --spot      # the same again resumes, exactly
+    python sagemaker/launch_training_job.py … --name victorian-a --spot      # the same command again resumes exactly
 
 The job runs `sagemaker/job_entry.py`, which passes the data to `train.py`, keeps the run folder where SageMaker copies it
 to S3 and restores it from there, and leaves the best model as the job's artifact. A job of the same --name and --output
@@ -58,7 +58,7 @@ class Flags(Strict):
     output: str = ""
     """s3://BUCKET/FOLDER for checkpoints, TensorBoard files and the model."""
     role: str = ""
-    """ARN of the role that SageMaker takes on."""
+    """ARN of the role that SageMaker assumes."""
     region: str = ""
     """AWS region; default: that of the AWS settings."""
     instance_type: str = "ml.p4d.24xlarge"
@@ -66,7 +66,7 @@ class Flags(Strict):
     instances: int = Field(1, ge=1, le=64)
     """Machines; torchrun joins them."""
     volume_gb: int = Field(200, ge=10, le=16384)
-    """Disk of machines that bring none of their own."""
+    """Disk size of machines without local storage."""
     input_mode: Literal["FastFile", "File"] = "FastFile"
     """FastFile starts at once and copies the shards in order; File waits for SageMaker's download."""
     max_hours: float = Field(24.0, gt=0.0, le=120.0)

@@ -58,7 +58,7 @@ class EndpointFlags(Strict):
     image: str = ""
     """Image built from sagemaker/Dockerfile, in this account's ECR."""
     role: str = ""
-    """ARN of the role that SageMaker takes on (reads the bucket, pulls the image, writes logs)."""
+    """ARN of the role that SageMaker assumes (reads the bucket, pulls the image, writes logs)."""
     region: str = ""
     """AWS region; default: that of the AWS settings."""
     wait: bool = True
@@ -81,7 +81,7 @@ class Flags(EndpointFlags):
     max_instances: int = Field(1, ge=1, le=1000)
     """Machines at most; above --instances, a scaling policy is made."""
     concurrency: float = Field(12.0, gt=0.0, le=1000.0)
-    """Requests at once on one machine that scaling aims at."""
+    """Concurrent requests per machine that scaling aims at."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts that one machine writes at the same time (own engine)."""
     startup_s: int = Field(600, ge=60, le=3600)

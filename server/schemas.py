@@ -105,7 +105,7 @@ def check_limits(params: GenerationParams, settings: ServerFlags) -> GenerationP
 
 
 class GenerateBody(SamplingBody):
-    """A prompt, and how to go on from it."""
+    """A prompt and how to continue it."""
 
     prompt: Text
     """Text to continue; empty: starts from nothing."""

@@ -172,7 +172,7 @@ class Service:
             self.scoring -= 1
 
     async def originality(self, text: str, min_tokens: int) -> dict[str, Any]:
-        """The originality report of a text; ApiError 404 where there is no index, 400 for what it cannot check."""
+        """The originality report of a text; ApiError 404 where there is no index, 400 for a text it cannot check."""
         self.check_prompt(text, "text")
         if self.scoring > self.settings.queue_size:
             raise queue_full(1.0)

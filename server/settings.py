@@ -53,7 +53,7 @@ class ServerFlags(Strict):
     stall_s: float = Field(30.0, gt=0.0)
     """Seconds a client may leave its stream unread before the connection is dropped."""
     grace_s: float = Field(20.0, ge=0.0)
-    """Seconds that running texts may go on after SIGTERM."""
+    """Seconds that running texts may continue after SIGTERM."""
     flush_ms: float = Field(0.0, ge=0.0, le=10_000.0)
     """Milliseconds of text sent as one streamed message; 0: one message per token."""
     ws_requests: int = Field(8, ge=1, le=1000)

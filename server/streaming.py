@@ -98,7 +98,7 @@ def error_message(error: ApiError, request_id: str | None) -> dict[str, Any]:
 
 
 async def text_pieces(generation: Generation, flush_s: float) -> AsyncGenerator[tuple[int, str]]:
-    """(sample, text) as it is written; with `flush_s`, each sample's text gathered for that many seconds."""
+    """(sample, text) as it is written; with `flush_s`, each sample's text coalesced for that many seconds."""
     async with aclosing(generation.events()) as events:
         if flush_s:
             async with aclosing(coalesced_tokens(events, flush_s)) as pieces:

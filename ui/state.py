@@ -120,7 +120,7 @@ def place() -> BackendLocation | None:
 
 def choose_place(chosen: BackendLocation) -> None:
     st.session_state["place"] = chosen
-    st.session_state.pop("place_fault", None)
+    st.session_state.pop("model_error", None)
 
 
 def last_modified(chosen: BackendLocation) -> float:
@@ -140,22 +140,22 @@ def _backend(chosen: BackendLocation, last_modified: float) -> Backend:
 
 
 def backend() -> Backend | None:
-    """The model of this session, loaded; None where there is none, or where it cannot be used (see `fault`)."""
+    """The model of this session, loaded; None where there is none, or where it cannot be used (see `model_error`)."""
     chosen = place()
     if chosen is None:
         return None
     try:
         opened = _backend(chosen, last_modified(chosen))
     except (BackendError, OSError, ValueError, RuntimeError, ImportError) as error:
-        st.session_state["place_fault"] = str(error)
+        st.session_state["model_error"] = str(error)
         return None
-    st.session_state.pop("place_fault", None)
+    st.session_state.pop("model_error", None)
     return opened
 
 
-def fault() -> str:
+def model_error() -> str:
     """Why the model of this session cannot be used; empty when it can."""
-    return st.session_state.get("place_fault", "")
+    return st.session_state.get("model_error", "")
 
 
 def open_story() -> OpenStory:

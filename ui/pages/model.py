@@ -171,7 +171,7 @@ def draw() -> None:
             backend = state.backend()
         if backend is None:
             st.error("This model cannot be used:", icon=":material/error:")
-            st.text(state.fault())
+            st.text(state.model_error())
             return
         st.subheader(state.plain(backend.name), anchor=False)
         st.caption(state.plain(now.where if now.kind == "local" else now.where.partition("?")[0]))

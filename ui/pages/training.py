@@ -159,7 +159,7 @@ def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
 
 
 def choose_limits(preset: str) -> tuple[str, dict[str, Any]]:
-    """(the run's name, what `training_runs.start` versions) for a preset, shortened if wanted."""
+    """(the run's name, the arguments of `training_runs.start`) for a preset, shortened if wanted."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Name", value=preset, max_chars=60)
         steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
@@ -210,7 +210,7 @@ def draw() -> None:
     runs = found_runs()
     draw_start(not runs)
     if not runs:
-        st.info("No model has been trained yet. The sample preset versions about three minutes on two cores.")
+        st.info("No model has been trained yet. The sample preset takes about three minutes on two cores.")
         return
     names = [run.name for run in runs]
     if st.session_state.get("run_shown") not in names:

@@ -109,9 +109,9 @@ def draw_empty() -> None:
     with st.container(key="page_write"):
         st.title("A place to write")
         st.html('<p class="lead">You begin a story, and a language model continues it.</p>')
-        if state.fault():
+        if state.model_error():
             st.error("The model cannot be opened.", icon=":material/error:")
-            st.text(state.fault())
+            st.text(state.model_error())
             st.button("Try again", icon=":material/refresh:", key="try_again")
             st.page_link("ui/pages/model.py", label="Choose another model", icon=":material/deployed_code:")
             return
