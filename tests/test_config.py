@@ -208,7 +208,7 @@ def test_a_flag_can_be_a_mapping() -> None:
 
 
 def test_a_flag_can_be_a_mapping() -> None:
-    class Weighted(Strict):
+    class Weighted(FrozenSettings):
         weights: dict[int, float] = {}
 
     assert parse_flags(Weighted, []).weights == {}
