@@ -203,9 +203,11 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         scaler.load_state_dict(start.state["scaler"])
 
     # 4 loop: collect its state in one object, then train step by step
-    per_step = (sizes.batch_size, sizes.tokens_per_step)
-    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step)
-    save.step = start.state.get("step", -1)  # last/ of this step is on the disk already
+    per_step, saved = (
+        (sizes.batch_size, sizes.tokens_per_step),
+        start.state.get("step", -1),
+    )  # the step of last/ on disk
+    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step, step=saved)
     state = TrainState(
         run=run,
         config=config,
