@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,7 +188,10 @@ def test_clipping_limits_the_norm() -> None:
     assert math.sqrt(sum(float((g**2).sum()) for g in caught.values())) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_run_leaves_its_folder(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_its_folder(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw_losses: Callable[[Path], Path | None]
+) -> None:
+    monkeypatch.setattr(metrics, "draw_losses", draw_losses)
     out = tmp_path / "run"
     assert (
         run(

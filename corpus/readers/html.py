@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from corpus.readers.book import Book, BookFile
-from corpus.readers.markup import decode_markup, local_name, markup_text, parse_markup
+from corpus.readers.markup import decode_markup, markup_text, parse_markup, tag_of
 
-AUTHOR_NAMES = ("author", "dc.creator", "dcterms.creator")  # names of `<meta>` that tell the author
+AUTHOR_NAMES = ("author", "dc.creator", "dcterms.creator")  # names of `<meta>` that hold the author
 
 
 class HtmlFile(BookFile):
@@ -23,6 +23,6 @@ class HtmlFile(BookFile):
 
 def _author(root: Any) -> str:
     for element in root.iter("*"):
-        if local_name(element) == "meta" and (element.get("name") or "").lower() in AUTHOR_NAMES:
+        if tag_of(element) == "meta" and (element.get("name") or "").lower() in AUTHOR_NAMES:
             return (element.get("content") or "").strip()
     return ""

@@ -11,18 +11,41 @@ from __future__ import annotations
 
 import codecs
 import re
-from html.entities import html5
+from html import escape
 from typing import Any
 
 from corpus.documents import DocumentError
 
 SPACE = re.compile(r"[ \t\r\n\f]+")  # HTML's white space; a no-break space is text
-WITHOUT_TEXT = {  # elements whose content is no text of the document
-    *("head", "script", "style", "template", "noscript", "title", "svg", "math", "iframe", "object", "audio", "video"),
-    *("canvas", "map", "button", "select", "textarea", "rt", "rp", "rtc", "del", "s", "strike"),
-}
-PARAGRAPHS = {  # a blank line before and after
-    *(
+WITHOUT_TEXT = frozenset(  # elements whose content is no text of the document
+    [
+        "head",
+        "script",
+        "style",
+        "template",
+        "noscript",
+        "title",
+        "svg",
+        "math",
+        "iframe",
+        "object",
+        "audio",
+        "video",
+        "canvas",
+        "map",
+        "button",
+        "select",
+        "textarea",
+        "rt",
+        "rp",
+        "rtc",
+        "del",
+        "s",
+        "strike",
+    ]
+)
+PARAGRAPHS = frozenset(  # a blank line before and after
+    [
         "p",
         "h1",
         "h2",
@@ -39,23 +62,26 @@ PARAGRAPHS = {  # a blank line before and after
         "hr",
         "figure",
         "section",
-    ),
-    *("article", "header", "footer", "aside", "main", "hgroup", "center", "fieldset", "form"),
-}
-LINES = {"div", "li", "dt", "dd", "tr", "caption", "figcaption", "address", "summary", "details", "nav", "body", "html"}
-LEFT_OUT = {
-    "pagebreak",
-    "doc-pagebreak",
-    "noteref",
-    "doc-noteref",
-    "doc-backlink",
-}  # epub:type and role: page numbers, notes' marks
+        "article",
+        "header",
+        "footer",
+        "aside",
+        "main",
+        "hgroup",
+        "center",
+        "fieldset",
+        "form",
+    ]
+)
+LINES = frozenset(
+    ["div", "li", "dt", "dd", "tr", "caption", "figcaption", "address", "summary", "details", "nav", "body", "html"]
+)
+LEFT_OUT = frozenset(
+    ["pagebreak", "doc-pagebreak", "noteref", "doc-noteref", "doc-backlink"]
+)  # page numbers and marks of notes
 BACK_ARROWS = {"↑", "↩", "↩︎", "↵", "^"}
 SCENE_BREAK = "* * *"
-DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")
-DOCTYPE = re.compile(r"<!DOCTYPE[^>\[]*(?:\[[^\]]*\]\s*)?>", re.IGNORECASE)
-ENTITY = re.compile(r"&([A-Za-z][A-Za-z0-9]*);")
-XML_ENTITIES = {"amp", "lt", "gt", "quot", "apos"}
+CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 CHARSET = re.compile(
     rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)|<meta[^>]*?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
 )
@@ -96,28 +122,14 @@ def _decode(data: bytes, encoding: str) -> str:
 
 
 def parse_markup(text: str) -> Any:
-    """The root element of an HTML page. A page that says it is XHTML is read as XML, unless it is not well-formed."""
+    """The root element of an HTML or XHTML page, however broken: libxml2's HTML parser knows all named characters and `<title/>`."""
     from lxml import etree
 
-    if "<html" in text[:HEAD_BYTES] and "xmlns" in text[:HEAD_BYTES]:
-        try:
-            return etree.fromstring(
-                _plain_xml(text), etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True)
-            )
-        except etree.XMLSyntaxError:
-            pass  # read as HTML, as browsers do
+    text = CDATA.sub(
+        lambda section: escape(section[1]), text
+    )  # XHTML's way to write text, which HTML takes for a comment
     root = etree.fromstring(text.encode() or b" ", etree.HTMLParser(encoding="utf-8", huge_tree=True))
     return etree.Element("html") if root is None else root
-
-
-def _plain_xml(text: str) -> bytes:
-    """XHTML without declarations, its named characters (`&nbsp;`, `&eacute;`) as themselves: no DTD is needed to parse it."""
-
-    def character(entity: re.Match[str]) -> str:
-        return entity[0] if entity[1] in XML_ENTITIES else html5.get(f"{entity[1]};", entity[0])
-
-    text = DOCTYPE.sub("", DECLARATION.sub("", text), count=1)
-    return ENTITY.sub(character, text).encode()
 
 
 def markup_text(root: Any, keep_spaces: bool = False) -> str:
@@ -133,7 +145,7 @@ def markup_text(root: Any, keep_spaces: bool = False) -> str:
     pre = int(keep_spaces)  # open elements in which white space is kept
     walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     for event, element in walk:
-        name = local_name(element)
+        name = tag_of(element)
         if event == "start":
             writer.newlines(_newlines_around(element, name))
             if name in WITHOUT_TEXT or LEFT_OUT & roles(element) or _is_note_mark(element, name):
@@ -207,15 +219,14 @@ class _TextWriter:
         return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
-def local_name(element: Any) -> str:
-    """The tag without namespace, in small letters; empty for comments and the like."""
-    return element.tag.rpartition("}")[2].lower() if isinstance(element.tag, str) else ""
+def tag_of(element: Any) -> str:
+    """The tag in small letters; empty for comments and the like."""
+    return element.tag.lower() if isinstance(element.tag, str) else ""
 
 
 def roles(element: Any) -> set[str]:
     """The words of `epub:type` and `role`."""
-    names = ("{http://www.idpf.org/2007/ops}type", "epub:type", "role")
-    return {word for name in names for word in (element.get(name) or "").split()}
+    return {word for name in ("epub:type", "role") for word in (element.get(name) or "").split()}
 
 
 def _newlines_around(element: Any, name: str) -> int:
@@ -224,7 +235,7 @@ def _newlines_around(element: Any, name: str) -> int:
     if name not in LINES:
         return 0
     # a div around other blocks is a section or a stanza; one with text alone is a line
-    blocks = name == "div" and any(local_name(child) in PARAGRAPHS | LINES for child in element)
+    blocks = name == "div" and any(tag_of(child) in PARAGRAPHS | LINES for child in element)
     return 2 if blocks else 1
 
 
@@ -232,7 +243,7 @@ def _is_note_mark(element: Any, name: str) -> bool:
     """`<sup><a href="#note">1</a></sup>`, which refers to a note, or `<a href="#mark">↑</a>`, which leads back from it."""
     if name == "a":
         return "#" in (element.get("href") or "") and not len(element) and (element.text or "").strip() in BACK_ARROWS
-    if name != "sup" or len(element) != 1 or local_name(element[0]) != "a":
+    if name != "sup" or len(element) != 1 or tag_of(element[0]) != "a":
         return False
     return "#" in (element[0].get("href") or "") and not (element.text or "").strip()
 
@@ -244,7 +255,7 @@ def _drop_capital(image: Any) -> str:
 
 def _row_text(row: Any, keep_spaces: bool) -> str:
     """A table's row: its cells with tabs between them, or as paragraphs where one has several lines."""
-    cells = [markup_text(cell, keep_spaces) for cell in row if local_name(cell) in ("td", "th")]
+    cells = [markup_text(cell, keep_spaces) for cell in row if tag_of(cell) in ("td", "th")]
     if any("\n" in cell for cell in cells):
         return "\n\n".join(cell for cell in cells if cell)
     return "\t".join(cells).rstrip("\t")
