@@ -183,9 +183,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
     train, clamped = clamp_schedule(train, total)
-    module = wrapped(
-        model.to(device), config, distributed, device
-    )  # compiled, distributed: `model` itself is what is saved
+    module = wrapped(model.to(device), config, distributed, device)  # for the steps; `model` itself is what is saved
 
     # 3 optimizer: AdamW, or Muon beside it, and for fp16 a loss scaler against gradient underflow.
     optimizer = Optimizer(model, train)
@@ -203,11 +201,9 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         scaler.load_state_dict(start.state["scaler"])
 
     # 4 loop: collect its state in one object, then train step by step
-    per_step, saved = (
-        (sizes.batch_size, sizes.tokens_per_step),
-        start.state.get("step", -1),
-    )  # the step of last/ on disk
-    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step, step=saved)
+    per_step = (sizes.batch_size, sizes.tokens_per_step)
+    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step)
+    save.step = start.state.get("step", -1)  # last/ of this step is on the disk already
     state = TrainState(
         run=run,
         config=config,
