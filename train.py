@@ -170,8 +170,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
     checkpoint = newest_valid_checkpoint(run) if args.resume or restarted() else None
 
-    # 2 model: new, or with the weights that --init-from names, or from the checkpoint. The batch size is fixed before
-    # the model moves to its device, as batch size 0 means as many windows as fit into the memory free there.
+    # 2 model: new, from --init-from, or from the checkpoint; the batch is sized while the device's memory is still free
     if checkpoint is None:
         config = config.model_copy(update={"init_from": args.init_from or config.init_from})
         start = InitialState(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
@@ -184,9 +183,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
     train, clamped = clamp_schedule(train, total)
-    module = wrapped(
-        model.to(device), config, distributed, device
-    )  # compiled, distributed: `model` itself is what is saved
+    module = wrapped(model.to(device), config, distributed, device)  # for the steps; `model` itself is what is saved
 
     # 3 optimizer: AdamW, or Muon beside it, and for fp16 a loss scaler against gradient underflow.
     optimizer = Optimizer(model, train)
@@ -256,8 +253,8 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
                 schedule_final_decay(state)
             train = state.train
 
-            # Does the run end here? Clocks and signals differ between ranks, and a rank that stopped alone would leave the
-            # others waiting for its gradients in all-reduce: so the ranks exchange their answers first.
+            # Does the run end here? Clocks and signals differ between ranks, and a rank that stopped alone would leave
+            # the others waiting for its gradients in all-reduce: so the ranks exchange their answers first.
             reason = training_ends(train, progress, state.total_steps, meter.elapsed_s() / 60, stop)
             reason, save_now = sync(state, reason, stop)
             if reason:
@@ -286,7 +283,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
                     bad_step(progress, scaler, train, loss, norm, state.run, log)
                 count_step(state, loss, finite)  # progress.step and .windows now count this step
 
-            # Due after the step, if anything: a row of metrics (with validation at its interval), a sample, a checkpoint.
+            # Due after the step, if anything: a row of metrics (with validation at its interval), sample, checkpoint.
             epoch_end = train.each_epoch and state.epoch > epoch
             eval_due = epoch_end or progress.step == state.total_steps or state.due(train.eval_interval)
             eta_s = state.eta_s()
