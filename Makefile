@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := storage inference evaluation corpus server training ui sagemaker lambda
+FOLDERS := storage inference evaluation corpus server training ui sagemaker lambda
 PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint format app api soak bench bench-gpu clean local-aws aws-validate aws-package aws-deploy aws-delete
@@ -31,7 +31,7 @@ lint: $(VENV)/dev           ## style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/mypy $(wildcard *.py) $(ROOMS) $(wildcard benchmarks/*.py)
+	$(BIN)/mypy $(wildcard *.py) $(FOLDERS) $(wildcard benchmarks/*.py)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,7 @@
     python checkpoint.py --model runs/novels/best --out models/novels     # a copy to share, at half the size
 
 A model folder is a Hugging Face model (`storage/gpt2_format.py`), a checkpoint a model folder with the training state
-beside the weights. `storage/atomic.py` writes each whole or not at all. No pickle is read or written.
+beside the weights. `storage/atomic.py` writes each atomically. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cli import parse_flags, run_main
-from config import ConfigError, GenerationParams, ModelConfig, Strict, build
+from config import ConfigError, FrozenSettings, GenerationParams, ModelConfig, build
 from storage.atomic import (
     SUMS,
     CheckpointError,
+    atomic_folder,
     discard,
     faults,
     pack,
@@ -31,7 +32,6 @@ from storage.atomic import (
     read_json,
     read_tensors,
     recover,
-    replacing,
     unfinished,
     unpack,
     write_sums,
@@ -80,7 +80,7 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
-TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # what a checkpoint has and a model folder needs not
+TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # files of a checkpoint that a model folder does not need
 CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
 IN_PICKLE = (
     "has its weights in a pickle, which can run any code and is not opened here; if you trust it, convert it with "
@@ -90,7 +90,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2|gpt2-medium|gpt2-large|g
 
 
 def model_title(folder: Path) -> str:
-    """The name to print on a model's card: the run's for `runs/NAME/best`, else the folder's own."""
+    """The name to print on a model's card: the run's for `runs/NAME/best`, otherwise the folder's own."""
     place = folder.absolute()
     return place.parent.name if place.name == "best" or CHECKPOINT_NAME.fullmatch(place.name) else place.name
 
@@ -118,7 +118,7 @@ def _write(
         ),
         "README.md": model_card(model_title(Path(folder)), core.config, tokenizer, facts),
     }
-    with replacing(folder, group=None if state is None else "last") as draft:
+    with atomic_folder(folder, group=None if state is None else "last") as draft:
         sums = {WEIGHTS: write_tensors(draft / WEIGHTS, export_state(model, weights), hashed=state is not None)}
         tokenizer.save(draft)
         for name, content in texts.items():
@@ -139,7 +139,7 @@ def save_model(
     generation: GenerationParams,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all, in place of an older one of that name.
+    """Write a model folder atomically, replacing an older one of that name.
 
     model: a GPT, wrapped or not. card: what `model_card` takes, JSON values only. weights: see `export_state`.
     Raises CheckpointError for a tokenizer of another size, OSError for a full disk.
@@ -189,7 +189,7 @@ def load_model(
     """The model, in evaluation mode, and its tokenizer: a folder of ours or a GPT-2 saved by transformers.
 
     dtype: of the parameters, float32 if None, whatever the file holds. block_size: another context, see
-    `extend_positions`; dropout: another rate (both for fine-tuning). Raises CheckpointError naming file and remedy.
+    `extend_positions`; dropout: another rate (both for fine-tuning). Raises CheckpointError naming the file and the fix.
     """
     import torch
 
@@ -214,8 +214,11 @@ def load_model(
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
     if block_size and block_size != config.block_size and "wpe.weight" in state:
         state["wpe.weight"] = extend_positions(state["wpe.weight"], block_size)
-    asked = {"block_size": block_size or config.block_size, "dropout": config.dropout if dropout is None else dropout}
-    config = build(ModelConfig, {**config.model_dump(), **asked})
+    requested = {
+        "block_size": block_size or config.block_size,
+        "dropout": config.dropout if dropout is None else dropout,
+    }
+    config = build(ModelConfig, {**config.model_dump(), **requested})
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(state, assign=True)
@@ -255,7 +258,7 @@ def _checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path | str, say: Callable[[str], None] | None = None) -> Path | None:
     """The newest undamaged checkpoint of a run folder (`last`, `last-000123`, or one left by an interrupted exchange).
 
-    Every file's sha256 is compared; damaged checkpoints are reported to `say` (None: standard error) and skipped.
+    Every file's sha256 is compared; damaged checkpoints are reported to `say` (default: standard error) and skipped.
     """
     for path in _checkpoints(Path(run)):
         wrong = faults(path)
@@ -277,7 +280,7 @@ def prune_checkpoints(run: Path | str, keep: int) -> None:
 
 
 def _model_in(place: Path) -> Path | None:
-    """The model folder that `place` is, or of a run folder its best, else its newest checkpoint."""
+    """The model folder that `place` is, or of a run folder its best, otherwise its newest checkpoint."""
     for folder in (present(place), present(place / "best"), present(place / "last"), *_checkpoints(place)):
         if (folder / "config.json").is_file():
             return folder
@@ -285,9 +288,9 @@ def _model_in(place: Path) -> Path | None:
 
 
 def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
-    """A model folder: `path` itself or the best of the run folder `path`; None: the newest run's, else of `models/`.
+    """A model folder: `path` itself or the best of the run folder `path`; default: the newest run's, otherwise that of `models/`.
 
-    Raises CheckpointError that says how to make one.
+    Raises CheckpointError with the command that makes one.
     """
     make = "train one with `python train.py --preset sample`"
     if path is not None:
@@ -334,11 +337,11 @@ def fetch_model(name: Path | str) -> Path:
     return found
 
 
-class CopyArgs(Strict):
+class CopyArgs(FrozenSettings):
     """Copy a model folder with its weights in another number format: half the size, for sharing."""
 
     model: Path | None = None
-    """The model folder to copy, which stays as it is; none: the newest."""
+    """The model folder to copy, which stays as it is; default: the newest."""
     out: Path | None = None
     """The folder to write."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -346,7 +349,7 @@ class CopyArgs(Strict):
 
 
 def copy_model(source: Path, folder: Path, dtype: str) -> None:
-    """Copy a model folder whole or not at all, the weights as `dtype`, named so in config.json; no training state.
+    """Copy a model folder atomically, with weights as `dtype`, also in config.json; no training state.
 
     Raises CheckpointError for a folder that is no model, or where a weight is too large for float16.
     """
@@ -358,7 +361,7 @@ def copy_model(source: Path, folder: Path, dtype: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{source}: {name} holds numbers beyond {dtype}'s largest: take --dtype bfloat16")
-    with replacing(folder) as draft:
+    with atomic_folder(folder) as draft:
         write_tensors(draft / WEIGHTS, tensors, hashed=False)
         write_text(draft / "config.json", config)
         for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):

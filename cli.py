@@ -71,7 +71,7 @@ def parse_flags(
     """Command-line flags as `kind`, over `defaults` (nested tables as from TOML).
 
     `--help` prints every flag with its default and bounds. A flag that does not exist or cannot be read ends the
-    program with code 2; values out of bounds raise ConfigError with every fault at once.
+    program with code 2; values out of bounds raise one ConfigError with all errors.
     """
     import tyro
 
@@ -88,7 +88,7 @@ def parse_flags(
 
 
 def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """`argv`, in which a flag without its value gets the one that its field's `json_schema_extra` names as `bare`."""
+    """`argv`, in which a flag without a value gets the one that its field's `json_schema_extra` names as `bare`."""
     words = list(argv)
     for name, field in kind.model_fields.items():
         extra, flag = field.json_schema_extra, f"--{name.replace('_', '-')}"
@@ -100,17 +100,17 @@ def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name` in `argv`, for what the other flags' defaults depend on; None where it is not given."""
+    """The value of `--name` in `argv`, read before the others, whose defaults depend on it; None if not given."""
     return cast("str | None", _one_flag(argv, name, nargs="?"))
 
 
 def flag_given(argv: Sequence[str], name: str) -> bool:
-    """Whether the switch `--name` is in `argv`, for what the other flags' defaults depend on."""
+    """Whether the switch `--name` is in `argv`, read before the others, whose defaults depend on it."""
     return cast(bool, _one_flag(argv, name, action="store_true"))
 
 
 def _one_flag(argv: Sequence[str], name: str, **kind: Any) -> Any:
-    """One flag of `argv` by itself, before the others can be read; `_` in its name is as good as `-`."""
+    """One flag of `argv` by itself, before the others can be read; `_` in its name is accepted for `-`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
     parser.add_argument(*spellings, dest="value", **kind)

@@ -1,4 +1,4 @@
-"""Configuration: the shape of a model, how it is trained, how it writes.
+"""Configuration: model shape, training, sampling.
 
 Every script takes its flags from the models below. Values are laid over each other in this order:
 a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
@@ -42,38 +42,38 @@ BLEND = 4  # styles that one text can blend
 
 
 class ConfigError(ValueError):
-    """Settings that cannot work together; the message lists every fault, each with its remedy."""
+    """Settings that cannot work together; the message lists every error, each with its fix."""
 
     def __init__(self, faults: Sequence[str]):
         self.faults = list(faults)
         super().__init__("\n".join(f"- {fault}" for fault in self.faults))
 
 
-class Strict(BaseModel):
-    """Base of all settings: frozen, and an unknown key is a fault."""
+class FrozenSettings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Checked(Protocol):
-    """Settings that can list what is wrong with them."""
+class Validated(Protocol):
+    """Settings that can list their own errors."""
 
     def faults(self) -> list[str]:
-        """Every fault in one line each; empty if there is none."""
+        """One line for each error; empty if there is none."""
 
 
-C = TypeVar("C", bound=Checked)
+C = TypeVar("C", bound=Validated)
 
 
 def raise_faults(settings: C) -> C:
-    """For validators: the settings themselves, or a ValueError with all their faults."""
+    """For validators: the settings themselves, or a ValueError with all their errors."""
     found = settings.faults()
     if found:
         raise ValueError("\n".join(found))
     return settings
 
 
-class ModelConfig(Strict):
+class ModelConfig(FrozenSettings):
     """The shape of the network (GPT-2: Radford et al. 2019, section 2.3)."""
 
     n_layer: int = Field(4, ge=1, le=200)
@@ -85,9 +85,9 @@ class ModelConfig(Strict):
     block_size: int = Field(256, ge=8, le=131072)
     """Context length in tokens."""
     vocab_size: int = Field(0, ge=0, le=1_000_000)
-    """Rows of the token embedding; 0: as many as the tokenizer has ids. Rows beyond those only pad the matrix."""
+    """Rows of the token embedding; default: the tokenizer's number of ids. Rows beyond those only pad the matrix."""
     vocab_used: int = Field(0, ge=0, le=1_000_000)
-    """Ids the tokenizer has, set from the data; the model never writes an id at or above it."""
+    """Ids the tokenizer has, set from the data; the model never generates an id at or above it."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Fraction of activations set to zero in training (embeddings, attention weights, both residual branches)."""
     bias: bool = True
@@ -111,7 +111,7 @@ class ModelConfig(Strict):
         return self.vocab_used or self.vocab_size
 
     def faults(self) -> list[str]:
-        """Every fault of this shape; each names the flag, the value and the remedy."""
+        """Every error of this shape; each names the flag, the value and the fix."""
         found = []
         if self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
@@ -132,17 +132,17 @@ class ModelConfig(Strict):
         return found
 
 
-class DataConfig(Strict):
+class DataConfig(FrozenSettings):
     """Where the texts of a preset come from, and what `prepare_data.py` does with them."""
 
     source: str = ""
-    """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, or files like `data/*.txt`; empty: what --input names."""
+    """`pg19`, `tinystories`, `tinyshakespeare`, OWNER/NAME on the hub, or files like `data/*.txt`; default: the texts given by --input."""
     years: str = Field("", pattern=r"^(\d{1,4}-\d{1,4})?$")
-    """Only books published in these years, like 1837-1901 (pg19, parquet files with a publication_date); empty: all."""
+    """Only books published in these years, like 1837-1901 (pg19, parquet files with a publication_date); default: all."""
     tokenizer: Literal["gpt2", "bpe", "char"] = "gpt2"
     """gpt2: OpenAI's 50,257 ids; bpe: trained on the texts; char: one id for each character."""
     vocab_size: int = Field(4096, ge=257, le=65536)
-    """Ids of the bpe vocabulary; as a flag it implies --tokenizer bpe."""
+    """Ids of the bpe vocabulary; as a flag, it implies --tokenizer bpe."""
     val_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Fraction of the documents (of a single document: its end) held out for validation."""
     shard_tokens: int = Field(100_000_000, ge=1024)
@@ -165,21 +165,21 @@ class DataConfig(Strict):
     """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see styles.py)."""
 
 
-class TrainConfig(Strict):
+class TrainConfig(FrozenSettings):
     """How the weights are fitted. Every interval is in optimizer steps; 0 switches it off."""
 
     batch_size: int = Field(16, ge=0)
-    """Sequences in one forward pass on one device (micro-batch); 0: the most that fit into memory."""
+    """Sequences in one forward pass on one device (micro-batch); 0: as many as fit into memory."""
     tokens_per_step: int = Field(0, ge=0)
-    """Tokens in one optimizer step over all devices, by gradient accumulation; 0: one micro-batch on each device."""
+    """Tokens in one optimizer step over all devices, by gradient accumulation; default: one micro-batch on each device."""
     max_steps: int = Field(0, ge=0)
-    """Optimizer steps; 0: given by epochs or max_tokens."""
+    """Optimizer steps; default: set by epochs or max_tokens."""
     epochs: float = Field(0.0, ge=0.0)
-    """Passes over the training text; 0: given by max_steps or max_tokens."""
+    """Passes over the training text; default: set by max_steps or max_tokens."""
     max_tokens: int = Field(0, ge=0)
-    """Training tokens; 0: given by max_steps or epochs."""
+    """Training tokens; default: set by max_steps or epochs."""
     max_minutes: float = Field(0.0, ge=0.0)
-    """Stop and save after this much wall-clock time; as the only end of a wsd run, the decay ends then; 0: no limit."""
+    """Stop and save after this much wall-clock time; if it alone ends a wsd run, the decay is timed to end then; default: no limit."""
     lr: float = Field(1e-3, gt=0.0, le=10.0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0.0)
@@ -205,7 +205,7 @@ class TrainConfig(Strict):
     grad_clip: float = Field(1.0, ge=0.0)
     """Gradients are clipped to this norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware multiplies it, else fp16 on NVIDIA GPUs, else fp32."""
+    """auto: bf16 if the hardware multiplies it, otherwise fp16 on NVIDIA GPUs, otherwise fp32."""
     seed: int = Field(1337, ge=0)
     """Seed of initialisation, data order and dropout."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -219,7 +219,7 @@ class TrainConfig(Strict):
     eval_interval: int = Field(250, ge=0)
     """Steps between validation passes."""
     eval_tokens: int = Field(0, ge=0)
-    """Tokens in a validation pass, always the same windows, evenly spread; 0: the whole validation text."""
+    """Tokens in a validation pass, always the same windows, evenly spread; default: the whole validation text."""
     sample_interval: int = Field(0, ge=0)
     """Steps between samples."""
     each_epoch: bool = False
@@ -231,7 +231,7 @@ class TrainConfig(Strict):
     checkpoint_interval: int = Field(0, ge=0)
     """Steps between checkpoints, in addition to those by checkpoint_minutes."""
     checkpoint_minutes: float = Field(10.0, ge=0.0)
-    """Minutes between checkpoints; 0: none by the clock."""
+    """Minutes between checkpoints; 0: no timed checkpoints."""
     keep_last: int = Field(1, ge=1)
     """Checkpoints kept in addition to best/."""
     patience: int = Field(0, ge=0)
@@ -252,7 +252,7 @@ class TrainConfig(Strict):
         return raise_faults(self)
 
     def faults(self) -> list[str]:
-        """Every fault among these values; each names the flag, the value and the remedy."""
+        """Every error among these values; each names the flag, the value and the fix."""
         found = []
         if not (self.max_steps or self.epochs or self.max_tokens or self.max_minutes):
             found.append(
@@ -268,7 +268,7 @@ class TrainConfig(Strict):
 
 
 def style_name(text: str) -> str:
-    """How a style is called: small letters and digits without accents, joined by hyphens. `Henry James` is `henry-james`."""
+    """Style name as a slug: lower-case letters and digits without accents, joined by hyphens. `Henry James` is `henry-james`."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
     return "-".join("".join(c if c.isalnum() else " " for c in plain).split())
 
@@ -276,7 +276,7 @@ def style_name(text: str) -> str:
 def style_blend(text: str) -> dict[str, float]:
     """`dickens:0.7,austen:0.3` -> each style's share; they sum to 1, and a name without a weight weighs 1.
 
-    Raises ValueError saying what is wrong.
+    Raises ValueError that names the part and the error.
     """
     shares: dict[str, float] = {}
     parts = [part for part in text.split(",") if part.strip()]
@@ -309,7 +309,7 @@ StyleText = Annotated[str, AfterValidator(_blendable)]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a sampling setting is shown, and what other programs call it; metadata of a field of GenerationParams.
+    """Label, slider and other programs' names of a sampling setting; metadata of a field of GenerationParams.
 
     All surfaces read it: sliders of the app and of the web page (as `x-label`, `x-step` ... in the OpenAPI document), the
     gateway's limits, `/v1/completions`, generation_config.json and the requests to vLLM.
@@ -318,11 +318,11 @@ class Setting:
     label: str
     """Name beside its control."""
     slider: tuple[float, float] | None = None
-    """Ends of its slider: the useful part of what is allowed; none: no slider."""
+    """Ends of its slider: the useful part of the allowed range; None: no slider."""
     step: float = 1
-    """Between two positions of the slider."""
+    """Step of the slider."""
     off: Any = None
-    """The value that switches it off, which is also its default in `/v1/completions`; none: it cannot be off."""
+    """The value that switches it off, which is also its default in `/v1/completions`; None: it cannot be off."""
     hf: str = ""
     """Name in generation_config.json; empty: not written there. Programs skip names that they do not know."""
     openai: str = ""
@@ -330,9 +330,9 @@ class Setting:
     at_zero: bool = False
     """Changes the choice at temperature 0 as well."""
     manner: bool = True
-    """Says how tokens are chosen, so that named presets hold it; False: it belongs to one request."""
+    """It affects how tokens are chosen, so it is part of named presets; False: it belongs to one request."""
     rare: bool = False
-    """Shown among the rarely used."""
+    """Shown with the rarely used settings."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         shown = handler(schema) | {"x-label": self.label}
@@ -385,10 +385,10 @@ LogitBias = Annotated[
 ]
 
 
-class GenerationParams(Strict):
-    """How a text is sampled: the REST body, the flags and the sliders' bounds.
+class GenerationParams(FrozenSettings):
+    """Sampling settings, with the bounds of REST bodies, flags and sliders.
 
-    `sampling.FILTERS` says in which order the settings are applied.
+    `sampling.FILTERS` is the order in which they are applied.
     """
 
     max_tokens: Annotated[
@@ -398,9 +398,9 @@ class GenerationParams(Strict):
     temperature: Annotated[
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)
-    """Below 1 safer, above 1 more surprising; 0 always takes the likeliest token."""
+    """Below 1 safer, above 1 more surprising; 0 always takes the most likely token."""
     top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
-    """Keep only the k likeliest tokens; 0: all."""
+    """Keep only the k most likely tokens; 0: all."""
     top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
         0.95, gt=0.0, le=1.0
     )
@@ -408,7 +408,7 @@ class GenerationParams(Strict):
     min_p: Annotated[float, Setting("Min-p", (0, 0.5), 0.01, off=0.0, hf="min_p", openai="min_p")] = Field(
         0.0, ge=0.0, lt=1.0
     )
-    """Keep tokens at least this share as likely as the likeliest; 0: all."""
+    """Keep tokens at least this share as likely as the most likely one; 0: all."""
     typical_p: Annotated[float, Setting("Typical-p", (0.05, 1), 0.01, off=1.0, hf="typical_p", rare=True)] = Field(
         1.0, gt=0.0, le=1.0
     )
@@ -420,7 +420,7 @@ class GenerationParams(Strict):
     xtc_probability: Annotated[
         float, Setting("XTC probability", (0, 1), 0.05, off=0.0, hf="xtc_probability", rare=True)
     ] = Field(0.0, ge=0.0, le=1.0)
-    """How often the top choices are excluded: all likelier than xtc_threshold but the least likely of them; 0: never."""
+    """How often the top choices are excluded: all more likely than xtc_threshold but the least likely of them; 0: never."""
     xtc_threshold: Annotated[float, Setting("XTC threshold", (0.01, 0.5), 0.01, hf="xtc_threshold", rare=True)] = Field(
         0.1, gt=0.0, le=0.5
     )
@@ -428,7 +428,7 @@ class GenerationParams(Strict):
     dry_multiplier: Annotated[
         float, Setting("DRY multiplier", (0, 3), 0.05, off=0.0, hf="dry_multiplier", at_zero=True, rare=True)
     ] = Field(0.0, ge=0.0, le=10.0)
-    """Strength of DRY, which penalises tokens that would go on repeating an earlier passage; 0: none, 0.8 is usual."""
+    """Strength of DRY, which penalises tokens that would continue a repetition of an earlier passage; 0: none, 0.8 is usual."""
     dry_base: Annotated[float, Setting("DRY base", (1, 4), 0.05, hf="dry_base", at_zero=True, rare=True)] = Field(
         1.75, ge=1.0, le=8.0
     )
@@ -493,13 +493,13 @@ class GenerationParams(Strict):
     n: Annotated[int, Setting("Versions at once", (1, 6), openai="n", manner=False)] = Field(1, ge=1, le=128)
     """Samples of the same prompt."""
     seed: Annotated[int | None, Setting("Seed", openai="seed", manner=False)] = Field(None, ge=0, lt=2**63)
-    """Makes the text reproducible; none: a new one each time."""
+    """Makes the text reproducible; default: a random one each time."""
     stop: Annotated[Phrases, Setting("End before", openai="stop", manner=False)] = ()
     """Strings that end the text; they are not part of it."""
     keep: Annotated[int, Setting("Keep in view", (0, 256), manner=False)] = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
     style: Annotated[StyleText, Setting("Style", manner=False)] = Field("", max_length=200)
-    """Manner of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; empty: none."""
+    """Style of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; default: no style."""
 
 
 SETTINGS: dict[str, Setting] = {
@@ -508,7 +508,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-class Config(Strict):
+class Config(FrozenSettings):
     """One preset: everything needed to prepare data, train and write."""
 
     description: str = ""
@@ -558,7 +558,7 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def describe_faults(error: ValidationError) -> list[str]:
-    """Each fault of a pydantic error in one line: flag, value, what is allowed."""
+    """Each error of a pydantic ValidationError in one line: flag, value, what is allowed."""
     lines = []
     for fault in error.errors():
         flag = ".".join(str(part) for part in fault["loc"]).replace("_", "-")
@@ -576,7 +576,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def build(kind: type[M], values: dict[str, Any]) -> M:
-    """Validate `values` as `kind`; all faults at once in one ConfigError."""
+    """Validate `values` as `kind`; one ConfigError reports all errors together."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -586,7 +586,7 @@ def build(kind: type[M], values: dict[str, Any]) -> M:
 def load_config(preset: str = "sample", *files: Path | str, values: dict[str, Any] | None = None) -> Config:
     """A preset with TOML files and then `values` (nested tables) laid over it.
 
-    Raises ConfigError with every fault at once.
+    Raises ConfigError that reports all errors together.
     """
     tables = preset_values(preset)
     for file in files:

@@ -1,4 +1,4 @@
-"""Token shards on disk -> batches for the model, in an order that depends on nothing but a seed.
+"""Token shards on disk -> batches for the model, in an order that depends only on a seed.
 
     data = TokenData.open(Path("data/novels"))
     sampler = WindowSampler(len(data.train), block_size=256, seed=1337)
@@ -29,14 +29,15 @@ REMAP_BYTES = 32 << 20  # mappings are renewed after this much reading, so that 
 
 
 class DataError(ValueError):
-    """Prepared data that cannot be used; the message names the file and the remedy."""
+    """Prepared data that cannot be used; the message names the file and the fix."""
 
 
 def plain_windows(starts: np.ndarray) -> np.ndarray:
     """Which training windows, bool [len(starts)], are read without styles: an eighth of them, by a hash of their start.
 
-    From those the model learns to write in no style in particular (Ho & Salimans 2021, section 3.2).
+    From those the model learns to write in no particular style (Ho & Salimans 2021, section 3.2).
     """
+    # Multiplicative hash (Knuth): the top 3 bits are zero for one start in eight, the same in every run.
     plain: np.ndarray = (starts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(61) == 0
     return plain
 
@@ -47,19 +48,21 @@ class Documents:
     def __init__(self, stream: TokenStream, lowest: int, eot: int | None):
         """lowest: the first control id; all ids from there on are styles."""
         found = [np.zeros(1, dtype=np.int64)]
-        for first in range(0, len(stream), 1 << 22):
+        for first in range(0, len(stream), 1 << 22):  # 4 M tokens at a time, so that memory stays small
             part = stream.read(first, min(first + (1 << 22), len(stream)))
             found.append(np.flatnonzero(part >= lowest) + first)
+            # A document begins at its control id, or after an end-of-text; both may mark the same place.
             if eot is not None:
                 found.append(np.flatnonzero(part == eot) + first + 1)
         begins = np.unique(np.concatenate(found))
-        self.begins = begins[begins < len(stream)]
+        self.begins = begins[begins < len(stream)]  # nothing begins after the last end-of-text
         ids = stream.take(self.begins).astype(np.int64)
         self.styles = np.where(ids >= lowest, ids, -1)
         self.lowest = lowest
 
     def style_at(self, places: np.ndarray) -> np.ndarray:
-        """The control id of the document that each of `places` lies in, -1 for none, int64 of their shape."""
+        """The control id of the document that each of `places` lies in, -1 for none; int64, in their shape."""
+        # the last beginning at or before each place
         return self.styles[np.searchsorted(self.begins, places, side="right") - 1]
 
 
@@ -67,10 +70,10 @@ class TokenStream:
     """The tokens of one split: its shard files read as one sequence through memory maps."""
 
     documents: Documents | None = None
-    """Where there are styles: which document has which."""
+    """Documents and their styles; None if the data has no styles."""
 
     def __init__(self, files: list[Path], lengths: list[int], dtype: str):
-        self.files, self.dtype = files, np.dtype(dtype).newbyteorder("<")
+        self.files, self.dtype = files, np.dtype(dtype).newbyteorder("<")  # little-endian on every machine
         self.ends = np.cumsum([0, *lengths])  # shard k holds tokens ends[k] .. ends[k+1]-1
         self._maps: dict[int, np.ndarray] = {}
         self._read = 0
@@ -96,6 +99,7 @@ class TokenStream:
         done, stop = start, start + len(out)
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}..{stop} lie outside 0..{len(self)}")
+        # side="right": a start at a shard's end belongs to the next shard
         number = int(self.ends.searchsorted(start, side="right")) - 1
         while done < stop:
             first, last = int(self.ends[number]), int(self.ends[number + 1])
@@ -103,6 +107,7 @@ class TokenStream:
             out[done - start : upto - start] = self._shard(number)[done - first : upto - first]
             done, number = upto, number + 1
         self._read += len(out) * self.dtype.itemsize
+        # Pages read through a mapping count as this process's memory until it is unmapped.
         if self._read > REMAP_BYTES:
             self._maps.clear()
             self._read = 0
@@ -111,7 +116,7 @@ class TokenStream:
         """The tokens at `indices`, of any shape and order, as a new array of that shape."""
         out = np.empty(indices.shape, dtype=self.dtype)
         numbers = np.searchsorted(self.ends, indices, side="right") - 1
-        for number in np.unique(numbers).tolist():
+        for number in np.unique(numbers).tolist():  # one gather per shard
             here = numbers == number
             out[here] = self._shard(number)[indices[here] - int(self.ends[number])]
         return out
@@ -122,9 +127,10 @@ class TokenStream:
         while True:
             row = self.read(start, stop)
             row = row[row < lowest]
-            missing = length - len(row)
+            missing = length - len(row)  # as many as the control ids that were removed
             if missing <= 0 or (start, stop) == (0, len(self)):
                 return row[:length]
+            # Extend to the right by what is missing; past the end of the stream, to the left instead.
             start, stop = max(0, start - max(0, stop + missing - len(self))), min(len(self), stop + missing)
 
     def batch(self, starts: np.ndarray, block_size: int, plain: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -134,6 +140,7 @@ class TokenStream:
         one at the document's beginning is usually far away. plain: windows to be read without any control id, bool
         [len(starts)]; None: no window.
         """
+        # One token more than the context: x and y are this row without its last and without its first token.
         rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
         for row, start in zip(rows, np.asarray(starts).tolist(), strict=True):
             self._fill(row, start)
@@ -141,10 +148,10 @@ class TokenStream:
             styles = self.documents.style_at(starts)
             for at in np.flatnonzero(plain) if plain is not None else ():
                 free = self.plain(int(starts[at]), block_size + 1, self.documents.lowest)
-                if len(free) == block_size + 1:
+                if len(free) == block_size + 1:  # otherwise the text is too short: keep the window with its style
                     rows[at], styles[at] = free, -1
             rows[styles >= 0, 0] = styles[styles >= 0]
-        tokens = torch.from_numpy(rows)
+        tokens = torch.from_numpy(rows)  # shares memory with `rows`, and the slices below share it too
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -212,13 +219,16 @@ class WindowSampler:
                 f"add text or train with --model.block-size {max(8, tokens // 4)}"
             )
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        # Windows that cover tokens - 1 predictions, and one more because the random offset cuts the first and the last.
         self.per_epoch = -(-(tokens - 1) // block_size) + (1 if tokens > block_size + 1 else 0)
-        self._epoch = -1
+        self._epoch = -1  # only one epoch's order is kept: 8 bytes a window
         self._starts = np.empty(0, dtype=np.int64)
 
     def _load(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
+            # Seeded by (seed, epoch): a resumed run computes the same order again without any saved state.
             generator = np.random.default_rng([self.seed, epoch])
+            # A new offset each epoch, so that windows are cut at other places and contexts differ.
             phase = int(generator.integers(self.block_size))
             steps = np.arange(self.per_epoch, dtype=np.int64) * self.block_size + phase - self.block_size
             starts = np.clip(steps, 0, self.tokens - 1 - self.block_size)
@@ -231,7 +241,7 @@ class WindowSampler:
         out = []
         while count:
             epoch, at = divmod(first, self.per_epoch)
-            part = self._load(epoch)[at : at + count]
+            part = self._load(epoch)[at : at + count]  # shorter at the end of an epoch
             out.append(part)
             first, count = first + len(part), count - len(part)
         return np.concatenate(out)
@@ -260,6 +270,7 @@ def training_batches(
         step_first = first
         while True:
             for micro_batch in range(grad_accum_steps):
+                # Windows of a step: rank 0's micro-batches, then rank 1's, ...: fewer ranks see the same windows.
                 at = step_first + rank * per_rank + micro_batch * batch_size
                 starts = sampler.starts(at, batch_size)
                 yield stream.batch(starts, sampler.block_size, plain_windows(starts))
@@ -271,11 +282,12 @@ def training_batches(
         return
     with prefetched(read, pinned) as ready:
         for x, y in ready:
+            # From pinned memory the copy is asynchronous: it runs while the GPU computes the previous batch.
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def pinned(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The pair in page-locked memory, contiguous: slices would pass through ordinary memory once more on their way."""
+    """The pair in page-locked memory, contiguous: strided slices would be copied through pageable memory first."""
     x, y = pair
     return x.contiguous().pin_memory(), y.contiguous().pin_memory()
 
@@ -295,6 +307,7 @@ class prefetched:
         self.thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
 
     def _put(self, item: tuple[Tensor, Tensor] | BaseException) -> None:
+        # With a timeout, so that a thread blocked on a full queue notices the end.
         while not self.over.is_set():
             try:
                 return self.items.put(item, timeout=0.2)
@@ -339,14 +352,16 @@ def validation_batches(
     last = len(stream) - 1
     if last < 1:
         raise DataError("the validation split has fewer than two tokens: raise --val-fraction or add text")
-    taken = min(limit or last, last)
+    taken = min(limit or last, last)  # predictions: the first token of the text has no predecessor
     whole, rest = divmod(taken, block_size)
     batches: list[np.ndarray] = []
     if whole:
+        # Multiples of block_size, evenly spread: without a limit these are 0, T, 2T, ..., side by side.
         starts = np.arange(whole, dtype=np.int64) * (last // block_size) // whole * block_size
         batches = np.split(starts, range(batch_size, whole, batch_size))
     for number, part in enumerate(batches):
         if number % world == rank:
             yield stream.batch(part, block_size)
+    # The remaining tokens, as a shorter window at the end of the text; its turn among the ranks comes last.
     if rest and len(batches) % world == rank:
         yield stream.batch(np.array([last - rest]), rest)

@@ -1,8 +1,8 @@
-"""Which device and number format to compute with, and how several processes work together.
+"""Device, precision, and the distributed context of several training processes.
 
 device = pick_device("auto")                 # CUDA, then MPS, then CPU
 precision = pick_precision("auto", device)   # "bf16", "fp16" or "fp32"
-team = Team.join("auto", device)             # rank and size under torchrun, 0 of 1 otherwise
+distributed = DistributedContext.join("auto", device)             # rank and size under torchrun, 0 of 1 otherwise
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PEAK_FLOPS = {
 def keep_memory() -> None:
     """Let this process reuse the memory it frees, where the C library is glibc (Linux).
 
-    A training step frees and allocates the same large blocks again and again. By default each comes from the system
-    anew, page by page, which takes a tenth of a step's time on CPUs (docs/results.md).
+    A training step frees and allocates the same large blocks again and again. By default each is mapped
+    again, page by page, which takes a tenth of a step's time on CPUs (docs/results.md).
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         import ctypes
@@ -54,7 +54,7 @@ def keep_memory() -> None:
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU. Under torchrun: this rank's GPU.
 
-    Raises ConfigError where there is no such device.
+    Raises ConfigError if there is no such device.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
@@ -96,7 +96,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """(precision, warning): `auto` resolved; a format the device cannot use falls back with a warning to print."""
+    """(precision, warning): `auto` resolved; an unsupported format falls back with a warning to print."""
     if name == "auto":
         if native_bf16(device):
             return "bf16", ""
@@ -131,7 +131,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What to call the device in logs: the GPU's name, or the processor's."""
+    """Name of the device for logs: the GPU's, or the processor's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -143,7 +143,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Peak matrix rate of a GPU by (part of) its name; None where it is not in the table, so that no MFU is invented."""
+    """Peak matrix rate of a GPU by (part of) its name; None if it is not in the table (no MFU is reported)."""
     upper = name.upper()
     for key, rates in PEAK_FLOPS.items():
         if all(part in upper for part in key.split()):
@@ -152,7 +152,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def energy_meter(device: torch.device) -> Callable[[], float] | None:
-    """A function that gives the joules the GPU has drawn since now; None where NVML (nvidia-ml-py) does not tell."""
+    """A function that gives the joules the GPU has drawn since now; None if NVML (nvidia-ml-py) does not report it."""
     if device.type != "cuda":
         return None
     try:
@@ -161,7 +161,7 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, no driver, or a GPU older than Volta: the run goes on without
+    except Exception:  # not installed, no driver, or a GPU older than Volta: the run continues without
         return None
     return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000
 
@@ -172,8 +172,8 @@ def gpu_memory(device: torch.device) -> float | None:
 
 
 @dataclass
-class Team:
-    """The processes of one run. Alone: rank 0 of 1, and every method is a no-op that returns its input."""
+class DistributedContext:
+    """Rank, world size and collectives of one run. Without torchrun: rank 0 of 1, every method returns its input."""
 
     rank: int
     size: int
@@ -181,8 +181,8 @@ class Team:
     device: torch.device
 
     @classmethod
-    def join(cls, parallel: str, device: torch.device) -> Team:
-        """Join the process group torchrun describes in the environment; without one, work alone."""
+    def join(cls, parallel: str, device: torch.device) -> DistributedContext:
+        """Join the process group that torchrun describes in the environment; without torchrun, a single process."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         if parallel == "none" or (parallel == "auto" and size == 1):
             return cls(0, 1, "none", device)
@@ -194,7 +194,7 @@ class Team:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://"))
-            # after an elastic restart the store still holds the dead processes' addresses: a fresh set of keys
+            # after an elastic restart the store still holds the dead processes' addresses: use a new key prefix
             fresh = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", store=fresh, rank=rank, world_size=size
@@ -205,7 +205,7 @@ class Team:
     def leader(self) -> bool:
         return self.rank == 0
 
-    def total(self, values: list[float]) -> list[float]:
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Each value summed over all ranks, in double precision."""
         if self.size == 1:
             return values
@@ -213,8 +213,8 @@ class Team:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def same(self, value: T) -> T:
-        """The leader's value on every rank."""
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
         if self.size == 1:
             return value
         box = [value]

@@ -22,8 +22,8 @@ from pydantic import Field
 
 from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, GenerationParams, Strict
-from corpus.documents import Options
+from config import ROOT, ConfigError, FrozenSettings, GenerationParams
+from corpus.documents import ReadOptions
 from corpus.finder import find, inspect
 from corpus.workers import Progress
 from storage.catalogue import author_of
@@ -31,21 +31,21 @@ from storage.catalogue import author_of
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
 
-    class EvaluateFlags(Strict):
+    class EvaluateFlags(FrozenSettings):
         """Evaluate a model, or two side by side, on held-out texts and on what it writes."""
 
         model: str = ""
-        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; none: the newest in runs/ or models/."""
+        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: the newest in runs/ or models/."""
         compare: str = ""
         """A second model, evaluated on the same texts."""
         data: Path | None = None
-        """Prepared data whose validation split is scored; none and no --input: what the run was trained on."""
+        """Prepared data whose validation split is scored; default without --input: what the run was trained on."""
         input: tuple[str, ...] = ()
         """Texts to score instead: files, folders, globs (.txt, .jsonl and .parquet with a field `text`)."""
         stride: int = Field(0, ge=0)
-        """Tokens the window moves on by; 0: half the context. Smaller is slower and gives each token more before it."""
+        """Tokens by which the window moves; default 0: half the context. Smaller is slower, with more context a token."""
         limit_tokens: int = Field(0, ge=0)
-        """Score only so many tokens from the beginning of each text; 0: all."""
+        """Score only so many tokens from the beginning of each text; default 0: all."""
         samples: int = Field(2, ge=0, le=128)
         """Texts written for each fixed prompt; 0: none, and nothing about generated text."""
         max_tokens: int = Field(160, ge=1, le=100_000)
@@ -57,9 +57,9 @@ with warnings.catch_warnings():
         seed: int = Field(0, ge=0, lt=2**63)
         """Of the written texts."""
         index: Path | None = None
-        """Prepared data whose originality index the written texts are checked against; none: that of --data, if built."""
+        """Prepared data whose originality index is used for the written texts; default: that of --data, if built."""
         min_tokens: int = Field(0, ge=0, le=100_000)
-        """Length from which a passage counts as copied; 0: 12 tokens, 50 for one id a character."""
+        """Length from which a passage counts as copied; default 0: 12 tokens, 50 for one id a character."""
         device: str = "auto"
         """auto, cpu, cuda, cuda:N or mps."""
         style_tokens: int = Field(4096, ge=0)
@@ -78,11 +78,11 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     Raises ConfigError for a file that cannot be read.
     """
     for path, name in find(inputs):
-        file = inspect(path, name, Options())
+        file = inspect(path, name, ReadOptions())
         if isinstance(file, str):
             raise ConfigError([f"--input {file}"])
         authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
-        for number, text in _whole(file.chunks(0), Options()):
+        for number, text in _whole(file.chunks(0), ReadOptions()):
             if text.strip():
                 own = f"{name}, row {number + 1}" if file.has_rows else name
                 yield own, authors[number] if authors else author_of(own, text), text
@@ -108,7 +108,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """The whole report: settings, texts, and a part for each model. Raises ConfigError for flags that cannot work."""
-    # Imported here and not at the top: torch takes seconds, for which --help and faults need not wait.
+    # Imported here and not at the top: torch takes seconds, for which --help and errors need not wait.
     from evaluation.held_out import HeldOutTexts, file_texts, prepared_texts
     from evaluation.model_report import evaluate_model
     from evaluation.originality import FOLDER, Index, data_of
@@ -118,7 +118,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     if flags.compare:
         folders.append(fetch_model(flags.compare))
 
-    # 2. The texts: what the flags say, else the data of the first model's run.
+    # 2. The texts: those of the flags, otherwise the data of the first model's run.
     if flags.data and flags.input:
         raise ConfigError(["--data and --input exclude each other: choose one"])
     data = flags.data or (None if flags.input else data_of(folders[0]))

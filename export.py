@@ -1,10 +1,10 @@
-"""Take a model elsewhere: a GGUF file for llama.cpp, a web page that writes by itself, a folder for transformers.
+"""Export a model: a GGUF file for llama.cpp, a self-contained web page, a folder for transformers.
 
     python export.py --to gguf                                        # the newest model, as NAME.gguf in this folder
     python export.py --model runs/sample/best --to html               # NAME.html: opens in any browser, needs no server
     python export.py --model runs/sample/best --to hf --out models/mine
 
-docs/sharing.md says which programs take them, and how exactly they write what generate.py writes.
+docs/sharing.md lists the programs that take them, and how exactly they write what generate.py writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from checkpoint import copy_model, find_model, load_model, model_title
 from cli import parse_flags, run_main
-from config import ConfigError, GenerationParams, Strict
+from config import ConfigError, FrozenSettings, GenerationParams
 from storage.atomic import read_json
 from storage.gpt2_format import OURS, folder_defaults
 
@@ -26,21 +26,21 @@ Type = Literal["auto", "f16", "q8_0", "f32"]
 FORMATS: dict[str, tuple[str, ...]] = {"gguf": ("f16", "q8_0", "f32"), "html": ("f16", "f32"), "hf": ("f16", "f32")}
 
 
-class ExportArgs(Strict):
+class ExportArgs(FrozenSettings):
     """Write a model in a form that other programs run: hf (transformers), gguf (llama.cpp), html (a browser)."""
 
     model: Path | None = None
-    """A model folder or a run's; none: the newest. It stays as it is."""
+    """A model folder or a run's; default: the newest. It stays as it is."""
     to: Literal["hf", "gguf", "html"] | None = None
     """The form to write."""
     out: Path | None = None
-    """The file to write, for hf the folder; none: NAME.gguf or NAME.html in this folder."""
+    """The file to write, for hf the folder; default: NAME.gguf or NAME.html in this folder."""
     type: Type = "auto"
     """Format of the numbers: f16, q8_0 (gguf only) or f32; auto: f16, for html f32 unless f16 holds the weights exactly."""
 
 
 def target(args: ExportArgs, folder: Path) -> Path:
-    """The file or folder to write. Raises ConfigError with every fault of the flags at once."""
+    """The file or folder to write. Raises ConfigError that lists every error in the flags."""
     wrong = []
     if args.to is None:
         wrong.append("--to is missing: gguf (llama.cpp), html (a page for any browser) or hf (transformers)")
@@ -67,7 +67,7 @@ def licence_of(folder: Path) -> str:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What is known of a model: its card's facts, its name, its licence and how it samples unless told otherwise."""
+    """What is known of a model: its card's facts, its name, its licence and its default sampling settings."""
     card = (read_json(folder / "config.json").get(OURS) or {}).get("card") or {}
     return {
         "name": model_title(folder),

@@ -28,9 +28,9 @@ with warnings.catch_warnings():
         """Write with a model. The prompt comes from --prompt or from a pipe; the text goes to standard output."""
 
         model: str = ""
-        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; none: the newest in runs/ or models/."""
+        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: the newest in runs/ or models/."""
         prompt: str | None = None
-        """What the text begins with; none: what is piped in, else nothing."""
+        """What the text begins with; default: standard input if it is piped, otherwise nothing."""
         dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
         """Number format of the weights; auto: what this processor reads fastest without visible loss (see quantize.py)."""
         device: str = "auto"
@@ -54,8 +54,8 @@ def read_prompt(flags: GenerateFlags) -> str:
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        fault = f"the piped prompt is not UTF-8 (byte {error.start}): convert it, or give --prompt"
-        raise ConfigError([fault]) from None
+        message = f"the piped prompt is not UTF-8 (byte {error.start}): convert it, or give --prompt"
+        raise ConfigError([message]) from None
 
 
 def write(argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def write(argv: list[str]) -> int:
     params = GenerationParams(**{name: getattr(flags, name) for name in GenerationParams.model_fields})
     prompt = "" if flags.interactive or flags.creative else read_prompt(flags)
 
-    # 2. The model. Imported here and not at the top: torch takes seconds, for which --help and faults need not wait.
+    # 2. The model. Imported here and not at the top: torch takes seconds, for which --help and errors need not wait.
     from inference import terminal, writing
     from inference.decoder import BatchDecoder
     from inference.quantize import load_for_writing
@@ -94,7 +94,7 @@ def write(argv: list[str]) -> int:
             terminal.print_text(flags.prompt if flags.echo else "")
             story.add(flags.prompt)
         return story.run()
-    params = writing.seeded(params)
+    params = writing.with_seed(params)
     if flags.creative:
         return terminal.write_gallery(writer, params)
     return terminal.write_once(

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of a linear head in chunks, so that the logits of a whole batch never exist at once."""
+"""The training loss: cross-entropy of a linear head in chunks, so that the logits of a whole batch are never materialized."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -1  # targets with this value take no part in the loss
+IGNORE = -1  # targets with this value are ignored
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -29,7 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device, dtype=torch.float32)
         grad_x = torch.empty_like(x_lowp) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        # looked at on CPUs only: reading a GPU's answer would stall every step, and would split a compiled graph
+        # checked on CPUs only: reading the result from a GPU would stall every step, and would split a compiled graph
         look = x.device.type == "cpu" and not torch.compiler.is_compiling()
         none_ignored = look and bool((targets != IGNORE).all())
         buffer = torch.empty(min(chunk, x.size(0)), weight_lowp.size(0), dtype=dtype, device=x.device)

@@ -3,7 +3,7 @@
     >>> model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=100))
     >>> loss = model(ids, targets)           # training: mean cross-entropy in nats a token
     >>> logits = model(ids)                  # every position at once
-    >>> cache = model.new_cache(slots=1)     # writing: prefill once, then one token a step
+    >>> cache = model.new_cache(slots=1)     # generation: prefill once, then one token per step
     >>> logits = model.prefill([5, 17, 3], cache, slot=0)
 
 Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
@@ -34,6 +34,7 @@ RECOMPUTE_AT_ONCE = 1 << 23  # attention weights
 
 def sinusoids(length: int, channels: int) -> Tensor:
     """Fixed position table [length, channels] (Vaswani et al. 2017, section 3.5): sine in even, cosine in odd columns."""
+    # Frequencies fall geometrically from 1 to about 1/10,000, one for each pair of columns; float64, as angles are large.
     rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(10_000.0) / channels))
     angle = torch.arange(length, dtype=torch.float64)[:, None] * rate[None, :]
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
@@ -64,7 +65,7 @@ def heads_at_once(batch: int, length: int, heads: int, dropout: float, device: s
 
 
 class KVCache:
-    """Keys and values of the tokens each slot has read, so that a step of writing computes only the newest token.
+    """Keys and values of the tokens each slot has read, so that each decoding step computes only the newest token.
 
     `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once. Of a slot the first `length[slot]` tokens
     are valid.
@@ -73,6 +74,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (slots, 2, config.n_head, config.block_size, config.head_size)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        # Created once, as creating the views at every token would cost time.
         self.stores = [layer.unsqueeze(2).unbind() for layer in self.layers]  # views by slot, [2, 1, H, block_size, D]
         self.length = [0] * slots
 
@@ -84,6 +86,7 @@ class KVCache:
         """Let `target` continue from the first `tokens` (None: all) of `source`: samples share a prefill."""
         tokens = self.length[source] if tokens is None else tokens
         for layer in self.layers:
+            # only the valid part: rows beyond `tokens` are overwritten before they are read
             layer[target, :, :, :tokens] = layer[source, :, :, :tokens]
         self.length[target] = tokens
 
@@ -100,6 +103,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
+        # One matrix product for all three; C is split into H heads of D channels, which attend independently.
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
         dropout = self.dropout if self.training else 0.0
         if self.plain:
@@ -109,6 +113,7 @@ class CausalSelfAttention(nn.Module):
             attend = F.scaled_dot_product_attention  # a few heads at a time, each time without keeping the weights
             y = torch.cat([checkpoint(attend, *part, None, dropout, True, use_reentrant=False) for part in parts], 1)
         else:
+            # fused kernel where torch has one (FlashAttention: Dao et al. 2022): it never stores the [T, T] weights
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -120,6 +125,7 @@ class CausalSelfAttention(nn.Module):
         """
         T, C = x.shape
         q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
+        # write the new keys and values behind the past ones, then attend to both
         store[0, :, past : past + T], store[1, :, past : past + T] = k, v
         read = store[:, None, :, : past + T]  # [2, 1, H, past + T, D]
         y = F.scaled_dot_product_attention(q[None], read[0], read[1], attn_mask=mask, is_causal=mask is None)
@@ -137,7 +143,7 @@ class CausalSelfAttention(nn.Module):
         for new, store, past in zip(qkv, stores, lengths, strict=False):
             store.narrow(3, past, 1).copy_(new.narrow(0, 1, 2))  # the new token's key and value, behind the others
             k, v = store.narrow(3, 0, past + 1).unbind()  # each [1, H, past + 1, D]
-            rows.append(F.scaled_dot_product_attention(new[0], k, v))
+            rows.append(F.scaled_dot_product_attention(new[0], k, v))  # no mask: the newest token sees all others
         if R > len(rows):
             rows.append(x.new_zeros(R - len(rows), self.n_head, 1, self.head_size))
         return self.c_proj.forward((torch.cat(rows) if R > 1 else rows[0]).view(R, C))
@@ -150,6 +156,7 @@ class CausalSelfAttention(nn.Module):
         R, C = x.shape
         q, k, v = self.c_attn(x).view(R, 3, self.n_head, self.head_size).unbind(1)  # each [R, H, D]
         layer[slots, 0, :, positions], layer[slots, 1, :, positions] = k, v
+        # Every row reads the same span; the mask excludes positions that its slot has not filled.
         read = layer[:, :, :, : mask.size(-1)].index_select(0, slots)  # [R, 2, H, span, D]
         y = F.scaled_dot_product_attention(q[:, :, None], read[:, 0], read[:, 1], attn_mask=mask)  # [R, H, 1, D]
         return cast(Tensor, self.c_proj(y.reshape(R, C)))
@@ -165,6 +172,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        # applied to each position on its own: only attention mixes positions
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # [B, T, 4C] inside
         return F.dropout(x, self.dropout) if self.training else x
 
@@ -186,6 +194,7 @@ class Block(nn.Module):
 
     def decode(self, x: Tensor, stores: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         """One new token a row, x [R, C] -> [R, C]; see CausalSelfAttention.decode."""
+        # .forward instead of a call skips torch's hook machinery, which costs time at every token
         x = x + self.attn.decode(self.ln_1.forward(x), stores, lengths)
         return x + self.mlp.forward(self.ln_2.forward(x))
 
@@ -223,6 +232,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.wpe = embedding(config.block_size, config.n_embd)
         else:
+            # not persistent: it can be computed again, so it is not saved
             self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -239,6 +249,7 @@ class GPT(nn.Module):
         # every block adds two projections to the residual stream: the smaller they start, the deeper the model may be
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
+            # Matrices and tables are normal; biases start at 0 and LayerNorm weights at 1.
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=residual if name.endswith("c_proj.weight") else 0.02)
             else:
@@ -269,14 +280,14 @@ class GPT(nn.Module):
         B, T = ids.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}: pass fewer")
-        # what each token is, plus where it stands
+        # Token embedding plus position embedding: attention itself does not see the order.
         x = F.dropout(self.wte(ids) + self._positions(0, T), self.config.dropout, self.training)  # [B, T, C]
         for block in self.h:
             x = block(x)  # [B, T, C]: every block adds what it has found to the stream
-        x = self.ln_f(x)
+        x = self.ln_f(x)  # pre-norm blocks leave the stream unnormalised
         if targets is None:
             return self._logits(x)
-        # head and loss in one, in the number format of autocast: the logits of the whole batch never exist at once
+        # head and loss in one, in the number format of autocast: the logits of the whole batch are never materialized
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
@@ -287,7 +298,7 @@ class GPT(nn.Module):
         return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
 
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `slots` texts at once: 2 * n_layer * slots * block_size * n_embd numbers."""
+        """An empty cache for `slots` sequences: 2 * n_layer * slots * block_size * n_embd numbers."""
         return KVCache(self.config, slots, self.wte.weight.device, dtype or self.wte.weight.dtype)
 
     @torch.inference_mode()
@@ -303,6 +314,7 @@ class GPT(nn.Module):
             x = x + block.attn.prefill(block.ln_1(x), store[slot], past, mask)
             x = x + block.mlp(block.ln_2(x))
         cache.length[slot] = past + T
+        # generation needs only the logits after the last token: skip the head for the others
         return self._logits(self.ln_f(x)) if every else self._logits(self.ln_f(x[-1:]))[0]
 
     @torch.inference_mode()
@@ -315,7 +327,7 @@ class GPT(nn.Module):
         if max(lengths) >= self.config.block_size:
             raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text again")
         device = self.wte.weight.device
-        table = self._positions(0, self.config.block_size)  # rows stand at different positions
+        table = self._positions(0, self.config.block_size)  # each row is at its own position
         padding = [0] * (rows - len(slots))
         x = self.wte(torch.tensor([*ids, *padding], device=device))  # [R, C]
         x = x + table[torch.tensor([*lengths, *padding], device=device)]

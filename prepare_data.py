@@ -5,7 +5,7 @@
     cat story.txt | python prepare_data.py --input - --tokenizer char --out data/story
 
 The folder holds `train_000000.bin` …, `val_000000.bin` … (little-endian uint16, or uint32 beyond 65,536 ids), the
-tokenizer and `manifest.json`. It appears whole or not at all; an interrupted preparation continues where it was.
+tokenizer and `manifest.json`. It appears atomically; an interrupted preparation continues where it was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def refuse_another_vocabulary(given: Sequence[str], size: str) -> None:
 
 
 def out_folder(flags: PrepareFlags) -> Path:
-    """--out, else data/ and the name of the preset or of the first input."""
+    """--out, otherwise data/ and the name of the preset or of the first input."""
     if flags.out:
         return flags.out
     if flags.preset:

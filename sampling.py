@@ -1,8 +1,8 @@
 """From logits to the next token: filters, seeds and stop strings.
 
-    >>> history = History(prompt_ids, len(prompt_ids), tokenizer)       # the caller appends to its list of ids
+    >>> history = TokenHistory(prompt_ids, len(prompt_ids), tokenizer)  # the caller appends to its list of ids
     >>> values, ids = candidates(logits, GenerationParams(top_k=40), history)     # what may still be drawn
-    >>> token = sample(logits, params, torch.Generator().manual_seed(seed_of(7, 0)), history)
+    >>> token = sample(logits, params, torch.Generator().manual_seed(sample_seed(7, 0)), history)
 
 All of it runs on the CPU in float32, for one text at a time, so that a text does not depend on what is written beside it.
 """
@@ -25,7 +25,7 @@ from config import SETTINGS, GenerationParams
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
-ZERO_TEMPERATURE = 1e-6  # temperatures below it are 0: the likeliest token
+ZERO_TEMPERATURE = 1e-6  # temperatures below it count as 0: the most likely token
 BLOCK = 64  # logits of which `top_k` looks at the maximum first
 DRY_MOST = 1e6  # DRY's largest penalty: with it no token is drawn, however likely
 DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare: the penalty is enormous long before
@@ -33,15 +33,15 @@ MASK = 2**64 - 1
 
 
 class LogitsError(RuntimeError):
-    """The model computed something that is no probability."""
+    """Logits are NaN or infinite."""
 
 
-def fresh_seed() -> int:
+def random_seed() -> int:
     """A new seed; of 53 bits, which every JSON reader keeps exactly."""
     return secrets.randbits(53)
 
 
-def seed_of(seed: int, index: int) -> int:
+def sample_seed(seed: int, index: int) -> int:
     """The generator's seed of sample `index`: SplitMix64 (Steele et al. 2014), so that samples share nothing."""
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -66,7 +66,7 @@ class GrowingArray:
         return self.store[: self.size]
 
 
-class History:
+class TokenHistory:
     """The ids of one text so far, as the filters need them. `ids` is the caller's list, which grows at its end.
 
     prompt_tokens: how many of them are the prompt's; the rest are written. tokenizer: for filters that look at what
@@ -78,6 +78,15 @@ class History:
         self._known: set[int] = set()
         self._distinct, self._counted = GrowingArray(), 0
         self._all = GrowingArray()
+        self._filters: tuple[GenerationParams | None, list[Filter]] = (None, [])
+
+    def filters(self, params: GenerationParams) -> list[Filter]:
+        """`active_filters(params)`, worked out once for a text, so that a filter that is off costs nothing."""
+        known, found = self._filters
+        if known is not params:
+            found = active_filters(params)
+            self._filters = params, found
+        return found
 
     def array(self, last: int = 0) -> np.ndarray:
         """The last ids in order; 0: all of them."""
@@ -101,7 +110,7 @@ class History:
         return self._distinct.array()
 
 
-NOTHING = History([])
+NOTHING = TokenHistory([])
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +153,7 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 # A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
 # neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
-Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, History, torch.Generator | None], Candidates]
+Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, TokenHistory, torch.Generator | None], Candidates]
 
 
 def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -156,7 +165,7 @@ def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: 
 
 
 def penalise_repetition(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Divide the logits of ids in the text by `repetition_penalty`, or multiply negative ones (Keskar et al. 2019)."""
     if not text.ids:
@@ -168,7 +177,7 @@ def penalise_repetition(
 
 
 def penalise_frequency(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Subtract `frequency_penalty` from an id's logit as often as it was written (OpenAI's API reference)."""
     written, counts = np.unique(text.written(params.penalty_last_n), return_counts=True)
@@ -178,7 +187,7 @@ def penalise_frequency(
 
 
 def penalise_presence(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """Subtract `presence_penalty` from the logits of ids that were written at least once (OpenAI's API reference)."""
     logits = logits.copy()
@@ -199,15 +208,15 @@ def breaker_ids(tokenizer: Tokenizer, breakers: tuple[str, ...]) -> np.ndarray:
     return np.array(sorted(found), dtype=np.int64)
 
 
-def penalise_passages(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, *_: Any
+def penalise_dry(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, *_: Any
 ) -> Candidates:
     """DRY ("don't repeat yourself", P. E. Weidmann 2024, text-generation-webui pull request 5677).
 
     For an id that followed, somewhere in the text, the same L ids with which the text now ends (the longest such L),
     the logit falls by `dry_multiplier` x `dry_base` ^ (L - `dry_allowed_length`), if L is at least the allowed length;
-    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage goes across an id of `dry_sequence_breakers`, and none of these ids is
-    penalised.
+    that exponent is DRY_LONGEST at most, and the penalty DRY_MOST. No repeated passage extends across an id of
+    `dry_sequence_breakers`, and none of these ids is penalised.
     """
     whole = text.array(params.penalty_last_n)
     none = np.empty(0, dtype=np.int64)
@@ -238,7 +247,7 @@ def penalise_passages(
 def keep_top_n_sigma(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
     """Ids whose logit is at least the largest minus `top_n_sigma` standard deviations of all finite logits.
 
-    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it stands before the temperature, on which the set
+    Top-n-sigma (Tang et al. 2024, https://arxiv.org/abs/2411.07641): it comes before the temperature, on which the set
     does not depend; the deviation is the population's, as in llama.cpp.
     """
     top = logits.max()
@@ -272,7 +281,7 @@ def apply_temperature(logits: np.ndarray, ids: np.ndarray, params: GenerationPar
 
 
 def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
-    """The smallest set of likeliest ids whose probabilities sum to `top_p` (Holtzman et al. 2020, nucleus sampling).
+    """The smallest set of most likely ids whose probabilities sum to `top_p` (Holtzman et al. 2020, nucleus sampling).
 
     Of equal logits at the edge those with larger ids stay, which transformers leaves open.
     """
@@ -284,7 +293,7 @@ def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_
 
 
 def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
-    """Ids at least `min_p` times as likely as the likeliest (Nguyen et al. 2024)."""
+    """Ids at least `min_p` times as likely as the most likely one (Nguyen et al. 2024)."""
     probs = softmax(logits)
     kept = probs >= np.float32(params.min_p) * probs.max()
     return logits[kept], ids[kept]
@@ -305,8 +314,8 @@ def keep_typical(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, 
     return logits[kept], ids[kept]
 
 
-def exclude_top_choices(
-    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: History, generator: torch.Generator | None
+def apply_xtc(
+    logits: np.ndarray, ids: np.ndarray, params: GenerationParams, text: TokenHistory, generator: torch.Generator | None
 ) -> Candidates:
     """With probability `xtc_probability`, drop the ids of at least `xtc_threshold` except the least likely of them.
 
@@ -331,31 +340,36 @@ FILTERS: tuple[tuple[str, Filter], ...] = (
     ("repetition_penalty", penalise_repetition),
     ("frequency_penalty", penalise_frequency),
     ("presence_penalty", penalise_presence),
-    ("dry_multiplier", penalise_passages),
+    ("dry_multiplier", penalise_dry),
     ("top_n_sigma", keep_top_n_sigma),
     ("temperature", apply_temperature),
     ("top_p", keep_top_p),
     ("min_p", keep_min_p),
     ("typical_p", keep_typical),
-    ("xtc_probability", exclude_top_choices),
+    ("xtc_probability", apply_xtc),
 )
-_STEPS = [(name, None if name == "temperature" else SETTINGS[name].off, function) for name, function in FILTERS]
+
+
+def active_filters(params: GenerationParams) -> list[Filter]:
+    """Those of FILTERS that `params` switch on, in order."""
+    return [
+        function for name, function in FILTERS if name == "temperature" or getattr(params, name) != SETTINGS[name].off
+    ]
 
 
 def _candidates(
-    logits: Tensor, params: GenerationParams, history: History, generator: torch.Generator | None
+    logits: Tensor, params: GenerationParams, history: TokenHistory, generator: torch.Generator | None
 ) -> Candidates:
     """All ids of logits [N] through FILTERS; in NumPy, whose calls cost a fifth of torch's."""
     values = logits.numpy()
     ids = _all_ids(len(values))
-    for name, off, function in _STEPS:
-        if getattr(params, name) != off:
-            values, ids = function(values, ids, params, history, generator)
+    for function in history.filters(params):
+        values, ids = function(values, ids, params, history, generator)
     return values, ids
 
 
 def candidates(
-    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+    logits: Tensor, params: GenerationParams, history: TokenHistory = NOTHING, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """(logits [M], ids [M]) of the tokens that may be drawn from logits [N] after all FILTERS; at temperature 0 one.
 
@@ -367,14 +381,16 @@ def candidates(
 
 
 def filter_logits(
-    logits: Tensor, params: GenerationParams, history: History = NOTHING, generator: torch.Generator | None = None
+    logits: Tensor, params: GenerationParams, history: TokenHistory = NOTHING, generator: torch.Generator | None = None
 ) -> Tensor:
     """logits [N] after all FILTERS, -inf where a token may not be drawn; for comparison and display."""
     values, ids = candidates(logits, params, history, generator)
     return torch.full_like(logits, float("-inf")).index_put((ids,), values)
 
 
-def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator, history: History = NOTHING) -> int:
+def sample(
+    logits: Tensor, params: GenerationParams, generator: torch.Generator, history: TokenHistory = NOTHING
+) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` (with XTC two) unless temperature is 0."""
     values, ids = _candidates(logits, params, history, generator)
     if len(ids) == 1 and params.temperature < ZERO_TEMPERATURE:
@@ -385,13 +401,13 @@ def sample(logits: Tensor, params: GenerationParams, generator: torch.Generator,
 
 
 def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    """(log-probability of `token`, the `top` likeliest as (id, log-probability)) under logits [N], unfiltered."""
+    """(log-probability of `token`, the `top` most likely as (id, log-probability)) under logits [N], unfiltered."""
     total = logits.logsumexp(-1)
     values, ids = logits.topk(min(top, len(logits)))
     return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))
 
 
-class Stopper:
+class StopStringMatcher:
     """Cuts a growing text before the first stop string that it completes, and holds back what may begin one.
 
     One matcher of Knuth, Morris & Pratt (1977) a stop string, so that it does not matter how the text is cut in pieces.
@@ -404,7 +420,7 @@ class Stopper:
 
     @staticmethod
     def _table(stop: str) -> list[int]:
-        """For each prefix the length of its longest end that is also its beginning."""
+        """KMP failure table: for each prefix the length of its longest proper prefix that is also a suffix."""
         table = [0] * len(stop)
         for at in range(1, len(stop)):
             length = table[at - 1]

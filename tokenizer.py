@@ -92,7 +92,7 @@ class Tokenizer:
 
     @property
     def start(self) -> int:
-        """The id that generation begins from when the prompt is empty: end-of-text, else a new line, else 0."""
+        """The id that generation begins from when the prompt is empty: end-of-text, otherwise a new line, otherwise 0."""
         if self.eot is not None:
             return self.eot
         return self._pieces.index(b"\n") if b"\n" in self._pieces else 0
@@ -147,8 +147,8 @@ class Tokenizer:
             found = [name] if name in self.styles else [own for own in self.styles if words <= set(own.split("-"))]
             if len(found) != 1:
                 known = f"it has {', '.join(self.styles)}" if self.styles else "it was trained without --control"
-                fault = f"is several of this model's ({', '.join(found)})" if found else "is none of this model's"
-                raise StyleError(f"style {name!r} {fault}: {known}")
+                reason = f"is several of this model's ({', '.join(found)})" if found else "is none of this model's"
+                raise StyleError(f"style {name!r} {reason}: {known}")
             shares[self.styles[found[0]]] = shares.get(self.styles[found[0]], 0.0) + share
         return list(shares.items())
 
@@ -328,7 +328,7 @@ def gpt2_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids (257 to 65,536, end-of-text included) learned from `texts`.
 
-    The same texts in the same order give the same vocabulary. It is smaller than asked if the texts have too few pairs
+    The same texts in the same order give the same vocabulary. It is smaller than requested if the texts have too few pairs
     that occur twice. Memory grows with the number of distinct words, not with the length of the texts.
     """
     from tokenizers import Tokenizer as Backend

@@ -2,15 +2,15 @@
 
     python train.py                                              # the sample stories, about three minutes
     python train.py --preset story-small --data data/novels --train.max-steps 200
-    python train.py --resume --out runs/story-small              # go on exactly where it stopped
+    python train.py --resume --out runs/story-small              # resume exactly where it stopped
     python train.py --init-from gpt2 --data data/mine            # fine-tune another model on your texts
-    python train.py --input my_books/ --minutes 10               # give the time, everything else is chosen for you
+    python train.py --input my_books/ --minutes 10               # give the time, all other settings are chosen
     torchrun --standalone --nproc_per_node=8 train.py --preset victorian
 
 Every run is a folder: config.toml, metrics.jsonl, samples.jsonl, loss.png, tensorboard/, best/ and last/ (model folders).
 
 The file reads from top to bottom: flags, how they become settings, then `fit` in four stages (data, model, optimizer,
-loop), and `main`. What a stage is made of lies in training/.
+loop), and `main`. The parts of a stage are in training/.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from config import (
     ROOT,
     Config,
     ConfigError,
+    FrozenSettings,
     ModelConfig,
-    Strict,
     TrainConfig,
     build,
     merge,
@@ -44,11 +44,11 @@ from config import (
 
 if TYPE_CHECKING:
     from dataset import TokenData
-    from devices import Team
+    from devices import DistributedContext
     from training.state import TrainState
 
 
-class TrainArgs(Strict):
+class TrainArgs(FrozenSettings):
     """Train a GPT-2-style model. Without flags: the repository's own short stories, about three minutes."""
 
     preset: str = "sample"
@@ -56,11 +56,11 @@ class TrainArgs(Strict):
     config: Path | None = None
     """A TOML file whose settings replace those of the preset."""
     data: Path | None = None
-    """Folder written by prepare_data.py, or s3://…; none: the preset's own texts, prepared at first use.
+    """Folder written by prepare_data.py, or s3://…; default: the preset's own texts, prepared at first use.
 
     With --input: the folder to prepare them in."""
     out: Path | None = None
-    """Run folder; none: runs/PRESET, with a number behind it where that exists."""
+    """Run folder; default: runs/PRESET, or runs/PRESET-2, -3 … if that exists."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run folder."""
     init_from: str = ""
@@ -79,7 +79,7 @@ class TrainArgs(Strict):
 
 @dataclass(frozen=True)
 class Base:
-    """The settings that flags change, and where they come from."""
+    """Base settings that command-line flags override, and their origin."""
 
     preset: str
     tables: dict[str, Any]  # as in a TOML file
@@ -88,7 +88,7 @@ class Base:
 
 
 def read_base(argv: list[str]) -> Base:
-    """The settings below the single flags: `--config` over the preset, or with --resume over the run's own.
+    """Base settings that command-line flags override: `--config` over the preset, or with --resume over the run's own.
 
     With --init-from the [model] table is that of the model named. Raises ConfigError.
     """
@@ -105,23 +105,23 @@ def read_base(argv: list[str]) -> Base:
     if origin:
         from training.model_setup import origin_shape
 
-        # Weights fit their own shape only; dropout is free, so the preset decides about it.
+        # The shape must be that of the weights; dropout has no weights, so the preset sets it.
         shape = origin_shape(origin)
         own = {key: value for key, value in tables.get("model", {}).items() if key == "dropout"}
         tables["model"] = shape | own
     elif "model" not in tables and preset in preset_names():
-        raise ConfigError([f"--preset {preset} has no shape of its own: give --init-from MODEL"])
+        raise ConfigError([f"--preset {preset} has no model shape: give --init-from MODEL"])
     return Base(preset, merge(tables, read_toml(Path(file))) if file else tables, origin or "", shape)
 
 
 def with_flags(argv: list[str], preset: str, tables: dict[str, Any]) -> TrainArgs:
-    """The flags, over the tables of a preset."""
+    """Command-line flags, over the tables of a preset."""
     defaults = {"preset": preset, "model": tables.get("model", {}), "train": tables.get("train", {})}
     return parse_flags(TrainArgs, argv, defaults=defaults)
 
 
 def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
-    """Flags over `--config` over the preset; with --resume over the run's own settings. All faults at once."""
+    """Flags over `--config` over the preset; with --resume over the run's own settings. Reports all errors together."""
     began = time.monotonic()
     base = read_base(argv)
     tables, args = base.tables, with_flags(argv, base.preset, base.tables)
@@ -138,7 +138,7 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         print(choice.described(), file=sys.stderr)
         tables = merge(choice.tables, read_toml(args.config)) if args.config else choice.tables
         args = with_flags(argv, choice.data.name, tables).model_copy(update={"data": choice.data})
-    if base.origin:  # no flag may ask for another shape than the weights have
+    if base.origin:  # no flag may change the shape that the weights have
         from training.model_setup import shape_faults
 
         if faults := shape_faults(base.origin, base.origin_shape, args.model):
@@ -149,62 +149,64 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     return args, build(Config, values)
 
 
-def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team) -> dict[str, Any]:
-    """Train until an end is reached; returns the summary that is printed. `run` is locked by the caller."""
-    # Imported here and in `loop`: torch takes seconds to load, which --help and a wrong flag need not wait for.
+def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed: DistributedContext) -> dict[str, Any]:
+    """Train until an end condition is met; returns the summary that is printed. `run` is locked by the caller."""
+    # Imported here and in `loop`: torch takes seconds to load, which --help and flag errors need not wait for.
     import torch
 
     from dataset import WindowSampler
     from devices import device_name, energy_meter, peak_flops, pick_precision
     from tokenizer import load_tokenizer
-    from training.checkpointing import Saver, Start, resumed_run
+    from training.checkpointing import CheckpointWriter, InitialState, resumed_run
     from training.metrics import RunLog, Throughput
     from training.model_setup import start_model, wrapped
     from training.optimizer import Optimizer
-    from training.run_folder import last_good
-    from training.state import TrainState, announce, batch_sizes, fitted_schedule
+    from training.run_folder import newest_valid_checkpoint
+    from training.schedule import clamp_schedule, total_steps
+    from training.state import TrainState, announce, batch_sizes
 
-    # 1 data: the shards that prepare_data.py wrote and the tokenizer they were encoded with; in a resumed run the
-    # checkpoint tells how much of them has been read.
-    device = team.device
+    # 1 data: the shards and the tokenizer they were encoded with; a checkpoint holds the position in them.
+    device, tokenizer = distributed.device, load_tokenizer(data.folder)
     precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
-    tokenizer = load_tokenizer(data.folder)
-    checkpoint = last_good(run) if args.resume or restarted() else None
+    checkpoint = newest_valid_checkpoint(run) if args.resume or restarted() else None
 
-    # 2 model: new, or with the weights that --init-from names, or as the checkpoint has it. The batch is fixed before
-    # the model moves to its device, as an automatic one takes the memory that is free there.
+    # 2 model: new, or with the weights that --init-from names, or from the checkpoint. The batch size is fixed before
+    # the model moves to its device, as batch size 0 means as many windows as fit into the memory free there.
     if checkpoint is None:
         config = config.model_copy(update={"init_from": args.init_from or config.init_from})
-        start = Start(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
+        start = InitialState(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
         warnings += [f"no checkpoint in {run} yet: starting from the beginning"] if args.resume else []
     else:
         start = resumed_run(checkpoint, data, tokenizer)
     model, progress = start.model, start.progress
     config = config.model_copy(update={"model": model.config})  # with the vocabulary's size filled in
-    train, sizes = batch_sizes(config.train, model.config, start.state, team, precision)
+    train, sizes = batch_sizes(config.train, model.config, start.state, distributed, precision)
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
-    train, total, changed = fitted_schedule(train, sizes, sampler.per_epoch)
-    model.to(device)
-    module = wrapped(model, config, team, device)  # compiled, distributed: `model` itself is what is saved
+    total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
+    train, clamped = clamp_schedule(train, total)
+    module = wrapped(
+        model.to(device), config, distributed, device
+    )  # compiled, distributed: `model` itself is what is saved
 
-    # 3 optimizer: AdamW, or Muon beside it, and for fp16 a scaler that keeps small gradients from rounding to zero.
+    # 3 optimizer: AdamW, or Muon beside it, and for fp16 a loss scaler against gradient underflow.
     optimizer = Optimizer(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     log = RunLog(
         run,
         total_steps=total,
-        enabled=team.leader,
+        enabled=distributed.leader,
         tensorboard=train.tensorboard,
         wandb=run.name if train.wandb else "",
         done=progress.step if checkpoint else -1,  # rows of later steps, from before a crash, are dropped
     )
-    if checkpoint is not None:  # the moments, without which the first steps would jump
+    if checkpoint is not None:  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
         optimizer.load_state_dict(start.state["optimizer"])
         scaler.load_state_dict(start.state["scaler"])
 
-    # 4 loop: all it works on in one place, then step after step
-    save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, sizes.batch_size, sizes.tokens_per_step)
-    save.step = start.state.get("step", -1)  # on the disk already
+    # 4 loop: collect its state in one object, then train step by step
+    per_step = (sizes.batch_size, sizes.tokens_per_step)
+    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step)
+    save.step = start.state.get("step", -1)  # last/ of this step is on the disk already
     state = TrainState(
         run=run,
         config=config,
@@ -212,7 +214,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         precision=precision,
         data=data,
         tokenizer=tokenizer,
-        team=team,
+        distributed=distributed,
         model=model,
         module=module,
         optimizer=optimizer,
@@ -227,90 +229,92 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, team: Team)
         peak_flops=peak_flops(device_name(device), precision),
         energy=energy_meter(device),
     )
-    announce(state, start, warnings + changed)
+    announce(state, start, warnings + clamped)
     return loop(state, new=checkpoint is None)
 
 
 def loop(state: TrainState, new: bool) -> dict[str, Any]:
-    """Stage 4 of `fit`: one optimizer step after the other, and between them what is due; returns the summary."""
+    """Training loop: steps, with logging, evaluation and checkpoints at their intervals; returns the summary."""
     from devices import seed_dropout
-    from training.optimizer import lr_scale
     from training.run_folder import Stop
-    from training.state import agree, checkpoint, count_step, evaluate, fix_last_step, log_sample, metrics_row, summary
+    from training.schedule import lr_scale
+    from training.state import checkpoint, count_step, evaluate, log_sample, metrics_row, schedule_final_decay, summary
+    from training.state import sync_stop_and_checkpoint as sync
     from training.step import bad_step, step_seed, take_step, training_ends
 
-    team, progress, log, meter = state.team, state.progress, state.log, state.meter
-    batches = state.batches()  # endless, from the window where the run stands
-    stop = Stop()  # SIGTERM or Ctrl-C: the step is finished and saved first
+    distributed, progress, log, meter = state.distributed, state.progress, state.log, state.meter
+    module, optimizer, scaler = state.module, state.optimizer, state.scaler
+    batches = state.batches()  # endless, from the run's next window on
+    stop = Stop()  # SIGTERM or Ctrl-C only set a flag: the current step is finished and a checkpoint saved
     stop.install()
     try:
         if new and state.train.sample_interval:
-            log_sample(state)  # step 0: what random weights write
+            log_sample(state)  # step 0: a sample from the untrained weights, to compare later ones with
         while True:
-            # A wsd run that only the clock ends: as soon as its decay has to begin, its last step is fixed.
-            if state.open_end:
-                fix_last_step(state)
+            # Time-limited WSD run: once the decay has to begin, the final step is computed from the measured speed.
+            if state.is_time_limited:
+                schedule_final_decay(state)
             train = state.train
 
-            # Does the run end here? Clocks and signals differ from rank to rank, and a rank that left alone would leave
-            # the others waiting for its gradients: so all ranks put their answers together.
+            # Does the run end here? Clocks and signals differ between ranks, and a rank that stopped alone would leave the
+            # others waiting for its gradients in all-reduce: so the ranks exchange their answers first.
             reason = training_ends(train, progress, state.total_steps, meter.elapsed_s() / 60, stop)
-            reason, save_now = agree(state, reason, stop)
+            reason, save_now = sync(state, reason, stop)
             if reason:
                 break
             if save_now:
                 checkpoint(state)
 
-            # One step. Dropout is seeded by step and rank, so that a resumed run draws the masks it would have drawn.
-            epoch = state.epoch
+            # One step. Dropout is seeded by step and rank: a resumed run draws the masks of an uninterrupted one.
+            epoch = state.epoch  # before the step: compared below to detect the end of an epoch
             with meter.step():
-                seed_dropout(team.device, step_seed(train.seed, progress.step, team.rank))
-                scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: warm-up, then the schedule
-                state.optimizer.set_lr(scale)
-                state.module.train()  # an evaluation may have come between
+                seed_dropout(distributed.device, step_seed(train.seed, progress.step, distributed.rank))
+                scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: share of each peak rate
+                optimizer.set_lr(scale)
+                module.train()  # dropout on; an evaluation may have switched it off
                 loss, norm, finite = take_step(
-                    state.module,
-                    state.optimizer,
-                    state.scaler,
+                    module,
+                    optimizer,
+                    scaler,
                     batches,
                     state.sizes.grad_accum_steps,
                     train,
                     state.precision,
-                    team,
+                    distributed,
                 )
-                if not finite:  # no weight has changed: go on, or give up with TrainingFailed
-                    bad_step(progress, state.scaler, train, loss, norm, state.run, log)
-                count_step(state, loss, finite)
+                if not finite:  # no weight has changed: skip the step, or raise TrainingFailed after too many
+                    bad_step(progress, scaler, train, loss, norm, state.run, log)
+                count_step(state, loss, finite)  # progress.step and .windows now count this step
 
-            # What is due after it: a row of metrics, with a validation or without, a sample, a checkpoint.
+            # Due after the step, if anything: a row of metrics (with validation at its interval), a sample, a checkpoint.
             epoch_end = train.each_epoch and state.epoch > epoch
             eval_due = epoch_end or progress.step == state.total_steps or state.due(train.eval_interval)
             eta_s = state.eta_s()
-            if eval_due or progress.step == 1 or state.due(train.log_interval):
+            if eval_due or progress.step == 1 or state.due(train.log_interval):  # the first loss should be near ln(V)
                 row = metrics_row(state, train.lr * scale, norm)
                 progress.losses.clear()  # train_loss is the mean since the last row
                 log.metrics(row | evaluate(state, epoch_end) if eval_due else row, eta_s=eta_s)
-                meter.restart()
+                meter.restart()  # tokens_per_s is the speed since the last row
             else:
-                log.live(progress.step, progress.running_loss, meter.pace(), eta_s)
+                log.live(progress.step, progress.running_loss, meter.pace(), eta_s)  # a terminal's progress line
             if epoch_end or state.due(train.sample_interval):
                 log_sample(state)
             if state.due(train.checkpoint_interval):
                 checkpoint(state)
 
-        # The end: last/ for --resume, and best/ also where nothing was ever validated.
+        # The end: last/ for --resume, and best/ even if no validation has run, as other commands read best/.
         if progress.step != state.save.step:
             checkpoint(state)
         if not math.isfinite(progress.best_val):
             state.save(progress, best=True)
-    finally:  # also after a failed step or a second Ctrl-C: the records so far stay readable
+    finally:  # also after a failed step or a second Ctrl-C: metrics so far are flushed
         stop.restore()
         log.close()
     return summary(state, reason)
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure: then the run goes on without --resume."""
+    """Whether torchrun has restarted this process after a failure; it then resumes even without --resume."""
     return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
@@ -327,24 +331,24 @@ def _main(words: list[str]) -> int:
 
         print_plan(make_plan(args.preset, config, args.data, args.plan, args.price_per_hour))
         return 0
-    from devices import Team, keep_memory, pick_device
+    from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish
 
     device = pick_device(config.train.device)
     if device.type == "cpu":
-        keep_memory()  # a tenth of a step's time
-    team = Team.join(config.train.parallel, device)
+        keep_memory()  # saves a tenth of each step's time
+    distributed = DistributedContext.join(config.train.parallel, device)
     try:
-        summary = train_in_folder(args, config, team)
-        if team.leader:
+        summary = train_in_folder(args, config, distributed)
+        if distributed.leader:
             finish(summary)
     finally:
-        team.leave()
+        distributed.leave()
     return 0
 
 
-def train_in_folder(args: TrainArgs, config: Config, team: Team) -> dict[str, Any]:
-    """Find or prepare the data, choose and lock the run folder, train. Raises ConfigError where a run is there already."""
+def train_in_folder(args: TrainArgs, config: Config, distributed: DistributedContext) -> dict[str, Any]:
+    """Find or prepare the data, choose and lock the run folder, train. Raises ConfigError if it already holds a run."""
     from corpus.preparation import default_out
     from dataset import TokenData
     from training.run_folder import free_run_folder, locked, prepared
@@ -352,20 +356,20 @@ def train_in_folder(args: TrainArgs, config: Config, team: Team) -> dict[str, An
     folder = args.data
     if args.resume and folder is None and config.data_folder:
         folder = Path(config.data_folder)
-    if team.leader:  # the other ranks wait at the barrier until the data is there
+    if distributed.leader:  # the other ranks wait at the barrier until the data is there
         folder = prepared(folder, args.preset)
-    team.barrier()
+    distributed.barrier()
     folder = folder or default_out(args.preset)
     data = TokenData.open(folder)
     named = ROOT / "runs" / Path(args.preset).stem
     run = args.out or (named if args.resume else free_run_folder(args.preset, restarted()))
-    run = team.same(run)
+    run = distributed.broadcast(run)
     if (run / "config.toml").exists() and not (args.resume or restarted()):
-        raise ConfigError([f"--out {run}: already holds a run: add --resume to go on with it, or give another --out"])
-    team.barrier()  # all ranks have looked before the leader writes there
+        raise ConfigError([f"--out {run}: already holds a run: add --resume to continue it, or give another --out"])
+    distributed.barrier()  # all ranks have looked before the leader writes there
     config = config.model_copy(update={"data_folder": str(folder)})
-    with locked(run) if team.leader else contextlib.nullcontext():
-        return fit(config, data, run, args, team)
+    with locked(run) if distributed.leader else contextlib.nullcontext():
+        return fit(config, data, run, args, distributed)
 
 
 if __name__ == "__main__":

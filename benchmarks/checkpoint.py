@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import Strict  # noqa: E402
+from config import FrozenSettings  # noqa: E402
 
 
-class Args(Strict):
+class Args(FrozenSettings):
     """Measure the cost of checkpoints."""
 
     preset: str = "shakespeare-124m"

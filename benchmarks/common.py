@@ -1,10 +1,10 @@
 """What the benchmarks share: interleaved timing, a description of the machine, a table and a JSON file.
 
-    times = interleaved({name: command_of(name) for name in names}, seconds=30)
+    times = interleaved_timing({name: command_of(name) for name in names}, seconds=30)
     report("train_step", rows)
 
-Machines are shared and noisy. So the candidates take turns, a step each, until the time is up, and the published figure
-is the ratio of their medians: what slows the machine for a while slows all of them. Each plays in a process of its own,
+Machines are shared and noisy. So the candidates run alternately, one step each, until the time is up, and the published
+figure is the ratio of their medians: what slows the machine for a while slows all of them. Each runs in its own process,
 so that none has the settings or the idling threads of another.
 """
 
@@ -27,8 +27,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-def play(step: Callable[[], Any], warm_up: int = 2) -> None:
-    """A candidate's side: for each line on standard input one step, answered with its seconds."""
+def worker_loop(step: Callable[[], Any], warm_up: int = 2) -> None:
+    """Loop of a candidate's process: one step for each line on standard input, answered with its seconds."""
     for _ in range(warm_up):
         step()
     print("ready", flush=True)
@@ -38,34 +38,34 @@ def play(step: Callable[[], Any], warm_up: int = 2) -> None:
         print(time.perf_counter() - begin, flush=True)
 
 
-def interleaved(commands: dict[str, list[str]], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each step by candidate; they take turns for `seconds` in all, but at least `rounds` times.
+def interleaved_timing(commands: dict[str, list[str]], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of each step by candidate; they alternate for `seconds` in all, but at least `rounds` times.
 
-    commands: what starts each candidate, which then calls `play`.
+    commands: what starts each candidate, which then calls `worker_loop`.
     """
-    players: dict[str, subprocess.Popen[str]] = {}
+    processes: dict[str, subprocess.Popen[str]] = {}
     times: dict[str, list[float]] = {name: [] for name in commands}
 
     def answer(name: str) -> str:
-        said = players[name].stdout.readline()  # type: ignore[union-attr]
+        said = processes[name].stdout.readline()  # type: ignore[union-attr]
         if not said:
             raise SystemExit(f"{name} ended early: run `{' '.join(commands[name])}` to see why")
         return str(said)
 
     try:
         for name, command in commands.items():
-            players[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             answer(name)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
-            for name, player in players.items():
-                player.stdin.write("\n")  # type: ignore[union-attr]
-                player.stdin.flush()  # type: ignore[union-attr]
+            for name, process in processes.items():
+                process.stdin.write("\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
                 times[name].append(float(answer(name)))
     finally:
-        for player in players.values():
-            player.kill()
-            player.wait()
+        for process in processes.values():
+            process.kill()
+            process.wait()
     return times
 
 

@@ -1,12 +1,12 @@
-"""Milliseconds a token while writing, beside transformers and CTranslate2; and what eight writers at once gain.
+"""Milliseconds a token while writing, beside transformers and CTranslate2; and what batching eight sequences gains.
 
     python benchmarks/decode.py --seconds 120
     python benchmarks/decode.py --model runs/sample/best --without-peers
     python benchmarks/decode.py --device cuda --streams 1 64
 
-The model is GPT-2's 124M shape with random weights unless --model names a folder; sampling as the defaults have it. A turn
-writes some tokens after a prompt of 64; the figure is the median gap between two tokens. The candidates take turns, and
-what is claimed are ratios within a round. The peers choose greedily, which costs them nothing; ours sample with the
+The model is GPT-2's 124M shape with random weights unless --model names a folder; sampling as the defaults have it. A run
+generates some tokens after a prompt of 64; the figure is the median gap between two tokens. The candidates run alternately,
+and what is claimed are ratios within a round. The peers choose greedily, which costs them nothing; ours sample with the
 defaults. CTranslate2 reads the same model folder through its own converter.
 """
 
@@ -24,12 +24,12 @@ from typing import Any
 
 from common import middle, report, table
 
-Turn = Callable[[int], list[float]]  # writes so many tokens: the seconds between them
-Candidates = dict[str, tuple[Turn, Callable[[], float]]]  # by name: a turn, and the time to a long prompt's first token
+RunOnce = Callable[[int], list[float]]  # generates that many tokens; the seconds between them
+Candidates = dict[str, tuple[RunOnce, Callable[[], float]]]  # by name: one run, and a long prompt's time to first token
 Rounds = dict[str, list[float]]  # by name: seconds, one figure a round
 PROMPT = 64
 FIRST = 512  # tokens of the prompt for the time to the first token
-REST = 0.4  # seconds between turns: the threads of a library spin for a while after its work, at the next one's cost
+REST = 0.4  # seconds between runs: the threads of a library spin for a while after its work, at the next one's cost
 
 
 def gaps(moments: list[float]) -> list[float]:
@@ -52,8 +52,8 @@ def random_folder(folder: Path) -> Path:
     return folder
 
 
-def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn, Callable[[], float]]:
-    """(turn, time to the first token of a long prompt) with our decoder, `streams` texts side by side."""
+def time_ours(folder: Path, dtype: str, streams: int, device: str) -> tuple[RunOnce, Callable[[], float]]:
+    """(one run, time to the first token of a long prompt) with our decoder, a batch of `streams` sequences."""
     from config import GenerationParams
     from inference import decoder
     from inference.quantize import load_for_writing
@@ -71,7 +71,7 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
         batch.add(made)
         return made
 
-    def turn(tokens: int) -> list[float]:
+    def run_once(tokens: int) -> list[float]:
         for _ in range(streams):
             text(PROMPT, tokens + streams + 1)  # the first ones write while the others are prefilled
         while any(one.prefilling for one in batch.sequences):
@@ -91,10 +91,10 @@ def our_turn(folder: Path, dtype: str, streams: int, device: str) -> tuple[Turn,
             batch.step()
         return time.perf_counter() - begun
 
-    return turn, first
+    return run_once, first
 
 
-def transformers_turn(folder: Path, dtype: str, device: str) -> tuple[Turn, Callable[[], float]]:
+def time_transformers(folder: Path, dtype: str, device: str) -> tuple[RunOnce, Callable[[], float]]:
     """The same with transformers' GPT2LMHeadModel and its cache."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,7 +109,7 @@ def transformers_turn(folder: Path, dtype: str, device: str) -> tuple[Turn, Call
         return torch.tensor([[(count[0] * 7919 + at * 31) % vocab for at in range(length)]], device=device)
 
     @torch.inference_mode()
-    def turn(tokens: int) -> list[float]:
+    def run_once(tokens: int) -> list[float]:
         out = model(prompt(PROMPT), use_cache=True)
         moments = [time.perf_counter()]
         for _ in range(tokens):
@@ -129,12 +129,12 @@ def transformers_turn(folder: Path, dtype: str, device: str) -> tuple[Turn, Call
         )
         return time.perf_counter() - begun
 
-    return turn, first
+    return run_once, first
 
 
-def ctranslate2_turn(
+def time_ctranslate2(
     converted: Path, tokens_of: list[str], kind: str, threads: int
-) -> tuple[Turn, Callable[[], float]]:
+) -> tuple[RunOnce, Callable[[], float]]:
     """The same with CTranslate2, from the folder that its converter wrote."""
     import ctranslate2
 
@@ -183,36 +183,36 @@ def convert(folder: Path, target: Path) -> list[str]:
 
 
 def candidates(args: argparse.Namespace, folder: Path, scratch: Path, kinds: Sequence[str], device: Any) -> Candidates:
-    """Everybody who takes turns, by name: ours in each number format and number of streams, then the peers."""
+    """The candidates by name: ours in each number format and number of streams, then the peers."""
     import torch
 
     made: Candidates = {}
     for kind in kinds:
         for streams in args.streams:
-            made[f"ours {kind}, {streams} at once"] = our_turn(folder, kind, streams, args.device)
+            made[f"ours {kind}, {streams} at once"] = time_ours(folder, kind, streams, args.device)
     if args.without_peers:
         return made
     for kind in [kind for kind in kinds if kind not in ("int8", "float16")]:
-        made[f"transformers {kind}"] = transformers_turn(folder, kind, str(device))
+        made[f"transformers {kind}"] = time_transformers(folder, kind, str(device))
     if device.type == "cpu":
         vocabulary = convert(folder, scratch / "converted")
         for kind in ("float32", "int8"):
             name = f"CTranslate2 {kind}"
-            made[name] = ctranslate2_turn(scratch / "converted", vocabulary, kind, torch.get_num_threads())
+            made[name] = time_ctranslate2(scratch / "converted", vocabulary, kind, torch.get_num_threads())
     return made
 
 
-def take_turns(made: Candidates, seconds: float, tokens: int) -> tuple[Rounds, Rounds]:
+def interleaved_timing(made: Candidates, seconds: float, tokens: int) -> tuple[Rounds, Rounds]:
     """(seconds a step, seconds to the first token) of each candidate, a median or a figure each round."""
     steps: Rounds = {name: [] for name in made}
     firsts: Rounds = {name: [] for name in made}
-    for turn, first in made.values():
-        turn(4), first()
+    for run_once, first in made.values():
+        run_once(4), first()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(firsts.values()))) < 3:
-        for name, (turn, first) in made.items():
+        for name, (run_once, first) in made.items():
             time.sleep(REST)
-            steps[name].append(middle(turn(tokens)))
+            steps[name].append(middle(run_once(tokens)))
             firsts[name].append(first())
     return steps, firsts
 
@@ -221,14 +221,14 @@ def compared(steps: Rounds, firsts: Rounds, usual: str, few: int, many: int) -> 
     """What is claimed, as ratios within a round; the median of the rounds. `usual`: the format that auto chooses."""
     peer = "bfloat16" if usual == "bfloat16" else "float32"
     ours, small = f"ours {usual}, {few} at once", f"ours int8, {few} at once"
-    asked = [
+    comparisons = [
         ("a token, beside CTranslate2 float32", steps, "CTranslate2 float32", ours, 1.0),
         (f"a token, beside transformers {peer}", steps, f"transformers {peer}", ours, 1.4),
         ("a token in int8, beside CTranslate2 int8", steps, "CTranslate2 int8", small, 1.5),
         (f"first token of {FIRST}, beside transformers {peer}", firsts, f"transformers {peer}", ours, 1.0),
     ]
     rows: list[dict[str, Any]] = []
-    for what, times, theirs, mine, target in asked:
+    for what, times, theirs, mine, target in comparisons:
         if theirs in times and mine in times:
             ratio = middle([other / own for other, own in zip(times[theirs], times[mine], strict=True)])
             rows.append({"what": what, "times as fast": ratio, "aim": target})
@@ -244,9 +244,9 @@ def compared(steps: Rounds, firsts: Rounds, usual: str, few: int, many: int) -> 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a model folder; none: random weights in GPT-2's 124M shape")
+    parser.add_argument("--model", type=Path, help="a model folder; default: random weights in GPT-2's 124M shape")
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a turn")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens in one run")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-peers", action="store_true")
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or random_folder(Path(scratch) / "model")
         made = candidates(args, folder, Path(scratch), kinds, device)
-        steps, firsts = take_turns(made, args.seconds, args.tokens)
+        steps, firsts = interleaved_timing(made, args.seconds, args.tokens)
     rows: list[dict[str, Any]] = []
     for name in made:
         streams = int(name.split(", ")[1].split()[0]) if ", " in name else 1

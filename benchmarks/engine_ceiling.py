@@ -17,10 +17,10 @@ from common import report
 from pydantic import Field
 
 from cli import parse_flags, run_main
-from config import GenerationParams, ModelConfig, Strict
+from config import FrozenSettings, GenerationParams, ModelConfig
 
 
-class Args(Strict):
+class Args(FrozenSettings):
     """Tokens a second with a model that costs nothing."""
 
     texts: int = Field(16, ge=1, le=1024)

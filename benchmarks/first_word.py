@@ -23,7 +23,7 @@ for folder in (ROOT, ROOT / "docs"):
     sys.path.insert(0, str(folder))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import ConfigError, FrozenSettings  # noqa: E402
 
 WATCH = """mirror => {
   const root = mirror.getRootNode();
@@ -42,7 +42,7 @@ WATCH = """mirror => {
 BEGINNINGS = ("The old house stood", "It was a raw November evening, and", "My dear Margaret,", "Nobody in the village")
 
 
-class Args(Strict):
+class Args(FrozenSettings):
     """Milliseconds from Continue to the first word on the screen."""
 
     model: Path = ROOT / "models" / "victorian-mini"

@@ -20,16 +20,16 @@ from typing import Any
 from common import ROOT, report
 
 from cli import parse_flags, run_main
-from config import Strict, preset_values
+from config import FrozenSettings, preset_values
 
 
-class Args(Strict):
+class Args(FrozenSettings):
     """Compare plans with their runs."""
 
     presets: tuple[str, ...] = ("sample", "shakespeare-char", "story-nano")
     """Presets to plan and to train: small words, letters, GPT-2's vocabulary."""
     data: Path | None = None
-    """Folder written by prepare_data.py; none: the sample stories."""
+    """Folder written by prepare_data.py; default: the sample stories."""
     minutes: float = 2.0
     """How long each run should take."""
 

@@ -36,7 +36,7 @@ if str(ROOT) not in sys.path:
 from pydantic import Field  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import Strict  # noqa: E402
+from config import FrozenSettings  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "out"
 HEADER = "The Project Gutenberg eBook of Number {0}\n\n*** START OF THE PROJECT GUTENBERG EBOOK NUMBER {0} ***\n\n\n"
@@ -44,7 +44,7 @@ FOOTER = "\n\n*** END OF THE PROJECT GUTENBERG EBOOK NUMBER {0} ***\n\nLicence.\
 CHUNK = 1 << 18  # bytes of text that tiktoken alone is given at a time
 
 
-class Flags(Strict):
+class Flags(FrozenSettings):
     """Measure prepare_data.py."""
 
     gigabytes: float = Field(0.2, gt=0.0, le=1000.0)
@@ -54,7 +54,7 @@ class Flags(Strict):
     book_bytes: int = Field(400_000, ge=1000)
     """Bytes of a book."""
     workers: int = Field(0, ge=0, le=1024)
-    """Processes of prepare_data.py; 0: one a core."""
+    """Processes of prepare_data.py; default: one per core."""
     every: float = Field(10.0, gt=0.0)
     """Seconds of preparation between two halts; a short run is halted at least three times."""
     halt: float = Field(2.0, gt=0.0)

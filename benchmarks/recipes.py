@@ -3,8 +3,8 @@
     python benchmarks/recipes.py --data data/novels --minutes 5
     python benchmarks/recipes.py --data data/novels --minutes 3 --n-embd 192 --batch 1024 --also-tuned
 
-Both start from the same weights and read the same windows in the same order. They take turns, a stretch of steps each,
-in processes of their own, until each has trained for --minutes; evaluation is not counted. A recipe's schedule is laid
+Both start from the same weights and read the same windows in the same order. They alternate, some steps each,
+in separate processes, until each has trained for --minutes; evaluation is not counted. A recipe's schedule is laid
 over the steps that its own pace allows. Each is run to the end and, for the faster one, also to half of the time: does
 it have by then the loss that the other ends with?
 """
@@ -42,8 +42,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def play(args: argparse.Namespace) -> None:
-    """One recipe's side. Orders on standard input: `plan STEPS` in all, `steps N` to take, `look`.
+def worker_loop(args: argparse.Namespace) -> None:
+    """Loop of one recipe's process. Commands on standard input: `plan STEPS` in all, `steps N` to take, `look`.
 
     Each is answered with the steps done, the seconds they took, and after `look` the validation loss (else 0).
     """
@@ -51,15 +51,16 @@ def play(args: argparse.Namespace) -> None:
 
     from config import ModelConfig, TrainConfig
     from dataset import TokenData, WindowSampler, training_batches
-    from devices import Team, keep_memory
+    from devices import DistributedContext, keep_memory
     from model import GPT
-    from training.optimizer import Optimizer, lr_scale
+    from training.optimizer import Optimizer
+    from training.schedule import lr_scale
     from training.step import step_seed, take_step, validate
 
     keep_memory()
     data = TokenData.open(args.data)
     size = data.manifest.tokenizer.vocab_size
-    team = Team(0, 1, "none", torch.device("cpu"))
+    distributed = DistributedContext(0, 1, "none", torch.device("cpu"))
     torch.manual_seed(1337)
     heads = args.n_embd // (64 if args.n_embd % 64 == 0 else 32)
     shape = ModelConfig(n_layer=args.n_layer, n_head=heads, n_embd=args.n_embd, block_size=args.block, vocab_size=size)
@@ -83,14 +84,18 @@ def play(args: argparse.Namespace) -> None:
             for _ in range(int(value)):
                 torch.manual_seed(step_seed(1337, step, 0))
                 optimizer.set_lr(lr_scale(step, total, recipe))
-                take_step(model, optimizer, scaler, source, 1, recipe, "fp32", team)
+                take_step(model, optimizer, scaler, source, 1, recipe, "fp32", distributed)
                 step += 1
             spent += time.perf_counter() - begin
-        loss = validate(model, data.val, args.block, batch, "fp32", team, args.eval_tokens) if word == "look" else 0.0
+        loss = (
+            validate(model, data.val, args.block, batch, "fp32", distributed, args.eval_tokens)
+            if word == "look"
+            else 0.0
+        )
         print(step, spent, loss, flush=True)
 
 
-class Player:
+class RecipeProcess:
     """A process that trains by one recipe."""
 
     def __init__(self, name: str, words: list[str], share: float, minutes: float):
@@ -118,13 +123,13 @@ class Player:
 
 def pace(name: str, words: list[str]) -> float:
     """Seconds a step of this recipe takes, in a process that is then thrown away."""
-    player = Player(name, words, 1.0, 1.0)
-    player.ask("plan 1000")
-    player.ask("steps 3")
-    before = player.spent
-    player.ask("steps 10")
-    player.process.kill()
-    return (player.spent - before) / 10
+    process = RecipeProcess(name, words, 1.0, 1.0)
+    process.ask("plan 1000")
+    process.ask("steps 3")
+    before = process.spent
+    process.ask("steps 10")
+    process.process.kill()
+    return (process.spent - before) / 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,31 +146,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--play", choices=RECIPES, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.play:
-        play(args)
+        worker_loop(args)
         return 0
     names = [name for name in RECIPES if args.also_tuned or "tuned" not in name]
-    players = [Player(name, words, 1.0, args.minutes) for name in names]
-    players.append(Player("victorian-fast", words, 0.5, args.minutes))
+    processes = [RecipeProcess(name, words, 1.0, args.minutes) for name in names]
+    processes.append(RecipeProcess("victorian-fast", words, 0.5, args.minutes))
     paces = {name: pace(name, words) for name in names}
-    for player in players:
-        player.total = max(10, int(player.seconds / paces[player.name]))
-        player.ask(f"plan {player.total}")
-    for _ in range(10):  # in turns, so that a slow minute is everybody's
-        for player in players:
-            player.ask(f"steps {-(-player.total // 10) if player.step + player.total // 10 < player.total else 0}")
+    for process in processes:
+        process.total = max(10, int(process.seconds / paces[process.name]))
+        process.ask(f"plan {process.total}")
+    for _ in range(10):  # alternately, so that a slow minute affects all of them
+        for process in processes:
+            process.ask(f"steps {-(-process.total // 10) if process.step + process.total // 10 < process.total else 0}")
     rows = []
-    for player in players:
-        if player.step < player.total:
-            player.ask(f"steps {player.total - player.step}")
-        loss = player.ask("look")
-        player.process.kill()
+    for process in processes:
+        if process.step < process.total:
+            process.ask(f"steps {process.total - process.step}")
+        loss = process.ask("look")
+        process.process.kill()
         rows.append(
             {
-                "recipe": player.name,
-                "share of the time": player.share,
-                "seconds of training": player.spent,
-                "steps": player.step,
-                "tokens": player.step * args.batch,
+                "recipe": process.name,
+                "share of the time": process.share,
+                "seconds of training": process.spent,
+                "steps": process.step,
+                "tokens": process.step * args.batch,
                 "validation loss": loss,
             }
         )

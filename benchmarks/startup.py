@@ -30,7 +30,7 @@ def until_first_output(words: list[str]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model folder; none: the newest, as generate.py finds it")
+    parser.add_argument("--model", type=Path, help="model folder; default: the newest, as generate.py finds it")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     model = ["--model", str(args.model.resolve())] if args.model else []

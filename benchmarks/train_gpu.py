@@ -69,7 +69,7 @@ def measured(step: Callable[[], None], seconds: float) -> dict[str, float]:
     return found | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9, "breaks": breaks}
 
 
-def played(name: str, batch: int, args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+def run_in_process(name: str, batch: int, args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     """What `measured` found for one candidate in a process of its own, or {"failed": why}."""
     command = [sys.executable, __file__, *words, "--play", name, "--batches", str(batch)]
     try:
@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["victorian", *SHAPES], default="victorian")
-    parser.add_argument("--batches", type=int, nargs="+", help="micro-batches to try; none: the shape's own")
+    parser.add_argument("--batches", type=int, nargs="+", help="micro-batches to try; default: the shape's own")
     parser.add_argument("--seconds", type=float, default=20.0, help="of steps for each candidate, after compiling")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a candidate is given up")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which a candidate is stopped")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--eager", action="store_true", help="also without torch.compile")
     parser.add_argument("--without-peers", action="store_true")
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for batch in args.batches or [own[-1]]:
         for name in names:
-            found = played(name, batch, args, words)
+            found = run_in_process(name, batch, args, words)
             speed = batch * block / found["seconds"] if "seconds" in found else None
             rows.append(
                 {

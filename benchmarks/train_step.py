@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --shapes wide --device cuda --compile
 
 A step is forward, backward, clipping and update of one random batch; dropout 0. Every candidate has the same shape, AdamW
-with its project's own settings, and takes turns with the others. nanoGPT computes in float32 on CPUs, as its train.py does.
+with its project's own settings, and the candidates are timed alternately. nanoGPT computes in float32 on CPUs, as its train.py does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import interleaved, middle, play, report
+from common import interleaved_timing, middle, report, worker_loop
 
 # layers, heads, channels, context, vocabulary, batch
 SHAPES = {
@@ -34,7 +34,7 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> 
     import torch
 
     from config import Config, ModelConfig, TrainConfig
-    from devices import Team
+    from devices import DistributedContext
     from model import GPT
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
@@ -43,16 +43,16 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> 
     n_layer, n_head, n_embd, block, vocab, batch = shape
     config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab, dropout=0.0)
     train = TrainConfig(max_steps=1000, compile="on" if compile else "off")
-    team = Team(0, 1, "none", device)
+    distributed = DistributedContext(0, 1, "none", device)
     model = GPT(config).to(device)
-    module = wrapped(model, Config(model=config, train=train), team, device)
+    module = wrapped(model, Config(model=config, train=train), distributed, device)
     optimizer = Optimizer(model, train)
     optimizer.set_lr(1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     x, y = batch_of(vocab, batch, block, device)
 
     def step() -> None:
-        take_step(module, optimizer, scaler, iter([(x, y)]), 1, train, precision, team)
+        take_step(module, optimizer, scaler, iter([(x, y)]), 1, train, precision, distributed)
 
     return step
 
@@ -133,7 +133,7 @@ def nanogpt_step(checkout: Path, shape: tuple[int, ...], device: Any, compile: b
 
 
 def names(args: argparse.Namespace, device: Any) -> list[str]:
-    """Who takes turns."""
+    """Names of the candidates to time."""
     from devices import native_bf16
 
     precisions = ["fp32", "bf16"] if args.bf16 or native_bf16(device) else ["fp32"]
@@ -180,13 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     torch.manual_seed(0)
     if args.play:
-        play(candidate(args.play, args, SHAPES[args.shapes[0]], device))
+        worker_loop(candidate(args.play, args, SHAPES[args.shapes[0]], device))
         return 0
     rows = []
     for name in args.shapes:
         n_layer, n_head, n_embd, block, vocab, batch = SHAPES[name]
         script = [sys.executable, __file__, *words, "--shapes", name, "--play"]
-        times = interleaved({who: [*script, who] for who in names(args, device)}, args.seconds)
+        times = interleaved_timing({who: [*script, who] for who in names(args, device)}, args.seconds)
         config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab)
         flops = GPT(config).flops_per_token() * batch * block
         best = min(middle(spent) for who, spent in times.items() if who.startswith("ours"))

@@ -46,7 +46,7 @@ NOTE = re.compile(
 NOTE_END = re.compile(rb"\n[ \t]*[+*=-]{3,}[+*= -]*(?=\n|\Z)|\n[ \t]*\n[ \t]*(?=\n)")  # a box's lower edge; a wide gap
 BLANKS = re.compile(rb"(?:[ \t]*\n)*")
 LINE_REST = re.compile(rb"[ \t]*(?:\n|\Z)")
-NOTE_LIMIT = 16384  # bytes at the end of a text in which a note goes on to the end; also the longest note in brackets
+NOTE_LIMIT = 16384  # bytes at the end of a text in which a note continues to the end; also the longest note in brackets
 NOTE_WINDOW = 32768  # bytes at either end of a text, or of a part of it, where a note without brackets may begin
 NOTE_SEARCH = 4096  # bytes after a note's first line in which its end is looked for
 CAPTION_LIMIT = 4096  # bytes of an illustration's caption
@@ -223,7 +223,7 @@ def fix_mojibake(text: str) -> str:
 
 
 def cut_after(window: bytes, layout: Layout) -> int | None:
-    """Where in `window` a long text may be cut so that its chunks, cleaned and encoded apart, give what the whole text gives.
+    """Safe split point in `window`: cleaning and tokenizing the chunks equals doing the whole text.
 
     GPT-2's pre-tokenizer always splits before white space; wrapped lines and markup require the end of a paragraph as
     well. None where `window` has no such place.

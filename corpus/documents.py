@@ -30,16 +30,16 @@ from corpus.cleaning import (
 
 TEXT_FIELD = "text"  # the field of rows that holds their text
 YEAR_FIELD = "publication_date"  # the field that --years looks at
-STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may tell a style
+STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may hold a style
 CONVERT = "convert it to UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`), or leave it out with --skip-bad-files"
 
 
 class DocumentError(ValueError):
-    """A text that cannot be read; the message names the file, the place and the remedy."""
+    """A text that cannot be read; the message names the file, the place and the fix."""
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """How texts are read, and which cleaning steps are on. Those from `strip_notes` to `strip_italics` clean books only."""
 
     unwrap: bool = True
@@ -89,7 +89,7 @@ class Chunk(Protocol):
     def path(self) -> Path:
         """Its file, for messages."""
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         """Its pieces in order. Raises DocumentError."""
 
 
@@ -134,20 +134,20 @@ class SourceFile(Protocol):
 
     @property
     def split(self) -> str:
-        """`train` or `val` where the source itself says so, else empty."""
+        """`train` or `val` where the source itself defines the split, otherwise empty."""
 
     def chunks(self, first: int) -> Iterator[Chunk]:
         """Its chunks in order; `first` is the number of its first document."""
 
     def style_values(self, what: str) -> Iterable[Any] | None:
-        """What each document says of its `author`, `decade` (any text with a year) or the field `what`; None where the format
+        """Each document's own `author`, `decade` (any text with a year) or field `what`; None where the format
         has no such field.
 
         Raises DocumentError where this file alone lacks the field.
         """
 
 
-def clean_document(document: int, data: bytes, options: Options) -> Piece:
+def clean_document(document: int, data: bytes, options: ReadOptions) -> Piece:
     """The clean text of a whole document. Raises UnicodeDecodeError."""
     counts: dict[str, int] = {}
     data = normalise_newlines(data.removeprefix(BOM))
@@ -169,14 +169,14 @@ def skipped_row(document: int) -> Piece:
     return Piece(document, "", 0, True, {"skipped_rows": 1})
 
 
-def layout_of(sample: bytes, options: Options, licence: bool) -> Layout:
+def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:
     """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
     found = find_layout(sample)
     width = found.width if options.unwrap else 0
     return Layout(width, found.blocks, options.books or licence or found.width > 0)
 
 
-def clean_part(data: bytes, layout: Layout, options: Options, last: bool) -> tuple[str, int, dict[str, int]]:
+def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) -> tuple[str, int, dict[str, int]]:
     """The clean text of a document or of a part of it (LF line ends), its UTF-8 bytes, and what each step did.
 
     last: the document ends with it. Raises UnicodeDecodeError.

@@ -1,4 +1,4 @@
-"""Which documents train and which validate, and their tokens: the work that is spread over processes.
+"""The training and validation split, and the tokens of each: the work that is spread over processes.
 
 `corpus/preparation.py` makes an `EncodingPlan`; its batches go to the workers, each of which calls `encode`:
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus.documents import Chunk, DocumentError, Options, SourceFile
+from corpus.documents import Chunk, DocumentError, ReadOptions, SourceFile
 from corpus.finder import Corpus
 from storage.shards import SPLITS
 from tokenizer import Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
@@ -42,8 +42,8 @@ class EncodedBatch:
     """Documents that are in no split: duplicates, and those without text."""
 
 
-def choose_validation(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
-    """Which documents validate, bool [documents]: the source's own split, else a fixed pseudo-random choice by name.
+def validation_split(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
+    """Choose the validation documents, bool [documents]: the source's own split, otherwise a fixed pseudo-random choice.
 
     At least one document, and never all; none where there is only one document, which is split by position instead.
     `dropped` ones, bool [documents], are not chosen.
@@ -87,7 +87,7 @@ def batched_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 
 def encode(
     chunks: list[Chunk],
-    options: Options,
+    options: ReadOptions,
     tokenizer: tuple[str, str],
     roles: np.ndarray,
     cut: int | None,
@@ -98,7 +98,7 @@ def encode(
     tokenizer: "gpt2" or the folder of a saved one, and its fingerprint.
     roles: TRAIN, VAL or DROP for each document from the first chunk's on.
     cut: where training ends, in characters from the start of the first chunk, when one document is split by position.
-    styles: for each document, the control id if it has a style and begins here, else -1.
+    styles: for each document, the control id if it has a style and begins here, otherwise -1.
     Raises DocumentError for a text that cannot be read or holds characters that the tokenizer lacks.
     """
     coder = _load_tokenizer(*tokenizer)
@@ -139,7 +139,7 @@ def encode(
     return made
 
 
-def document_digests(file: SourceFile, options: Options) -> np.ndarray:
+def document_digests(file: SourceFile, options: ReadOptions) -> np.ndarray:
     """A digest of each document's clean text without surrounding white space, uint64 [documents]; 0 where there is no text."""
     found = np.zeros(file.documents, dtype=np.uint64)
     digest = hashlib.blake2b(digest_size=8)
@@ -160,18 +160,18 @@ def find_duplicates(corpus: Corpus, digests: Sequence[np.ndarray]) -> np.ndarray
     """
     flat = np.concatenate(digests)
     trains = np.concatenate([np.full(file.documents, file.split != "val") for file in corpus.files])
-    order = np.argsort(trains, kind="stable")  # validation first, else in the order of the documents
+    order = np.argsort(trains, kind="stable")  # validation first, otherwise in the order of the documents
     dropped = np.ones(len(flat), dtype=bool)
     dropped[order[np.unique(flat[order], return_index=True)[1]]] = False
     return dropped & (flat != 0)
 
 
-def count_characters(chunks: list[Chunk], options: Options) -> int:
+def count_characters(chunks: list[Chunk], options: ReadOptions) -> int:
     """Characters in the clean text of `chunks`."""
     return sum(len(piece.text) for chunk in chunks for piece in chunk.read(options))
 
 
-def distinct_characters(chunks: list[Chunk], options: Options) -> str:
+def distinct_characters(chunks: list[Chunk], options: ReadOptions) -> str:
     """The distinct characters in the clean text of `chunks`, by code point."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for chunk in chunks:
@@ -182,7 +182,7 @@ def distinct_characters(chunks: list[Chunk], options: Options) -> str:
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(where: str, fingerprint: str) -> Tokenizer:
-    """A worker's tokenizer; `fingerprint` tells one saved in the same folder later from the one in the cache."""
+    """A worker's tokenizer; `fingerprint` is part of the cache key, so that a re-saved tokenizer is reloaded."""
     return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
 
 
@@ -200,13 +200,13 @@ class EncodingPlan:
     """What is to be encoded: the documents, how they are read, and the role and style of each."""
 
     corpus: Corpus
-    options: Options
+    options: ReadOptions
     roles: np.ndarray
     """TRAIN, VAL or DROP, uint8 [documents]."""
     cuts: Sequence[int]
-    """Where training ends when the only document is split by position, in characters from each batch on; else empty."""
+    """Where training ends if the only document is split by position, in characters from each batch's start; otherwise empty."""
     styles: np.ndarray | None = None
-    """The control id of each document's style, -1 for none, int64 [documents]; None: no styles."""
+    """The control id of each document's style, -1 for none, int64 [documents]; None without styles."""
 
     def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """All batches in order. part: (i, n) takes those of the i-th of n parts, from 0."""

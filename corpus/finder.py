@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import YEAR_FIELD, Chunk, Options, SourceFile
+from corpus.documents import YEAR_FIELD, Chunk, ReadOptions, SourceFile
 from corpus.readers.registry import READERS, SUFFIXES, reader_of
 
 
@@ -59,26 +59,26 @@ def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
     Folders are searched through, hidden ones left out, and sorted. Raises ConfigError with every input that holds nothing.
     """
     found: dict[Path, tuple[Path, str]] = {}
-    faults = []
+    errors = []
     for item in inputs:
         path = Path(item).expanduser()
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
-            faults.append(f"--input {item}: no such file or folder, and no file matches it")
+            errors.append(f"--input {item}: no such file or folder, and no file matches it")
         files = [pair for match in matches for pair in (_inside(match) if match.is_dir() else [(match, match.name)])]
         if matches and not files:
-            faults.append(f"--input {item}: no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file in this folder")
+            errors.append(f"--input {item}: no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file in this folder")
         for file, name in files:
             found.setdefault(file.resolve(), (file, name))
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
     return list(found.values())
 
 
-def inspect(path: Path, name: str, options: Options, split: str = "") -> SourceFile | str:
+def inspect(path: Path, name: str, options: ReadOptions, split: str = "") -> SourceFile | str:
     """The documents in one file, none where it is empty; or, as text, why it cannot be read.
 
-    split: `train` or `val` where the source says so.
+    split: `train` or `val` where the source defines it.
     """
     reader = reader_of(path)
     if options.years and not reader.has_years:

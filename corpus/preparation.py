@@ -4,7 +4,7 @@
     >>> manifest = prepare(flags, Path("data/novels"))
 
 The folder holds `train_000000.bin` …, `val_000000.bin` … (little-endian uint16, or uint32 beyond 65,536 ids), the
-tokenizer and `manifest.json`. It appears whole or not at all: everything is written into a draft folder beside it, where
+tokenizer and `manifest.json`. It appears atomically: everything is written into a draft folder beside it, where
 an interrupted preparation continues.
 """
 
@@ -30,26 +30,26 @@ from pydantic import Field
 
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
-from corpus.documents import TEXT_FIELD, DocumentError, Options, SourceFile
+from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile
 from corpus.encoding import (
     DROP,
     TRAIN,
     VAL,
     EncodingPlan,
     batched_chunks,
-    choose_validation,
     count_characters,
     distinct_characters,
     document_digests,
     encode,
     find_duplicates,
+    validation_split,
 )
 from corpus.finder import Corpus, find, inspect
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
-from corpus.styles import Control, document_styles, largest_styles, style_counts
+from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress
-from storage.atomic import exclusive_lock, replace_text
+from storage.atomic import atomic_write_text, exclusive_lock
 from storage.catalogue import Catalogue
 from storage.shards import SPLITS, Manifest, ShardWriter, Source, TokenizerIdentity, join
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
@@ -85,11 +85,11 @@ class PrepareFlags(DataConfig):
     text_field: str = TEXT_FIELD
     """Field of .jsonl rows, parquet tables and hub data sets that holds the text."""
     out: Path | None = None
-    """Folder to write; none: data/ and the preset's or the first input's name."""
+    """Folder to write; default: data/ and the preset's or the first input's name."""
     tokenizer_from: Path | None = None
     """Folder of a model or of prepared data whose tokenizer to use instead of --tokenizer."""
     workers: int = Field(0, ge=0, le=1024)
-    """Processes; 0: one a core. The shards do not depend on it."""
+    """Processes; default 0: one a core. The shards do not depend on it."""
     part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$")
     """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
     join: tuple[Path, ...] = ()
@@ -144,7 +144,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         plan = _plan(pool, corpus, options, flags)
         styles = _document_styles(pool, corpus, flags)
 
-        # 4 tokenizer: the one that the flags ask for; in a preparation that continues, the one it began with
+        # 4 tokenizer: the one that the flags request; in a resumed preparation, the one it began with
         draft = stack.enter_context(_draft_folder(out))
         state = _saved_state(draft, identity)
         tokenizer = load_tokenizer(draft) if state else _make_tokenizer(flags, plan, pool, draft, styles)
@@ -154,7 +154,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
             print(style_counts(styles, list(tokenizer.styles)), file=sys.stderr)
         if not state:
             state = _initial_state(identity)
-            replace_text(draft / STATE, json.dumps(state))
+            atomic_write_text(draft / STATE, json.dumps(state))
 
         # 5 shards
         writers, cleaning = _write_shards(pool, plan, flags, tokenizer, draft, state)
@@ -172,7 +172,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
 
 
 def join_parts(folders: Sequence[Path], out: Path) -> Manifest:
-    """Put prepared folders together into `out`, whole or not at all. Raises ManifestError, ConfigError, OSError."""
+    """Put prepared folders together into `out`, atomically. Raises ManifestError, ConfigError, OSError."""
     _refuse_foreign(out)
     with _draft_folder(out) as draft:
         for path in draft.iterdir():
@@ -229,10 +229,10 @@ def _name(flags: PrepareFlags) -> str:
     return ", ".join(Path(item).name or item for item in flags.input) or flags.source
 
 
-def _options(flags: PrepareFlags) -> Options:
+def _options(flags: PrepareFlags) -> ReadOptions:
     first, _, last = flags.years.partition("-")
-    return Options(
-        **flags.model_dump(include=set(Options.__dataclass_fields__) - {"years"}),
+    return ReadOptions(
+        **flags.model_dump(include=set(ReadOptions.__dataclass_fields__) - {"years"}),
         skip_bad=flags.skip_bad_files,
         field=flags.text_field,
         books=not flags.input and sources.is_books(flags.source),
@@ -250,7 +250,7 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
     elif flags.tokenizer == "bpe":
         settings["vocab_size"] = flags.vocab_size
     if flags.control:
-        settings["control"] = vars(Control.read(flags.control))
+        settings["control"] = vars(StyleSource.read(flags.control))
     return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
@@ -274,7 +274,9 @@ def _identity(settings: dict[str, Any], files: Iterable[InputFile]) -> str:
 # The documents in the files, and what becomes of each
 
 
-def _inspect_files(pool: Pool, files: Sequence[InputFile], options: Options, name: str) -> tuple[Corpus, Counter[str]]:
+def _inspect_files(
+    pool: Pool, files: Sequence[InputFile], options: ReadOptions, name: str
+) -> tuple[Corpus, Counter[str]]:
     """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file."""
     good: list[SourceFile] = []
     bad: list[str] = []
@@ -293,7 +295,7 @@ def _inspect_files(pool: Pool, files: Sequence[InputFile], options: Options, nam
     shown = "\n".join(bad[:20] + ([f"… and {len(bad) - 20} more"] if len(bad) > 20 else []))
     if bad and not options.skip_bad:
         raise DocumentError(
-            f"{len(bad)} of {len(files)} files cannot be read:\n{shown}\nmend them, or leave them out with --skip-bad-files"
+            f"{len(bad)} of {len(files)} files cannot be read:\n{shown}\nfix them, or leave them out with --skip-bad-files"
         )
     if bad:
         print(f"left out:\n{shown}", file=sys.stderr)
@@ -305,7 +307,7 @@ def _inspect_files(pool: Pool, files: Sequence[InputFile], options: Options, nam
     return Corpus(name, good), counts
 
 
-def _plan(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) -> EncodingPlan:
+def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags) -> EncodingPlan:
     """The role of each document; with --drop-duplicates all texts are read first to find duplicates."""
     dropped = np.zeros(corpus.documents, dtype=bool)
     if flags.drop_duplicates:
@@ -316,7 +318,7 @@ def _plan(pool: Pool, corpus: Corpus, options: Options, flags: PrepareFlags) -> 
                 digests.append(found)
                 progress.add(file.size)
         dropped = find_duplicates(corpus, digests)
-    validate = choose_validation(corpus, flags.val_fraction, dropped)
+    validate = validation_split(corpus, flags.val_fraction, dropped)
     roles = np.where(dropped, DROP, np.where(validate, VAL, TRAIN)).astype(np.uint8)
     if corpus.documents > 1 or validate.any():
         return EncodingPlan(corpus, options, roles, ())
@@ -339,14 +341,14 @@ def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[st
         return []
     if corpus.documents < 2:
         raise ConfigError([f"--control {flags.control}: there is only one document: leave it out, or add texts"])
-    control = Control.read(flags.control)
+    control = StyleSource.read(flags.control)
     names: list[str] = []
     arguments = ((file, control) for file in corpus.files)
     for file, found in zip(corpus.files, pool.map(document_styles, arguments), strict=True):
         names += (found + [""] * file.documents)[: file.documents]
     if not any(names):
         raise ConfigError(
-            [f"--control {flags.control}: tells no style of any document (the first is {corpus.files[0].name})"]
+            [f"--control {flags.control}: gives no document a style (the first document is {corpus.files[0].name})"]
         )
     return names
 
@@ -357,7 +359,7 @@ def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[st
 def _make_tokenizer(
     flags: PrepareFlags, plan: EncodingPlan, pool: Pool, draft: Path, styles: Sequence[str]
 ) -> Tokenizer:
-    """The tokenizer that `flags` ask for, saved in `draft`. A new vocabulary is learned from the training text alone."""
+    """The tokenizer that `flags` request, saved in `draft`. A new vocabulary is learned from the training text alone."""
     if flags.tokenizer_from:
         tokenizer = load_tokenizer(flags.tokenizer_from)
         if tokenizer.eot is None and plan.corpus.documents > 1:
@@ -397,7 +399,7 @@ def _with_style_ids(tokenizer: Tokenizer, flags: PrepareFlags, plan: EncodingPla
 
 
 def _saved_state(draft: Path, identity: str) -> dict[str, Any]:
-    """The state of an interrupted preparation of the same texts with the same settings; else {}, and `draft` is emptied."""
+    """The state of an interrupted preparation of the same texts and settings; otherwise {}, and `draft` is emptied."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state: dict[str, Any] = json.loads((draft / STATE).read_text(encoding="utf-8"))
         load_tokenizer(draft)
@@ -424,7 +426,7 @@ def _write_shards(
         for name, writer in writers.items():
             writer.restore(state[name])
     except OSError as error:
-        print(f"{draft}: {error}: starting anew", file=sys.stderr)
+        print(f"{draft}: {error}: starting again", file=sys.stderr)
         return _write_shards(pool, plan, flags, tokenizer, draft, _initial_state(state["identity"]))
 
     # the batches after those that are already written
@@ -436,7 +438,7 @@ def _write_shards(
     def save() -> None:
         for writer in writers.values():
             writer.sync()
-        replace_text(draft / STATE, json.dumps(state))
+        atomic_write_text(draft / STATE, json.dumps(state))
 
     # encoded by the workers, written here in order
     counts, dropped = Counter(state["counts"]), list(state.get("dropped", []))
@@ -459,7 +461,7 @@ def _write_shards(
         except (KeyboardInterrupt, OSError):
             with contextlib.suppress(OSError):
                 save()
-            print("stopped: the same command goes on from here", file=sys.stderr)
+            print("stopped: run the same command to resume", file=sys.stderr)
             raise
 
     for name, writer in writers.items():
@@ -496,11 +498,11 @@ def _manifest(
     )
 
 
-# The folder that is written: a draft beside it, which replaces it when it is whole
+# The folder that is written: a draft beside it, which replaces it when it is complete
 
 
 def _old_folder(out: Path) -> Path:
-    """Where `out` is for the moment in which the draft takes its place."""
+    """Temporary path of the old folder during the swap."""
     return out.with_name(f".{out.name}.old")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, Strict
+from config import ROOT, ConfigError, FrozenSettings
 from corpus.readers.jsonl import JsonlFile
 from corpus.readers.parquet import ParquetFile
 from corpus.readers.text import TextFile
@@ -45,7 +45,7 @@ SplitName = Literal["validation", "test"]
 
 
 class SourceError(RuntimeError):
-    """A corpus that cannot be fetched; the message names the flag, the address and the remedy."""
+    """A corpus that cannot be fetched; the message names the flag, the address and the fix."""
 
 
 class InputFile(NamedTuple):
@@ -55,7 +55,7 @@ class InputFile(NamedTuple):
     name: str
     """Its name in the corpus, independent of the folder it is in."""
     split: str = ""
-    """`train` or `val` where the source says so."""
+    """`train` or `val` where the source defines the split."""
     version: str = ""
     """Tells it from another file of the same name; empty: its size and time of change do."""
 
@@ -96,7 +96,7 @@ NAMED: dict[str, HubDataset | WebFile] = {
 }
 
 
-class HubSelection(Strict):
+class HubSelection(FrozenSettings):
     """Which files of a data set on the hub to fetch."""
 
     config: str = ""
@@ -126,7 +126,7 @@ class DatasetFiles:
     commit: str
     files: dict[str, int]
     folder: Path | None = None
-    """The folder of the cache that holds them; None: they are to be fetched."""
+    """The folder of the cache that holds them; None if they must be fetched."""
 
 
 def fetch(source: str, selection: HubSelection) -> list[InputFile]:
@@ -157,7 +157,7 @@ def fetch(source: str, selection: HubSelection) -> list[InputFile]:
 
 
 def split_of(name: str) -> str:
-    """`train`, `validation` or `test`, by a data file's name, else by its folder's; `train` where neither says."""
+    """`train`, `validation` or `test`, by a data file's name, otherwise by its folder's; `train` by default."""
     path = PurePosixPath(name)
     for text in (path.name.removesuffix(path.suffix), *reversed(path.parts[:-1])):
         if found := SPLIT_NAME.search(text):
@@ -243,7 +243,7 @@ def _incomplete(names: Iterable[str]) -> bool:
 
 
 def _best_format(files: dict[str, int]) -> dict[str, int]:
-    """Of a data set's files those of its best format: parquet, else JSON lines, else plain text."""
+    """Of a data set's files those of its best format: parquet, otherwise JSON lines, otherwise plain text."""
     for reader in HUB_FORMATS:
         if found := {name: size for name, size in files.items() if name.lower().endswith(reader.suffixes)}:
             return found
@@ -362,7 +362,7 @@ def _quiet_hub() -> None:
     logging.set_verbosity_error()
 
 
-class FetchFlags(Strict):
+class FetchFlags(FrozenSettings):
     """Fetch a corpus, so that it can be prepared without a network."""
 
     corpus: str = "pg19"

@@ -31,14 +31,14 @@ CSV_HEADINGS = ("style", "genre", "author", "label")  # second word of a CSV's f
 
 
 @dataclass(frozen=True)
-class Control:
+class StyleSource:
     """Where styles come from: `author`, `folder`, `decade` or a field, or (pattern, style) pairs, the first match of which counts."""
 
     word: str
     map: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def read(cls, word: str) -> Control:
+    def read(cls, word: str) -> StyleSource:
         """The value of `--control`, with the pairs of the file if it names one. Raises ConfigError for an unusable file."""
         if not word.lower().endswith(MAP_SUFFIXES):
             return cls(word)
@@ -77,7 +77,7 @@ def _toml(text: str) -> Iterator[tuple[str, str]]:
             raise ValueError(f'{key}: write NAME = "style" or style = ["NAME", ...]')
 
 
-def document_styles(file: SourceFile, control: Control) -> list[str]:
+def document_styles(file: SourceFile, control: StyleSource) -> list[str]:
     """The style of each document in a file, empty where unknown. Raises ConfigError. Runs in a worker."""
     if control.map:
         return [style_name(control.mapped(file.name))] * file.documents

@@ -68,7 +68,7 @@ class Pool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"one of {self.workers} worker processes was killed, perhaps for want of memory: try --workers "
+                f"one of {self.workers} worker processes was killed, possibly out of memory: try --workers "
                 f"{self.workers // 2}"
             ) from None
         finally:
@@ -90,7 +90,7 @@ def _follow_parent() -> None:
 
 
 class Progress:
-    """Progress in bytes on standard error: a bar on a terminal, elsewhere a plain line every LINE_SECONDS."""
+    """Progress in bytes on standard error: a bar on a terminal, otherwise a plain line every LINE_SECONDS."""
 
     def __init__(self, what: str, total: int, done: int = 0):
         self.what, self.total, self.done = what, max(total, 1), done
@@ -100,7 +100,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            tqdm.monitor_interval = 0  # no thread of its own
+            tqdm.monitor_interval = 0  # no monitor thread
             self._bar = tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, leave=False)
 
     def __enter__(self) -> Progress:

@@ -23,7 +23,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import ConfigError, FrozenSettings  # noqa: E402
 
 BROWSER_FLAGS = [
     "--no-sandbox",
@@ -41,7 +41,7 @@ OPENING = (
 )
 
 
-class Args(Strict):
+class Args(FrozenSettings):
     """Take the screenshots of the README again."""
 
     runs: Path = ROOT / "runs"

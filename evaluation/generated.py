@@ -34,7 +34,7 @@ def generated_report(
 ) -> dict[str, Any]:
     """Measures of `params.n` texts for each kind of opening, and of continuations of held-out texts.
 
-    index: what to look for copied passages in. min_tokens: length from which one counts; 0: the index's own.
+    index: what to look for copied passages in. min_tokens: length from which one counts; default 0: the index's own.
     """
     prompts, written = [], []
     for openings in GALLERY.values():
@@ -85,7 +85,7 @@ def continuations(
 
 
 def copied_passages(index: Index, texts: Sequence[str], min_tokens: int) -> dict[str, Any]:
-    """How much of all `texts` together stands in the training text, and the longest copied runs."""
+    """How much of all `texts` together occurs in the training text, and the longest copied runs."""
     reports = []
     for text in texts:
         try:

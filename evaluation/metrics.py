@@ -1,7 +1,7 @@
 """The metrics of `evaluate.py`: sums over scored tokens, and what can be counted on generated texts.
 
 python -c "from evaluation import metrics; print(metrics.distinct(['the cat and the hat'], 1))"
->>> tally = Tally(); tally.add(nats, confidence, top1, top5)
+>>> tally = MetricSums(); tally.add(nats, confidence, top1, top5)
 >>> tally.figures()["bits_per_byte"], tally.calibration()["error"]
 """
 
@@ -23,7 +23,7 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass
-class Tally:
+class MetricSums:
     """Sums over the scored tokens of one or several texts."""
 
     documents: int = 0
@@ -34,16 +34,14 @@ class Tally:
     words: int = 0
     """Words of the text, cut at white space."""
     top1: int = 0
-    """Tokens that the model found likeliest."""
+    """Tokens that were the model's most likely (top-1 hits)."""
     top5: int = 0
-    """Tokens among its five likeliest."""
+    """Tokens among its five most likely (top-5 hits)."""
     bins: np.ndarray = field(default_factory=lambda: np.zeros((BINS, 3)))
-    """[BINS, 3] by the probability of the likeliest token: tokens, sum of that probability, how often it was right."""
+    """[BINS, 3] by the probability of the most likely token: tokens, sum of that probability, how often it was right."""
 
     def add(self, nats: np.ndarray, confidence: np.ndarray, top1: np.ndarray, top5: np.ndarray) -> None:
-        """Add scored tokens, each array [n]: the loss, the likeliest token's probability, whether the text goes on with it
-        and whether with one of the five likeliest.
-        """
+        """Add scored tokens, each array [n]: the loss, the most likely token's probability, top-1 and top-5 hits."""
         self.tokens += len(nats)
         self.nats += math.fsum(nats.tolist())
         self.top1 += int(top1.sum())
@@ -52,7 +50,7 @@ class Tally:
         for column, weights in enumerate((None, confidence, top1.astype(np.float64))):
             self.bins[:, column] += np.bincount(number, weights, minlength=BINS)
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: MetricSums) -> MetricSums:
         for name in ("documents", "tokens", "nats", "bytes", "words", "top1", "top5"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bins = self.bins + other.bins
@@ -80,7 +78,7 @@ class Tally:
         }
 
     def calibration(self) -> dict[str, Any]:
-        """Expected calibration error (Guo et al. 2017) and its table, for the likeliest token."""
+        """Expected calibration error (Guo et al. 2017) and its table, for the most likely token."""
         rows = []
         for number, (count, confidence, right) in enumerate(self.bins.tolist()):
             row: dict[str, Any] = {"from": number / BINS, "to": (number + 1) / BINS, "tokens": int(count)}

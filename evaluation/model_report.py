@@ -18,7 +18,7 @@ from config import ConfigError, GenerationParams
 from devices import pick_device
 from evaluation.generated import generated_report
 from evaluation.held_out import HeldOutTexts
-from evaluation.metrics import Tally
+from evaluation.metrics import MetricSums
 from evaluation.originality import Index
 from evaluation.perplexity import score, score_text
 from evaluation.style_report import style_report
@@ -58,7 +58,7 @@ def evaluate_model(
         )
 
     # 2. The loss of each text, summed by author and in all.
-    total, authors, documents = Tally(), dict[str, Tally](), []
+    total, authors, documents = MetricSums(), dict[str, MetricSums](), []
     size = sum(len(text.text.encode()) for text in texts)
     with progress(f"scoring {folder}", size) as advance:
         for text in texts:
@@ -70,7 +70,7 @@ def evaluate_model(
             if not tally.tokens:
                 continue
             documents.append({"name": text.name, "author": text.author} | tally.figures())
-            authors.setdefault(text.author, Tally())
+            authors.setdefault(text.author, MetricSums())
             authors[text.author] += tally
             total += tally
     if not total.tokens:

@@ -34,9 +34,9 @@ import numpy as np
 from pydantic import Field
 
 from cli import parse_flags, run_main
-from config import ROOT, ConfigError, Strict, read_toml
+from config import ROOT, ConfigError, FrozenSettings, read_toml
 from dataset import TokenData, TokenStream
-from storage.atomic import replace_text
+from storage.atomic import atomic_write_text
 from storage.catalogue import Catalogue
 from storage.shards import Manifest
 from tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +53,7 @@ SHOWN_TOKENS = 40  # tokens shown before and after a run in its source
 
 
 class OriginalityError(ValueError):
-    """An index that is missing, damaged or of another text; the message names it and the remedy."""
+    """An index that is missing, damaged or of another text; the message names it and the fix."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def build_index(folder: Path) -> Path:
             }
     header = {"format": 1, "corpus": identity, "gram": gram, "stride": stride, "bits": bits}
     header |= {"entries": entries, "documents": documents, "files": files}
-    replace_text(draft / HEADER, json.dumps(header | {"sha256": _digest(header)}, indent=1) + "\n")
+    atomic_write_text(draft / HEADER, json.dumps(header | {"sha256": _digest(header)}, indent=1) + "\n")
     if place.exists():
         shutil.rmtree(place)
     draft.rename(place)
@@ -171,7 +171,9 @@ def _digest(header: dict[str, Any]) -> str:
 def _write_partitions(
     stream: TokenStream, eot: int | None, gram: int, stride: int, bits: int, partition_bits: int, draft: Path
 ) -> int:
-    """Write each gram's bucket and number to one of 2**partition_bits files, and the documents' begins; returns their count."""
+    """Partition the n-gram hashes (bucket and number) into 2**partition_bits files and write the document offsets.
+
+    Returns the number of documents' beginnings written."""
     files = [(draft / f"{number}.tmp").open("wb") for number in range(2**partition_bits)]
     begins = 0
     try:
@@ -501,15 +503,15 @@ def markdown(report: OriginalityReport, most: int = 20) -> str:
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
 
-    class OriginalityFlags(Strict):
+    class OriginalityFlags(FrozenSettings):
         """Index the training text of prepared data, or find what a text has copied from it."""
 
         data: Path | None = None
         """Folder of prepared data."""
         input: tuple[str, ...] = ()
-        """Texts to check: files, or - for standard input; none: build the index."""
+        """Texts to check: files, or - for standard input; default: build the index."""
         min_tokens: int = Field(0, ge=0, le=100_000)
-        """Length from which a run counts as copied; 0: 12 tokens, 50 for one id a character."""
+        """Length from which a run counts as copied; default 0: 12 tokens, 50 for one id a character."""
         json: bool = False  # type: ignore[assignment]
         """Print JSON instead of text."""
 
@@ -529,10 +531,10 @@ def read_text(name: str) -> str:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fault = f"--input {name}: not UTF-8 at byte {error.start}: convert it first"
+        message = f"--input {name}: not UTF-8 at byte {error.start}: convert it first"
     except OSError as error:
-        fault = f"--input {name}: {error.strerror}"
-    raise ConfigError([fault])
+        message = f"--input {name}: {error.strerror}"
+    raise ConfigError([message])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

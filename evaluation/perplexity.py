@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from evaluation.metrics import Tally
+from evaluation.metrics import MetricSums
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -34,12 +34,12 @@ def sliding_windows(length: int, context: int, stride: int) -> Iterator[tuple[in
         scored, start = stop + 1, start + stride
 
 
-def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> Tally:
+def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> MetricSums:
     """Score tokens 1.. of `ids`. The tally counts tokens; its bytes and words are the caller's to fill in.
 
     control: an id put in the first place of every window, as training does with a style's; -1: none.
     """
-    tally = Tally()
+    tally = MetricSums()
     rows = max(1, MAX_LOGITS // (model.config.block_size * model.config.tokens))
     batch: list[tuple[int, int, int]] = []
     with torch.inference_mode():
@@ -53,7 +53,9 @@ def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> Tally:
     return tally
 
 
-def _score_batch(model: GPT, ids: np.ndarray, batch: list[tuple[int, int, int]], control: int, tally: Tally) -> None:
+def _score_batch(
+    model: GPT, ids: np.ndarray, batch: list[tuple[int, int, int]], control: int, tally: MetricSums
+) -> None:
     """Add windows of one length to the tally, all of them in one forward pass."""
     inputs = np.stack([ids[start : stop + 1] for start, stop, _ in batch]).astype(np.int64)
     if control >= 0:
@@ -72,7 +74,7 @@ def _score_batch(model: GPT, ids: np.ndarray, batch: list[tuple[int, int, int]],
             tally.add(nats.astype(np.float64), confidence.astype(np.float64), top1, top5)
 
 
-def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int, limit: int = 0) -> Tally:
+def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int, limit: int = 0) -> MetricSums:
     """Score all of a text, its first token after end-of-text; without such an id the first token is only read.
 
     limit: score only so many tokens from the beginning; 0: all. Raises TokenizerError for what the tokenizer lacks.

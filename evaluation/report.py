@@ -119,7 +119,7 @@ def _calibration(report: dict[str, Any]) -> list[str]:
 
 
 def _style_section(name: str, found: dict[str, Any]) -> list[str]:
-    """Held-out loss by the text's style (rows) under each style asked for (columns)."""
+    """Held-out loss by the text's style (rows) under each requested style (columns)."""
     summary, columns = found["summary"], [style for style in found["matrix"]]
 
     def gain(against: str) -> str:

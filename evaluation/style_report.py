@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from evaluation.held_out import HeldOutText
-from evaluation.metrics import Tally
+from evaluation.metrics import MetricSums
 from tokenizer import Tokenizer
 
 NONE = "none"
 
 
 def style_report(
-    score: Callable[[np.ndarray, int], Tally],
+    score: Callable[[np.ndarray, int], MetricSums],
     tokenizer: Tokenizer,
     texts: Iterable[HeldOutText],
     limit: int,

@@ -1,13 +1,13 @@
 """Decoding on NVIDIA GPUs as CUDA graphs: a step of the whole model is one launch instead of several hundred.
 
-    >>> graphs = record_graphs(model, cache, row_counts(model))    # None without a GPU, or where rows are not independent
+    >>> graphs = record_graphs(model, cache, row_counts(model))    # None without a GPU, or when not batch-invariant
     >>> logits = graphs([17, 3], [0, 2], rows=8)                   # as model.decode([17, 3], cache, [0, 2], 8), on the CPU
 
 A graph repeats fixed kernels on fixed shapes. So there is one for each number of rows and each span, the number of
 positions that attention looks back at; each is recorded when it is first needed. Rows of padding use the cache's last slot.
 
-The bits of a row must not depend on the other rows here either. `rows_are_independent` tries that with the model's own
-attention; where it does not hold, there are no graphs.
+The bits of a row must not depend on the other rows here either. `is_batch_invariant` tests that with the model's own
+attention; where it fails, there are no graphs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DecodeGraphs:
         lengths = [self.cache.length[slot] for slot in slots]
         if max(lengths) >= self.model.config.block_size:
             raise ValueError(
-                f"a slot is full at {self.model.config.block_size} tokens: prefill the end of its text anew"
+                f"a slot is full at {self.model.config.block_size} tokens: prefill the end of its text again"
             )
         rows = max(rows, len(slots))
         padding = [0] * (rows - len(slots))
@@ -108,8 +108,8 @@ class DecodeGraphs:
 
 
 @torch.inference_mode()
-def rows_are_independent(model: GPT, row_counts: Sequence[int], spans: Sequence[int]) -> bool:
-    """Whether attention gives a row the same bits for any number of rows and any span, tried on random numbers."""
+def is_batch_invariant(model: GPT, row_counts: Sequence[int], spans: Sequence[int]) -> bool:
+    """Whether attention gives a row the same bits for any number of rows and any span, tested on random numbers."""
     config, weight = model.config, model.wte.weight
     generator = torch.Generator().manual_seed(0)
     most, device = row_counts[-1], weight.device
@@ -130,12 +130,12 @@ def rows_are_independent(model: GPT, row_counts: Sequence[int], spans: Sequence[
 
 
 def record_graphs(model: GPT, cache: KVCache, row_counts: Sequence[int]) -> DecodeGraphs | None:
-    """Graphs for a model on a GPU; None on other devices, and where a row's bits would depend on its neighbours."""
+    """Graphs for a model on a GPU; None on other devices, or when decoding is not batch-invariant."""
     if cache.layers[0].device.type != "cuda":
         return None
     try:
         for spans in (attention_spans(model.config.block_size), [model.config.block_size]):
-            if rows_are_independent(model, row_counts, spans):
+            if is_batch_invariant(model, row_counts, spans):
                 graphs = DecodeGraphs(model, cache, row_counts, spans)
                 graphs.record(row_counts[0], spans[0])
                 return graphs

@@ -4,7 +4,7 @@
     >>> decoder.add(Sequence(tokenizer, ids, params, seed=7, index=0, context=model.config.block_size))
     >>> while decoder.sequences: print(decoder.step())
 
-The way of one request, called by `writing.stream` (one caller) or by `engine.Engine` (many):
+The path of one request, called by `writing.stream` (one caller) or by `engine.Engine` (many):
 
 1. Prompt to ids: `writing.encode_prompt`; `writing.prompt_window` cuts them to the model's context.
 2. Each sample of the request becomes a `Sequence`: its ids, settings, random generator, detokenizer and stop strings.
@@ -16,7 +16,7 @@ The way of one request, called by `writing.stream` (one caller) or by `engine.En
    the text is searched for stop strings.
 6. `BatchDecoder.step` returns what happened as `Event`s: `started`, a `token` for each id, `done`.
 
-Continuous batching: sequences join and leave between any two steps, and nobody waits for the longest. A step reads at
+Continuous batching: sequences join and leave between any two steps, and none waits for the longest. A step reads at
 most one chunk of one prompt, so a long prompt delays the others by one chunk at a time.
 
 Rows are independent of each other. One seed gives one text, bit for bit, whether it is written alone or beside others:
@@ -24,7 +24,7 @@ Rows are independent of each other. One seed gives one text, bit for bit, whethe
 - In the decode step the matrices multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for
   bit, with rows of padding if need be; attention goes row by row over each row's own slot.
 - Each sequence draws from its own generator, on the CPU in float32, one number a token.
-- When the context is full, what is read anew follows from the sequence's own ids alone (`Sequence.shift_context`).
+- When the context is full, what is read again follows from the sequence's own ids alone (`Sequence.shift_context`).
 
 Prefix cache: each slot remembers which ids it has prefilled (`PrefixCacheEntry`), also after its sequence has left. A
 prompt that begins with the same whole chunks copies their keys and values instead of computing them; since chunks are
@@ -47,7 +47,7 @@ from config import GenerationParams
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import History, Stopper, likelihoods, sample, seed_of
+from sampling import StopStringMatcher, TokenHistory, likelihoods, sample, sample_seed
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -92,7 +92,7 @@ class Result:
 
 @dataclass(eq=False)
 class SequenceState:
-    """What the model has read of a sequence in one cache slot, behind the control id of a style (or none)."""
+    """State of one sequence in one KV-cache slot, with its optional style token."""
 
     control: list[int]
     weight: float  # of this style's logits in a blend
@@ -128,9 +128,9 @@ class Sequence:
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
         self.logprobs = logprobs
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
-        self.generator = torch.Generator().manual_seed(seed_of(seed, index))
-        self.history = History(self.ids, len(prompt), tokenizer)
-        self.detokenizer, self.stopper = tokenizer.detokenizer(), Stopper(params.stop)
+        self.generator = torch.Generator().manual_seed(sample_seed(seed, index))
+        self.history = TokenHistory(self.ids, len(prompt), tokenizer)
+        self.detokenizer, self.stopper = tokenizer.detokenizer(), StopStringMatcher(params.stop)
         styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
         controls = list(tokenizer.controls.values())
@@ -163,14 +163,14 @@ class Sequence:
         }
 
     def shift_context(self) -> None:
-        """The context is full: restart with three quarters of it, the style, the `keep` first ids and the newest."""
+        """Context full: prefill again with the style token, the first `keep` and the newest ids, 3/4 of the context in all."""
         window = self.context * 3 // 4 - len(self.states[0].control)
         keep = min(self.params.keep, window // 2)
         for state in self.states:
             state.restart(self.ids[:keep] + self.ids[keep - window :])
 
     def take_logits(self) -> Tensor:
-        """The next token's logits [N], moved out of the states, all of which must have theirs.
+        """Take and combine the logits of all states, each of which must be ready; returns the next token's logits [N].
 
         A blend is the weighted sum of its styles' logits. That is the weighted sum of their log-probabilities up to a
         constant that no filter depends on: a token stays likely if every style finds it likely. Control ids get minus
@@ -206,7 +206,7 @@ class Sequence:
         return [event]
 
     def _likelihoods(self, logits: Tensor, token: int) -> tuple[float, list[tuple[int, str, float]]]:
-        """Log-probability of `token`, and the alternatives asked for as (id, text, log-probability)."""
+        """Log-probability of `token`, and the requested alternatives as (id, text, log-probability)."""
         logprob, others = likelihoods(logits, token, self.logprobs or 0)
         return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
 
@@ -282,7 +282,7 @@ class BatchDecoder:
             if not sequence.prefilling and self.cache.length[sequence.slot] >= sequence.context:
                 sequence.shift_context()
 
-        # 2. Prefill. Who decodes is settled before: a prompt that ends in this step already has its logits from here.
+        # 2. Prefill. What decodes is settled before: a prompt that ends in this step already has its logits from here.
         decoding = [(sequence, state) for sequence in active if not sequence.prefilling for state in sequence.states]
         self._prefill_one_chunk([sequence for sequence in active if sequence.prefilling], events)
 
@@ -303,7 +303,7 @@ class BatchDecoder:
         return events
 
     def _prefill_one_chunk(self, waiting: list[Sequence], events: list[tuple[Sequence, Event]]) -> None:
-        """One chunk for the first sequence that needs one; a window that is in the prefix cache as a whole costs nothing."""
+        """Prefill one chunk of the first pending sequence; windows found whole in the prefix cache become ready at once."""
         chunks = 1
         for sequence in waiting:
             if not sequence.states[0].prefix_reused and len(sequence.ids) == sequence.prompt_tokens:

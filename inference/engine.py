@@ -14,8 +14,8 @@ caller's thread, as all work does that is not the model's. The engine's thread r
 3. one chunk of a text to be scored is read (`_score_next_chunk`);
 4. one step of the decoder, whose events go to the requests they belong to (`_deliver`).
 
-Requests join and leave between steps, and a text is the same as if written alone: see `inference/decoder.py`. Whoever reads
-slowly pauses only their own sequences.
+Requests join and leave between steps, and a text is the same as if written alone: see `inference/decoder.py`. A slow reader
+pauses only its own sequences.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from inference.quantize import prepare
 from inference.scoring import TokenScore, score_in_chunks
 from inference.writing import encode_prompt, prompt_window
 from model import GPT
-from sampling import fresh_seed
+from sampling import random_seed
 from tokenizer import StyleError, Tokenizer
 
 __all__ = ["Engine", "EngineError", "Event", "GenerationRequest", "QueueFull", "Result", "TokenScore"]
@@ -47,7 +47,7 @@ RATE_S = 5.0  # seconds over which tokens a second are counted
 
 
 class EngineError(RuntimeError):
-    """The engine could not do what was asked."""
+    """The engine could not do what was requested."""
 
 
 class QueueFull(EngineError):
@@ -124,7 +124,7 @@ class GenerationRequest:
         if waiter is not None:
             try:
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
-            except RuntimeError:  # the reader's loop is gone, and the reader with it
+            except RuntimeError:  # the reader's event loop is closed: nobody reads any more
                 self.cancelled = True
 
     def _next_event(self) -> Event:
@@ -169,7 +169,7 @@ class GenerationRequest:
         ]
         for event in self:
             if event.kind == "error":
-                raise EngineError(event.message or "the text could not be written")
+                raise EngineError(event.message or "generation failed")
             results[event.index].add(event)
         return results
 
@@ -250,7 +250,7 @@ class Engine:
         deadline_s: float | None = None,
         logprobs: int | None = None,
     ) -> GenerationRequest:
-        """Queue a request. Raises ValueError for what can never be written, QueueFull, or EngineError after `close`.
+        """Queue a request. Raises ValueError for invalid input, QueueFull, or EngineError after `close`.
 
         deadline_s: seconds after which its samples end with `deadline`. logprobs: alternatives reported with each token.
         """
@@ -272,7 +272,7 @@ class Engine:
             ids,
             params,
             id=request_id or uuid.uuid4().hex,
-            seed=fresh_seed() if params.seed is None else params.seed,
+            seed=random_seed() if params.seed is None else params.seed,
             truncated=truncated,
             deadline_s=deadline_s,
             logprobs=logprobs,
@@ -290,7 +290,7 @@ class Engine:
         return request
 
     def score(self, text: str | list[int], top: int = 5) -> list[TokenScore]:
-        """How likely the model finds each token of a text, with the `top` likeliest in its place; see `scoring`.
+        """How likely the model finds each token of a text, with the `top` most likely in its place; see `scoring`.
 
         Raises ValueError for a text that is too long or not in the vocabulary, EngineError after `close`.
         """
@@ -308,7 +308,7 @@ class Engine:
         return future.result()
 
     def stats(self) -> dict[str, Any]:
-        """What it is doing and has done: samples running and paused, requests waiting, and totals."""
+        """Current load and running totals: samples running and paused, requests waiting, tokens and ended requests."""
         now = time.monotonic()
         with self._changed:
             sequences = list(self._decoder.sequences)
@@ -381,7 +381,7 @@ class Engine:
         return True
 
     def _sleep_s(self) -> float | None:
-        """Seconds until a deadline or the limit of an unread request passes; None: nothing is due."""
+        """Seconds to the next timeout; None if there is none."""
         due = [request.expires for request in self._requests if request.expires is not None]
         due += [r.unread_since + self.stall_s for r in self._requests if r.unread_since is not None]
         if self._close_at is not None:
@@ -434,7 +434,7 @@ class Engine:
             if not unstarted:
                 return
             request = min(unstarted, key=lambda request: request.samples_started - request.samples_ended)
-            if len(self._decoder.free_slots) < request.slots_per_sample:  # nobody overtakes a blend of styles
+            if len(self._decoder.free_slots) < request.slots_per_sample:  # a blend of styles is not overtaken
                 return
             sequence = Sequence(
                 self.tokenizer,
@@ -485,7 +485,7 @@ class Engine:
         self._finish(request, events, "failed")
 
     def _recover(self, error: Exception) -> None:
-        """After a failure outside any one sequence: every request gets an error, and the engine continues with an empty cache."""
+        """After an engine-wide failure: fail all requests, reset the cache."""
         message = f"the engine failed: {str(error) or type(error).__name__}"
         with self._changed:
             requests, self._requests = self._requests, []

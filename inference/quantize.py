@@ -1,4 +1,4 @@
-"""A model's weights in the form that this machine multiplies fastest, for writing; training never sees it.
+"""Quantizes and packs weights for inference on this machine; not used in training.
 
     >>> model, tokenizer = load_model("runs/sample/best")
     >>> dtype, remark = prepare(model, "auto")       # in place; float32, bfloat16, float16 or int8
@@ -10,7 +10,7 @@ MKL's float32 product takes 2.6 times as long for 8 rows as for one (124M parame
 65 ms), oneDNN with the weights laid out beforehand 29 and 33 ms; FBGEMM with weights in float16 and sums in float32 16
 and 21 ms, in int8 9 and 12 ms. Without VNNI (an EPYC with AVX2) FBGEMM's int8 still takes 0.6 of its float16.
 
-From top to bottom: the layers that stand in for `nn.Linear`; which of them work on this machine; `prepare`, which chooses
+From top to bottom: the layers that replace `nn.Linear`; which of them work on this machine; `prepare`, which chooses
 one and puts it in place; `row_counts`, the numbers of rows that keep one seed at one text.
 """
 
@@ -86,7 +86,7 @@ class Float16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer in whole numbers: int8 weights scaled by output channel, activations rounded to 8 bits by row.
+    """int8 linear layer: weights with a scale per output channel, activations quantized dynamically per row.
 
     The products are summed exactly, so a row's result cannot depend on the rows beside it. About 1% (root mean
     square) away from float32 on normally distributed numbers. Without VNNI, FBGEMM sums two neighbouring products in
@@ -200,7 +200,7 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     """Bring a model into the form it writes fastest in, in place: it can no longer be trained or saved.
 
     dtype: float32, bfloat16, float16 (on a CPU the weights alone), int8, or auto: bfloat16 where the processor
-    multiplies it natively, else float16 where a CPU has it and the model is large enough to gain, else float32.
+    multiplies it natively, otherwise float16 where a CPU has it and the model is large enough to gain, otherwise float32.
     A small model is given one thread (of the whole process, `torch.set_num_threads`): two are no faster on an idle
     machine, and 25 times slower where something else keeps the second core busy.
     Returns (dtype used, remark for the user or ""). Where int8 is impossible the remark says why, and auto is used.
@@ -214,7 +214,7 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     device, remark = model.wte.weight.device, ""
     layer_type: type[nn.Module] | None = None  # None: nn.Linear as it is
 
-    # 1. The format: what is asked for, or the nearest this machine has.
+    # 1. The format: the requested one, or the nearest this machine has.
     if dtype == "int8":
         layer_type, reason = int8_layer(device)
         if layer_type is None:
@@ -269,7 +269,7 @@ def replace_linears(model: GPT, layer_type: LayerType) -> None:
 
 @torch.inference_mode()
 def row_counts(model: GPT) -> tuple[int, ...]:
-    """Numbers of rows in which this model may decode so that a row's result never depends on how many there are.
+    """Batch sizes at which decoding is batch-invariant: a row's result does not depend on the number of rows.
 
     One seed must give one text, alone or beside others, bit for bit; but a matrix product may sum in another order for
     another number of rows. So a batch is cut into pieces of at most the largest of these counts, and each piece is

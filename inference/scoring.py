@@ -18,28 +18,28 @@ from inference.decoder import CHUNK
 from model import GPT
 from tokenizer import Tokenizer
 
-Likelihood = tuple[float | None, int | None, list[tuple[int, str, float]]]  # log-probability, rank, likeliest tokens
+Likelihood = tuple[float | None, int | None, list[tuple[int, str, float]]]  # log-probability, rank, most likely tokens
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """One token of a text: its log-probability in nats (None for the first) and its rank, 1 for the likeliest."""
+    """One token of a text: its log-probability in nats (None for the first) and its rank, 1 for the most likely."""
 
     id: int
     text: str
     start: int  # character of the text at which it begins
     logprob: float | None
     rank: int | None
-    top: list[tuple[int, str, float]]  # the likeliest tokens in its place: id, text, log-probability
+    top: list[tuple[int, str, float]]  # the most likely tokens in its place: id, text, log-probability
 
 
 def score_in_chunks(model: GPT, tokenizer: Tokenizer, ids: list[int], top: int) -> Iterator[list[TokenScore] | None]:
-    """Yields None after each chunk and, at last, a score for each of `ids`. top: number of likeliest tokens reported."""
+    """Yields None after each chunk and, at last, a score for each of `ids`. top: number of most likely tokens reported."""
     context, cache = model.config.block_size, model.new_cache(1)
     likelihoods: list[Likelihood] = [(None, None, [])]  # nothing comes before the first token
     at = 0
     while at < len(ids) - 1:
-        if cache.length[0] == context:  # full: read the last half context anew
+        if cache.length[0] == context:  # full: read the last half context again
             cache.reset(0)
             for start in range(at - context // 2, at, CHUNK):
                 model.prefill(ids[start : min(start + CHUNK, at)], cache, 0)

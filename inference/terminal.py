@@ -55,7 +55,7 @@ class Timing:
     tokens: int = 0
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Pass events on and count their tokens."""
+        """Yield the events unchanged and count their tokens."""
         for event in events:
             if event.token_id is not None:
                 self.last = time.perf_counter()
@@ -70,7 +70,7 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None where there is too little to measure."""
+        """Tokens a second after the first; None with too few tokens to measure."""
         spent = self.last - (self.first or self.last)
         return (self.tokens - 1) / spent if spent > 0 else None
 
@@ -83,7 +83,7 @@ class Timing:
 
 @dataclass
 class TerminalWriter:
-    """A loaded model that writes for the terminal. decoder: used again for each text, so that it keeps what it has read."""
+    """A loaded model that writes for the terminal. decoder: reused for each text, so that its prefix cache is kept."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -91,7 +91,7 @@ class TerminalWriter:
 
     def write(self, prompt: str, params: GenerationParams, timing: Timing, *, live: bool) -> tuple[list[Result], bool]:
         """(results, completed) of all samples. live: print the first as it is written. Ctrl-C keeps what is written."""
-        results = writing.blank_results(self.model, self.tokenizer, prompt, params)
+        results = writing.empty_results(self.model, self.tokenizer, prompt, params)
         if results[0].truncated:
             print_status(
                 f"the prompt is longer than this model's context of {self.model.config.block_size} tokens: "
@@ -125,7 +125,7 @@ def columns(texts: Sequence[str], width: int) -> str:
 
 
 def print_samples(texts: Sequence[str]) -> None:
-    """Several samples: side by side on a terminal, else as sections."""
+    """Several samples: side by side on a terminal, otherwise as sections."""
     print(columns(texts, shutil.get_terminal_size().columns if sys.stdout.isatty() else 0), flush=True)
 
 
@@ -139,7 +139,7 @@ def write_once(
     live: bool,
     as_json: bool,
 ) -> int:
-    """One prompt: text, samples or JSON. echo: print the prompt before the text. Returns 130 when interrupted, else 0."""
+    """One prompt: text, samples or JSON. echo: print the prompt before the text. Returns 0, or 130 when interrupted."""
     timing = Timing()
     live = live and params.n == 1 and not as_json
     opening = prompt if echo else ""
@@ -180,7 +180,7 @@ def json_report(
 
 
 def write_gallery(writer: TerminalWriter, params: GenerationParams) -> int:
-    """One text for each kind of opening. Returns 130 when interrupted, else 0."""
+    """One text for each kind of opening. Returns 0, or 130 when interrupted."""
     for number, (kind, openings) in enumerate(GALLERY.items()):
         opening = openings[((params.seed or 0) + number) % len(openings)]
         try:
@@ -232,7 +232,7 @@ class InteractiveStory:
                 print_status(f"error: {error}")
 
     def handle(self, line: str) -> bool:
-        """Do what one line says; False to end."""
+        """Handle one line of input, a command or text; False to end."""
         command, _, rest = line.strip().partition(" ")
         if not command.startswith("/"):
             if line.strip():
@@ -240,7 +240,7 @@ class InteractiveStory:
             return True
         actions = {
             "/help": lambda: print_status(HELP),
-            "/continue": self.write_on,
+            "/continue": self.continue_generation,
             "/retry": self.retry,
             "/undo": self.undo,
             "/new": self.new,
@@ -266,11 +266,11 @@ class InteractiveStory:
         self.writer.tokenizer.encode(text)  # raises if a small alphabet lacks a character: nothing changes then
         self.pieces.append(gap + text)
         self.by_model.append(False)
-        self.write_on()
+        self.continue_generation()
 
-    def write_on(self) -> None:
+    def continue_generation(self) -> None:
         """The next piece, by the model. Ctrl-C ends it and keeps what was written."""
-        params = writing.seeded(self.params.model_copy(update={"n": 1}))
+        params = writing.with_seed(self.params.model_copy(update={"n": 1}))
         timing = Timing()
         results, _ = self.writer.write(self.story, params, timing, live=True)
         print(flush=True)
@@ -287,10 +287,10 @@ class InteractiveStory:
         self.by_model.pop()
         if self.params.seed is not None:
             self.params = self.params.model_copy(update={"seed": (self.params.seed + 1) % 2**63})
-        self.write_on()
+        self.continue_generation()
 
     def undo(self) -> None:
-        """Take back the model's last piece, and the words before it that asked for it."""
+        """Remove the model's last piece and the person's words before it."""
         if not self.pieces:
             print_status("nothing to take back")
             return
@@ -305,7 +305,7 @@ class InteractiveStory:
         self.pieces, self.by_model = [], []
 
     def set(self, words: str) -> None:
-        """Change one setting; a fault is named and changes nothing."""
+        """Change one setting; an invalid value is reported and changes nothing."""
         name, _, value = words.strip().partition(" ")
         name = name.lstrip("-").replace("-", "_")
         if name not in GenerationParams.model_fields or not value:

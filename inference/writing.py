@@ -4,8 +4,8 @@
     >>> for event in stream(model, tokenizer, "The old house", params): print(event.text, end="")
 
 This is the loop for one caller at a time: `generate.py`, samples during training, `evaluate.py`. For many callers at once
-`engine.Engine` runs the same `BatchDecoder` in a thread of its own; one seed gives the same text either way. What happens
-to a prompt on its way is described in `inference/decoder.py`.
+`engine.Engine` runs the same `BatchDecoder` in its own thread; one seed gives the same text either way. The path
+of a prompt is described in `inference/decoder.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from config import GenerationParams
 from inference.decoder import BatchDecoder, Event, Result, Sequence
 from model import GPT
-from sampling import fresh_seed
+from sampling import random_seed
 from tokenizer import Tokenizer
 
 MAX_BATCH = 16  # samples of one prompt written at the same time
@@ -65,9 +65,9 @@ def prompt_window(ids: list[int], context: int, params: GenerationParams) -> tup
     return [*ids[:keep], *ids[len(ids) - room + keep :]], True
 
 
-def seeded(params: GenerationParams) -> GenerationParams:
+def with_seed(params: GenerationParams) -> GenerationParams:
     """`params` with a seed: its own, or a new one."""
-    return params if params.seed is not None else params.model_copy(update={"seed": fresh_seed()})
+    return params if params.seed is not None else params.model_copy(update={"seed": random_seed()})
 
 
 def stream(
@@ -82,11 +82,11 @@ def stream(
     """The events of all `params.n` samples as they are written, side by side; see `decoder.Event`.
 
     A prompt longer than the context is cut (`prompt_window`). logprobs: number of alternatives reported with each token.
-    decoder: one of this model's, used again so that a prompt it has read before is not read twice.
+    decoder: one of this model's, reused so that a prompt it has read before is not read twice.
     Raises what the model or the sampling raised; closing the generator ends the samples.
     """
     context = model.config.block_size
-    seed = fresh_seed() if params.seed is None else params.seed
+    seed = random_seed() if params.seed is None else params.seed
     ids, _ = prompt_window(encode_prompt(tokenizer, prompt, params.style), context, params)
     slots_per_sample = max(1, len(tokenizer.blend(params.style)))
     with eval_mode(model):
@@ -114,7 +114,7 @@ def stream(
                 decoder.remove(sequence)
 
 
-def blank_results(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: GenerationParams) -> list[Result]:
+def empty_results(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: GenerationParams) -> list[Result]:
     """A result for each sample, to which its events are then added; params.seed must be set."""
     ids = encode_prompt(tokenizer, prompt, params.style)
     ids, truncated = prompt_window(ids, model.config.block_size, params)
@@ -123,8 +123,8 @@ def blank_results(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], par
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str | list[int], params: GenerationParams) -> list[Result]:
     """All samples of one prompt, completed. `seed` in a result with the same settings writes them again."""
-    params = seeded(params)
-    results = blank_results(model, tokenizer, prompt, params)
+    params = with_seed(params)
+    results = empty_results(model, tokenizer, prompt, params)
     for event in stream(model, tokenizer, prompt, params):
         results[event.index].add(event)
     return results

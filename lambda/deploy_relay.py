@@ -26,7 +26,7 @@ if str(HERE.parent) not in sys.path:
     sys.path.append(str(HERE.parent))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, GenerationParams, Strict  # noqa: E402
+from config import ConfigError, FrozenSettings, GenerationParams  # noqa: E402
 from storage import s3  # noqa: E402
 
 FILES = ("relay.py", "limits.py", "wire.py")
@@ -36,7 +36,7 @@ PREFIX = "victorian-relay/"
 TAGS = [{"Key": "project", "Value": "victorian-literature-generator"}]
 
 
-class Flags(Strict):
+class Flags(FrozenSettings):
     """The gateway's CloudFormation stack."""
 
     stack: str = Field("victorian-gateway", pattern=r"^[a-zA-Z][-a-zA-Z0-9]{0,100}$")

@@ -46,7 +46,7 @@ from deploy_relay import limits_json  # noqa: E402
 from local_aws import MESSAGE_BYTES, Endpoint, Faults, application  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import ConfigError, FrozenSettings  # noqa: E402
 
 STAGE = "prod"
 ROUTES = ("$connect", "$disconnect", "$default", "generate", "stop", "ping")
@@ -55,7 +55,7 @@ ARN = "arn:aws:execute-api:eu-west-1:000000000000:local"
 TIMEOUTS = {"authorizer": 5.0, "router": 10.0, "worker": 900.0}
 
 
-class Flags(Strict):
+class Flags(FrozenSettings):
     """The AWS path on one machine; prints the address that clients connect to."""
 
     model: Path | None = None

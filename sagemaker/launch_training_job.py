@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, Strict  # noqa: E402
+from config import ConfigError, FrozenSettings  # noqa: E402
 from storage import s3  # noqa: E402
 
 DLC = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch-training:2.10.0-gpu-py313"
@@ -44,7 +44,7 @@ METRICS = ("step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "toke
 TAG = {"key": "project", "value": "victorian-literature-generator"}
 
 
-class Flags(Strict):
+class Flags(FrozenSettings):
     """A SageMaker training job."""
 
     name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,39}$")

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
 
 from checkpoint import TRAINING_FILES  # noqa: E402
 from cli import parse_flags, run_main  # noqa: E402
-from config import SETTINGS, ConfigError, GenerationParams, Strict  # noqa: E402
+from config import SETTINGS, ConfigError, FrozenSettings, GenerationParams  # noqa: E402
 from storage import s3  # noqa: E402
 
 VARIANT = "primary"
@@ -44,7 +44,7 @@ option.model_loading_timeout=900
 """
 
 
-class EndpointFlags(Strict):
+class EndpointFlags(FrozenSettings):
     """What both kinds of endpoint need."""
 
     name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")

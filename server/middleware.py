@@ -37,8 +37,10 @@ class RequestMiddleware:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         method = scope["method"]
-        if method == "HEAD":  # answered as GET, without the body
-            scope["method"] = "GET"
+        if (
+            method == "HEAD"
+        ):  # answered as GET, without the body; a copy, since the HTTP server reads its own scope again
+            scope = {**scope, "method": "GET"}
         begun, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

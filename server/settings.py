@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from config import ConfigError, Strict
+from config import ConfigError, FrozenSettings
 
 PREFIX = "VLG_"  # of the environment variables
 
 
-class ServerFlags(Strict):
+class ServerFlags(FrozenSettings):
     """The server's settings: each is a flag of `api.py` and an environment variable (VLG_HOST, VLG_PORT, ...)."""
 
     model: Path | None = None

@@ -1,1 +1,1 @@
-"""What lies on disk: atomic writes, token shards, the catalogue of documents, Hugging Face's GPT-2 format, S3."""
+"""On-disk formats: atomic writes, token shards, the catalogue of documents, Hugging Face's GPT-2 format, S3."""

@@ -1,13 +1,13 @@
-"""Folders that exist whole or not at all, exclusive locks, tensors and nested state without pickle, checksums.
+"""Atomic writes of folders and files, exclusive locks, tensors and nested state without pickle, checksums.
 
-    >>> with replacing("models/mine") as draft:                # the old folder stays until this block has succeeded
+    >>> with atomic_folder("models/mine") as draft:                # the old folder stays until this block has succeeded
     ...     write_tensors(draft / "model.safetensors", model.state_dict())
     ...     write_sums(draft, step=100)
     >>> faults("models/mine")                                  # [] or what is damaged
 
 A folder is written as NAME.tmp-PID, flushed to the disk, and then exchanged: NAME is renamed to NAME.old-PID, the new
-folder to NAME, and the old one is removed. A process that dies anywhere in between leaves NAME or NAME.old-PID whole;
-`present` finds either, and the next `replacing` cleans up. Nothing here reads or writes a pickle.
+folder to NAME, and the old one is removed. A process that dies anywhere in between leaves NAME or NAME.old-PID intact;
+`present` finds either, and the next `atomic_folder` cleans up. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _busy: set[Path] = set()  # folders that threads of this process are writing or 
 
 
 class CheckpointError(ValueError):
-    """A model folder or checkpoint that cannot be used or written; names the file and the remedy."""
+    """A model folder or checkpoint that cannot be used or written; names the file and the fix."""
 
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock file `path` for the block, on Windows too; raises ConfigError(`refusal`) while another holds it.
 
-    The operating system releases the lock with the process, however that ends; the file is removed when the block ends.
+    The lock is released when the process exits, even after a crash; the file is removed when the block ends.
     Its folder is made where it is missing.
     """
     import filelock
@@ -119,8 +119,8 @@ def write_text(path: Path, content: Any) -> None:
         file.write(text)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a full disk or a killed process leaves the old file."""
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a full disk or a killed process leaves the old file."""
     draft = path.with_name(f"{path.name}.tmp")
     try:
         write_text(draft, text)
@@ -132,10 +132,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing_file(path: Path | str) -> Iterator[Path]:
-    """A new file to write; it takes the place of `path` when the block ends, and vanishes if the block fails.
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """A new file to write; it replaces `path` when the block ends, and is removed if the block fails.
 
-    A disk error is raised as OSError that names `path` and says what still stands.
+    A disk error is raised as OSError that names `path` and whether the old file is kept.
     """
     place = Path(path).resolve()
     if place.is_dir():
@@ -275,7 +275,7 @@ def unfinished(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that `replacing` made. It is renamed first, so that a half-removed folder never counts as whole."""
+    """Remove a folder that `atomic_folder` made. It is renamed first, so that a half-removed folder is never taken for a complete one."""
     if not unfinished(folder):
         match = LEFTOVER.fullmatch(folder.name)
         name = match["name"] if match else folder.name
@@ -324,11 +324,11 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path | str, group: str | None = None) -> Iterator[Path]:
+def atomic_folder(folder: Path | str, group: str | None = None) -> Iterator[Path]:
     """A new folder to fill; it replaces `folder` when the block ends, and is removed if the block fails.
 
     Leftovers of dead processes are cleaned up first: those of `folder`, and of all folders whose names begin with `group`.
-    The disk must hold the old and the new folder at once; a disk error is raised as OSError that says what is still whole.
+    The disk must hold the old and the new folder at once; a disk error is raised as OSError that names what is kept.
     """
     place = Path(folder).resolve()
     if place.exists() and not (place / "config.json").is_file() and (not place.is_dir() or any(place.iterdir())):
@@ -361,7 +361,7 @@ def replacing(folder: Path | str, group: str | None = None) -> Iterator[Path]:
             kept = f"a whole {place.name} still stands" if place.exists() else "nothing was written"
             raise OSError(error.errno, f"{folder} could not be saved: {error.strerror or error}; {kept}") from error
         raise
-    with contextlib.suppress(OSError):  # the new folder is whole; the next save cleans up
+    with contextlib.suppress(OSError):  # the new folder is complete; the next save cleans up
         if old.exists():
             discard(old)
     _busy.difference_update((draft, old))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from config import ConfigError
-from storage.atomic import replace_text
+from storage.atomic import atomic_write_text
 
 FILE = "documents.json"
 AUTHOR_LINE = re.compile(r"^\s*Author:[ \t]*(\S.*?)\s*$", re.MULTILINE)
@@ -37,7 +37,7 @@ class Catalogue:
     files: Sequence[tuple[str, int]]
     """Name of each source file and how many documents it holds."""
     validating: np.ndarray
-    """Which documents validate, bool [documents]."""
+    """Mask of the validation documents, bool [documents]."""
     dropped: Sequence[int]
     """Numbers of the documents that are in no split: duplicates, and those without text."""
     shared: bool = False
@@ -61,7 +61,7 @@ class Catalogue:
     def save(self, folder: Path) -> None:
         bits = base64.b64encode(zlib.compress(np.packbits(self.validating).tobytes())).decode("ascii")
         held = {"files": list(self.files), "validating": bits, "dropped": list(self.dropped), "shared": self.shared}
-        replace_text(Path(folder) / FILE, json.dumps(held, ensure_ascii=False) + "\n")
+        atomic_write_text(Path(folder) / FILE, json.dumps(held, ensure_ascii=False) + "\n")
 
     @cached_property
     def _starts(self) -> np.ndarray:

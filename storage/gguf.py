@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from config import GenerationParams
-from storage.atomic import CheckpointError, replacing_file
+from storage.atomic import CheckpointError, atomic_file
 from tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def write_gguf(
     licence: str = "",
     dtype: Dtype = "f16",
 ) -> None:
-    """Write the model as one GGUF file, whole or not at all, in place of an older one of that name.
+    """Write the model as one GGUF file atomically, replacing an older one of that name.
 
     generation: what the programs sample with unless told otherwise. Raises CheckpointError, and OSError for the disk.
     """
@@ -155,7 +155,7 @@ def write_gguf(
 
     words, config = vocabulary(tokenizer), model.config
     file_type = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
-    with replacing_file(path) as draft:
+    with atomic_file(path) as draft:
         writer = gguf.GGUFWriter(draft, "gpt2")
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)

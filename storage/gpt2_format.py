@@ -232,7 +232,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> ModelConfig:
-    """Top-level fields decide the shape, as they do for transformers; our key adds what they cannot say."""
+    """The standard Hugging Face fields take precedence; our own key holds the rest."""
     ours = raw.get(OURS) or {}
     if ours.get("format", FORMAT) > FORMAT:
         raise CheckpointError(f"{path}: format {ours['format']} is newer than this program's {FORMAT}: update it")

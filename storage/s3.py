@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cli import parse_flags, run_main
-from config import ConfigError, Strict
+from config import ConfigError, FrozenSettings
 from storage.atomic import sha256
 
 PART_BYTES = 16 * 1024 * 1024
@@ -29,10 +29,10 @@ CHECKSUM_FILES = ("manifest.json", "checksums.json")
 
 
 class S3Error(RuntimeError):
-    """A transfer that failed; the message names the address and the remedy."""
+    """A transfer that failed; the message names the address and the fix."""
 
 
-class Transfer(Strict):
+class Transfer(FrozenSettings):
     """Copy a folder to S3 or back."""
 
     source: str
@@ -61,7 +61,7 @@ def split(url: str) -> tuple[str, str]:
 
 
 def explain(error: Exception, place: str) -> str:
-    """An AWS error in words: cause and remedy."""
+    """An AWS error in words: cause and fix."""
     kind = type(error).__name__
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
@@ -91,7 +91,7 @@ def explain(error: Exception, place: str) -> str:
 
 @contextlib.contextmanager
 def readable_errors(place: str) -> Iterator[None]:
-    """Turn boto3's errors into S3Error with cause and remedy."""
+    """Turn boto3's errors into S3Error with cause and fix."""
     from boto3.exceptions import Boto3Error, S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -19,18 +19,18 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from config import Strict, describe_faults
-from storage.atomic import replace_text
+from config import FrozenSettings, describe_faults
+from storage.atomic import atomic_write_text
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 
 
 class ManifestError(ValueError):
-    """A folder without usable prepared data; the message names it and the remedy."""
+    """A folder without usable prepared data; the message names it and the fix."""
 
 
-class Shard(Strict):
+class Shard(FrozenSettings):
     """One file of tokens."""
 
     file: str = Field(pattern=r"^(train|val)_\d{6}\.bin$")
@@ -38,7 +38,7 @@ class Shard(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Split(Strict):
+class Split(FrozenSettings):
     """All tokens of training or validation."""
 
     tokens: int = Field(ge=1)
@@ -48,12 +48,12 @@ class Split(Strict):
     shards: tuple[Shard, ...] = Field(min_length=1)
 
 
-class Splits(Strict):
+class Splits(FrozenSettings):
     train: Split
     val: Split
 
 
-class TokenizerIdentity(Strict):
+class TokenizerIdentity(FrozenSettings):
     kind: Literal["gpt2", "bpe", "char"]
     vocab_size: int = Field(ge=1)
     fingerprint: str
@@ -61,7 +61,7 @@ class TokenizerIdentity(Strict):
     """Control id of each style, which comes before each document of that style."""
 
 
-class Source(Strict):
+class Source(FrozenSettings):
     """The texts that were prepared, and the settings."""
 
     name: str
@@ -74,7 +74,7 @@ class Source(Strict):
         return self.name
 
 
-class Manifest(Strict):
+class Manifest(FrozenSettings):
     """The contents of a prepared folder, as `manifest.json` has them."""
 
     format: Literal[1] = 1
@@ -116,8 +116,8 @@ class Manifest(Strict):
             raise ManifestError(f"{path} is damaged or of another version ({faults}): prepare the data again") from None
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, whole or not at all."""
-        replace_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        """Write `manifest.json` into `folder`, atomically."""
+        atomic_write_text(Path(folder) / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
 class ShardWriter:

@@ -1,9 +1,9 @@
-"""A model as one web page that writes by itself: no server, no network, no account.
+"""A model as one self-contained web page that runs offline: no server, no network, no account.
 
     >>> write_page("mine.html", model, tokenizer, name="mine", generation=GenerationParams(), card={}, licence="mit")
 
 The page is put together from web/offline/: page.html, style.css, engine.js (vocabulary, forward pass, sampling) and
-page.js (the writing desk). Weights and vocabulary lie in it as base64, one block a tensor. Its Content-Security-Policy
+page.js (the user interface). Weights and vocabulary lie in it as base64, one block a tensor. Its Content-Security-Policy
 lets in its own two scripts and style sheet, by their hashes, and nothing else.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from config import GenerationParams
-from storage.atomic import CheckpointError, replacing_file
+from storage.atomic import CheckpointError, atomic_file
 from storage.gguf import gguf_tensors, packed
 from tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from model import GPT
 
 PARTS = Path(__file__).parents[1] / "web" / "offline"
-MOST = 60_000_000  # parameters; beyond them a browser writes slower than one reads
+MOST = 60_000_000  # parameters; above this a browser generates slower than one reads
 SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Dtype = Literal["auto", "f16", "f32"]
 
@@ -44,7 +44,7 @@ def write_page(
     licence: str = "",
     dtype: Dtype = "auto",
 ) -> None:
-    """Write the page, whole or not at all, in place of an older one of that name.
+    """Write the page atomically, replacing an older one of that name.
 
     card: facts of which `description`, `data`, `limits` and `val_loss` are shown. dtype auto: f16 where it holds every
     weight exactly, else f32. Raises CheckpointError for a model too large for a browser, OSError for the disk.
@@ -78,7 +78,7 @@ def write_page(
         numbers, form = packed(label, values, dtype)
         blocks.append((f"tensor-{len(tensors)}", numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()))
         tensors.append({"name": label, "shape": list(values.shape), "type": form.name.lower()})
-    with replacing_file(path) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_file(path) as draft, open(draft, "w", encoding="utf-8", newline="\n") as file:
         head, tail = _frame(name).split("<!--blocks-->")
         file.write(head)
         file.write(_block("model", "application/json", _script_safe({**facts, "tensors": tensors})))

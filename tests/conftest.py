@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only cost
@@ -16,6 +16,7 @@ import torch
 
 from support import forked
 from support.helpers import SHARED, nonsense, prepare_text
+from training import metrics
 
 # Files that take minutes come first, so that none is left to one process at the end (pytest -n N --no-loadscope-reorder).
 LONGEST = (
@@ -67,6 +68,15 @@ def shared_data() -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of about 700 training characters: a few epochs in 20 steps."""
     return prepare_text(tmp_path_factory.mktemp("tiny"), nonsense(800))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_losses() -> Iterator[Callable[[Path], Path | None]]:
+    """Runs here draw no loss.png, which takes longer than twenty of their steps; gives the function that draws it."""
+    draw = metrics.draw_losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "draw_losses", lambda folder: None)
+        yield draw
 
 
 @pytest.fixture

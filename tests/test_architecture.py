@@ -1,7 +1,7 @@
-"""Who may import whom: rooms import only from lower floors or from themselves, nobody imports a command, no circles.
+"""Who may import whom: folders import only from lower layers or from themselves, nobody imports a command, no import cycles.
 
-Imports inside functions and under TYPE_CHECKING count as well. The floors are those of docs/architecture.md. And how long
-a function may be; how many branches and statements it may have is ruff's to say (pyproject.toml).
+Imports inside functions and under TYPE_CHECKING count as well. The layers are those of docs/architecture.md. Also
+the length of functions; their branches and statements are limited by ruff (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from support.helpers import ROOT
 
-FLOORS = (
+LAYERS = (
     ("config", "cli"),
     ("model", "loss", "tokenizer", "devices", "sampling"),
     ("storage",),
@@ -25,15 +25,15 @@ FLOORS = (
     ("prepare_data", "train", "generate", "evaluate", "api", "app", "export"),
     ("ui", "web", "sagemaker", "lambda"),
 )
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
+LAYER_OF = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
 COMMANDS = 8
-FRONT_DOOR = ("app", "ui")  # the app's command is the way into its folder
+FRONT_DOOR = ("app", "ui")  # the only upward import: app.py starts the app in ui/
 LONGEST = 80  # lines of a function
 STARTERS = {"ui", "sagemaker"}  # besides tests and benchmarks: they start commands in-process
 
 
 def product_files(root: Path = ROOT) -> list[Path]:
-    """The Python files of the product, relative to `root`, without tests, benchmarks and what draws pictures."""
+    """The Python files of the product, relative to `root`, without tests, benchmarks and scripts of docs/ and findings/."""
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=root, capture_output=True, text=True, check=True).stdout
     aside = ("tests/", "benchmarks/", "docs/", "findings/")
     return [Path(name) for name in listed.splitlines() if not name.startswith(aside) and (root / name).is_file()]
@@ -60,22 +60,22 @@ def arrows(sources: dict[str, str]) -> dict[str, set[str]]:
 
 
 def faults(sources: dict[str, str]) -> list[str]:
-    """Each import that the rules forbid, and each circle, in words."""
+    """A message for each forbidden import and each import cycle."""
     found = []
     graph = arrows(sources)
     for name, others in sorted(graph.items()):
-        room = name.split(".")[0]
+        folder = name.split(".")[0]
         for other in sorted(others):
             target = other.split(".")[0]
-            if FLOOR_OF[target] == COMMANDS and room not in STARTERS:
+            if LAYER_OF[target] == COMMANDS and folder not in STARTERS:
                 found.append(f"{name} imports the command {other}")
-            elif target != room and FLOOR_OF[target] > FLOOR_OF[room] and (room, target) != FRONT_DOOR:
-                found.append(f"{name} (floor {FLOOR_OF[room]}) imports {other} (floor {FLOOR_OF[target]})")
-    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
+            elif target != folder and LAYER_OF[target] > LAYER_OF[folder] and (folder, target) != FRONT_DOOR:
+                found.append(f"{name} (layer {LAYER_OF[folder]}) imports {other} (layer {LAYER_OF[target]})")
+    return found + [f"import cycle: {' -> '.join(circle)}" for circle in import_cycles(graph)]
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """One way around for each circle that a depth-first walk meets."""
+def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The modules of each import cycle that a depth-first search finds."""
     found: list[list[str]] = []
     done: set[str] = set()
 
@@ -105,12 +105,12 @@ def sources() -> dict[str, str]:
     return {module_of(path): (ROOT / path).read_text(encoding="utf-8") for path in product_files()}
 
 
-def test_rooms_import_downwards_and_never_a_command(sources: dict[str, str]) -> None:
+def test_folders_import_downwards_and_never_a_command(sources: dict[str, str]) -> None:
     assert not faults(sources), "\n".join(faults(sources))
 
 
-def test_every_folder_and_file_has_a_floor(sources: dict[str, str]) -> None:
-    assert {name.split(".")[0] for name in sources} <= set(FLOOR_OF)
+def test_every_folder_and_file_has_a_layer(sources: dict[str, str]) -> None:
+    assert {name.split(".")[0] for name in sources} <= set(LAYER_OF)
 
 
 def test_the_root_holds_commands_and_core_only() -> None:
@@ -136,8 +136,11 @@ def test_a_long_function_is_named() -> None:
     ("changed", "fault"),
     [
         ({"training.plan": "def f():\n    from train import main"}, "training.plan imports the command train"),
-        ({"model": "from storage import atomic"}, "model (floor 2) imports storage (floor 3)"),
-        ({"storage.atomic": "import storage.shards", "storage.shards": "if 1:\n import storage.atomic"}, "circle: "),
+        ({"model": "from storage import atomic"}, "model (layer 2) imports storage (layer 3)"),
+        (
+            {"storage.atomic": "import storage.shards", "storage.shards": "if 1:\n import storage.atomic"},
+            "import cycle: ",
+        ),
     ],
 )
 def test_a_forbidden_import_is_named(sources: dict[str, str], changed: dict[str, str], fault: str) -> None:

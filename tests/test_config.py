@@ -15,9 +15,9 @@ from config import (
     ROOT,
     Config,
     ConfigError,
+    FrozenSettings,
     GenerationParams,
     ModelConfig,
-    Strict,
     TrainConfig,
     build,
     load_config,
@@ -26,7 +26,7 @@ from config import (
 )
 
 
-class Flags(Strict):
+class Flags(FrozenSettings):
     """A script."""
 
     name: str = ""
@@ -199,8 +199,17 @@ def test_flags_over_file_over_preset(tmp_path: Path) -> None:
 
 
 def test_a_flag_can_be_a_mapping() -> None:
-    class Weighted(Strict):
+    class Weighted(FrozenSettings):
         weights: dict[int, float] = Field(default_factory=dict)
+
+    assert parse_flags(Weighted, []).weights == {}
+    assert parse_flags(Weighted, ["--weights", "5", "-1.5", "7", "2"]).weights == {5: -1.5, 7: 2.0}
+    assert parse_flags(Weighted, [], defaults={"weights": {"5": 1}}).weights == {5: 1.0}
+
+
+def test_a_flag_can_be_a_mapping() -> None:
+    class Weighted(FrozenSettings):
+        weights: dict[int, float] = {}
 
     assert parse_flags(Weighted, []).weights == {}
     assert parse_flags(Weighted, ["--weights", "5", "-1.5", "7", "2"]).weights == {5: -1.5, 7: 2.0}
@@ -270,7 +279,7 @@ def test_flag_value() -> None:
     assert flag_given(["--x", "1", "--resume"], "resume") and not flag_given(["--resumed"], "resume")
 
 
-class Bare(Strict):
+class Bare(FrozenSettings):
     """A script with a flag that may come without its value."""
 
     plan: str = Field("", json_schema_extra={"bare": "here"})

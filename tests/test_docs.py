@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from config import read_toml
 from server.settings import Settings
 from support.helpers import ROOT
-from test_architecture import FLOORS
+from test_architecture import LAYERS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -123,7 +123,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_the_picture_shows_the_floors_of_the_import_rule() -> None:
     drawn = re.findall(r'F(\d)\["\1 · (.*?)"\]', ARCHITECTURE.read_text(encoding="utf-8"))
-    assert [tuple(names.split(" · ")) for _, names in drawn] == list(FLOORS)
+    assert [tuple(names.split(" · ")) for _, names in drawn] == list(LAYERS)
 
 
 def test_the_readme_is_short_and_shows_each_folder() -> None:

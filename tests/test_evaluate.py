@@ -19,7 +19,7 @@ from evaluate import read_files
 from evaluation import perplexity
 from evaluation.generated import continuations, copied_passages
 from evaluation.held_out import HeldOutTexts, file_texts, prepared_texts
-from evaluation.metrics import BINS, Tally, bleu, distinct, repetition, self_bleu
+from evaluation.metrics import BINS, MetricSums, bleu, distinct, repetition, self_bleu
 from evaluation.originality import Index
 from evaluation.perplexity import score, score_text, sliding_windows
 from evaluation.report import markdown
@@ -167,7 +167,7 @@ def test_bleu_is_sacrebleus() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    tally = Tally()
+    tally = MetricSums()
     confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.5, 0.5, 1.0])
     right = np.array([True, True, True, False, False, True, True])
     tally.add(np.ones(7), confidence, right, right)
@@ -175,7 +175,7 @@ def test_calibration_by_hand() -> None:
     assert found["error"] == pytest.approx((abs(5 * 0.96 - 4) + abs(2 * 0.5 - 1)) / 7)
     assert [row["tokens"] for row in found["bins"] if row["tokens"]] == [2, 5] and len(found["bins"]) == BINS
     assert found["bins"][7]["accuracy"] == 0.5 and found["bins"][0]["confidence"] is None
-    double = Tally()
+    double = MetricSums()
     double += tally
     double += tally
     assert double.tokens == 14 and double.calibration()["error"] == pytest.approx(found["error"])

@@ -13,7 +13,7 @@ import torch
 import export
 from checkpoint import load_model
 from storage import gguf, web_page
-from storage.atomic import replacing_file
+from storage.atomic import atomic_file
 from support.tiny_models import random_model, same_state, save, shape, tiny_tokenizer
 
 
@@ -141,11 +141,11 @@ def test_a_process_that_is_stopped_in_the_middle_leaves_the_old_file(tmp_path: P
     place = tmp_path / "m"
     place.write_bytes(b"old")
     for error in (KeyboardInterrupt(), ValueError("x"), OSError(errno.ENOSPC, "No space left on device")):
-        with pytest.raises(type(error)), replacing_file(place) as draft:
+        with pytest.raises(type(error)), atomic_file(place) as draft:
             draft.write_bytes(b"half")
             raise error
         assert names(tmp_path) == ["m"] and place.read_bytes() == b"old"
-    with replacing_file(place) as draft:
+    with atomic_file(place) as draft:
         draft.write_bytes(b"new")
         assert place.read_bytes() == b"old"
     assert names(tmp_path) == ["m"] and place.read_bytes() == b"new"

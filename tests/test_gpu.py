@@ -21,7 +21,7 @@ import train
 from checkpoint import load_model, load_training
 from config import Config, GenerationParams, ModelConfig, TrainConfig
 from dataset import TokenData, WindowSampler, pinned, prefetched, training_batches
-from devices import Team, seed_dropout
+from devices import DistributedContext, seed_dropout
 from inference.writing import generate
 from loss import LinearCrossEntropy
 from model import GPT
@@ -57,16 +57,18 @@ def steps(device: str, precision: str, compile: str) -> list[float]:
     settings = TrainConfig(max_steps=6, compile=compile)
     torch.manual_seed(0)
     place = torch.device(device)
-    team = Team(0, 1, "none", place)
+    distributed = DistributedContext(0, 1, "none", place)
     core = GPT(SMALL).to(place)
-    module = wrapped(core, Config(model=SMALL, train=settings), team, place)
+    module = wrapped(core, Config(model=SMALL, train=settings), distributed, place)
     optimizer, scaler = Optimizer(core, settings), torch.amp.GradScaler(place.type, enabled=False)
     optimizer.set_lr(1.0)
     found = []
     for step in range(6):
         ids = torch.randint(0, 500, (2, 8, 33), generator=torch.Generator().manual_seed(step)).to(place)
         batches = ((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids)
-        loss, _, finite = training_step.take_step(module, optimizer, scaler, batches, 2, settings, precision, team)
+        loss, _, finite = training_step.take_step(
+            module, optimizer, scaler, batches, 2, settings, precision, distributed
+        )
         assert finite
         found.append(loss)
     return found
@@ -161,9 +163,11 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale() -> None:
     optimizer, scaler = Optimizer(core, settings), torch.amp.GradScaler(DEVICE, 2.0**60)
     before = {name: value.clone() for name, value in core.state_dict().items()}
     ids = torch.randint(0, 500, (8, 33), device=DEVICE)
-    team = Team(0, 1, "none", torch.device(DEVICE))
+    distributed = DistributedContext(0, 1, "none", torch.device(DEVICE))
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    loss, norm, stepped = training_step.take_step(core, optimizer, scaler, iter([batch]), 1, settings, "fp16", team)
+    loss, norm, stepped = training_step.take_step(
+        core, optimizer, scaler, iter([batch]), 1, settings, "fp16", distributed
+    )
     assert not stepped and np.isfinite(loss) and not np.isfinite(norm)
     assert all(torch.equal(value, before[name]) for name, value in core.state_dict().items())
     assert scaler.get_scale() == 2.0**59

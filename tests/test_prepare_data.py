@@ -16,7 +16,7 @@ import pytest
 
 import prepare_data
 from corpus import cleaning, encoding, finder, preparation
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import find, inspect
 from storage import shards
 from storage.shards import Manifest
@@ -110,7 +110,7 @@ def test_the_shards_do_not_depend_on_the_workers_or_the_pieces(
     for count in (1, 2, 3):
         run(*common, "--out", tmp_path / f"w{count}", "--workers", count)
         assert hashes(tmp_path / f"w{count}") == hashes(tmp_path / "whole")
-    pieces = [inspect(path, name, Options()).cuts for path, name in find([str(texts)])]
+    pieces = [inspect(path, name, ReadOptions()).cuts for path, name in find([str(texts)])]
     assert max(map(len, pieces)) > 4
 
 
@@ -201,9 +201,9 @@ def test_memory_does_not_grow_with_the_text(suffix: str, texts: Path, tmp_path: 
 
 def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None:
     def chosen(fraction: float, *inputs: Path) -> set[str]:
-        files = [inspect(path, name, Options()) for path, name in find(map(str, inputs))]
+        files = [inspect(path, name, ReadOptions()) for path, name in find(map(str, inputs))]
         corpus = finder.Corpus("x", files)
-        return {file.name for file, val in zip(files, encoding.choose_validation(corpus, fraction), strict=True) if val}
+        return {file.name for file, val in zip(files, encoding.validation_split(corpus, fraction), strict=True) if val}
 
     assert [len(chosen(fraction, texts)) for fraction in (0.001, 0.1, 0.5, 0.999)] == [1, 1, 6, 11]
     assert chosen(0.25, texts) == chosen(0.25, texts / "more", texts) or len(chosen(0.25, texts)) == 3
@@ -217,12 +217,12 @@ def test_the_choice_of_validation_documents(texts: Path, tmp_path: Path) -> None
 def test_a_sources_own_split_is_kept(texts: Path) -> None:
     import dataclasses
 
-    files = [inspect(path, name, Options()) for path, name in find([str(texts)])][:4]
+    files = [inspect(path, name, ReadOptions()) for path, name in find([str(texts)])][:4]
     files = [dataclasses.replace(file, split="val" if n in (1, 2) else "train") for n, file in enumerate(files)]
-    chosen = encoding.choose_validation(finder.Corpus("x", files), 0.9)
+    chosen = encoding.validation_split(finder.Corpus("x", files), 0.9)
     assert chosen.tolist() == [False, True, True, False]
     files = [dataclasses.replace(file, split="train") for file in files]
-    assert encoding.choose_validation(finder.Corpus("x", files), 0.5).sum() == 2
+    assert encoding.validation_split(finder.Corpus("x", files), 0.5).sum() == 2
 
 
 def test_a_vocabulary_is_learned_from_the_training_text_alone(texts: Path, tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_shards(
         assert stopped.returncode == (-signal.SIGKILL if how == "SIGKILL" else 130), stopped.stderr
         assert not out.exists()
     if how == "SIGINT":
-        assert "goes on from here" in stopped.stderr
+        assert "run the same command to resume" in stopped.stderr
     done = start(0, out)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= calls - 2 * (calls // 3) + 4

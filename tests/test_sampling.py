@@ -11,7 +11,7 @@ import torch
 
 import sampling
 from config import GenerationParams
-from sampling import History, LogitsError, Stopper, candidates, filter_logits, sample, seed_of
+from sampling import LogitsError, StopStringMatcher, TokenHistory, candidates, filter_logits, sample, sample_seed
 
 OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 MIXED = [
@@ -60,7 +60,7 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], size: 
         logits = torch.randn(size, generator=generator) * 3
         logits = logits.round() if ties else logits
         seen = torch.randint(size, (20,), generator=generator).unique()
-        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, History(seen.tolist()))
+        expected, found = theirs(logits, wanted, seen), filter_logits(logits, wanted, TokenHistory(seen.tolist()))
         if not ties:
             assert torch.equal(found, expected)
         assert torch.equal(found.sort().values, expected.sort().values)
@@ -80,14 +80,14 @@ def test_temperature_0_is_greedy_and_open_filters_change_nothing() -> None:
     assert torch.equal(filter_logits(small, params(top_k=100)), small)
     assert float(logits[best]) == float(logits.max())  # the caller's logits are left alone
     before = logits.clone()
-    sample(logits, params(repetition_penalty=5.0), generator, History([best]))
+    sample(logits, params(repetition_penalty=5.0), generator, TokenHistory([best]))
     assert torch.equal(logits, before)
 
 
 def test_a_greedy_text_minds_the_penalty() -> None:
     logits = torch.tensor([2.0, 1.9, 0.0])
     assert sample(logits, params(temperature=0), torch.Generator()) == 0
-    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), History([0])) == 1
+    assert sample(logits, params(temperature=0, repetition_penalty=1.5), torch.Generator(), TokenHistory([0])) == 1
 
 
 @pytest.mark.parametrize("values", [*MIXED, {"temperature": 0.0}], ids=str)
@@ -141,9 +141,9 @@ def test_likelihoods_are_of_the_unfiltered_distribution() -> None:
 
 
 def test_samples_have_seeds_that_share_nothing() -> None:
-    seeds = {seed_of(seed, index) for seed in range(100) for index in range(100)}
+    seeds = {sample_seed(seed, index) for seed in range(100) for index in range(100)}
     assert len(seeds) == 10_000 and all(0 <= seed < 2**64 for seed in seeds)
-    assert seed_of(7, 0) == 7191089600892374487  # fixed for ever: published seeds must give their texts again
+    assert sample_seed(7, 0) == 7191089600892374487  # fixed for ever: published seeds must give their texts again
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -160,7 +160,7 @@ def test_stop_strings_never_leak(seed: int) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choice("aab") for _ in range(30))
     stops = ["".join(rng.choice("ab") for _ in range(rng.randint(2, 6))) for _ in range(rng.randint(1, 3))]
-    stopper, shown, at, stopped = Stopper(stops), "", 0, False
+    stopper, shown, at, stopped = StopStringMatcher(stops), "", 0, False
     while at < len(text) and not stopped:
         size = rng.randint(1, 4)
         piece, stopped = stopper.feed(text[at : at + size])
@@ -172,5 +172,5 @@ def test_stop_strings_never_leak(seed: int) -> None:
 
 
 def test_a_stop_string_that_overlaps_its_own_beginning() -> None:
-    stopper = Stopper(["aab"])
+    stopper = StopStringMatcher(["aab"])
     assert [stopper.feed(letter) for letter in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]

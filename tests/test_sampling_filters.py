@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cli import parse_flags
 from config import SETTINGS, GenerationParams, build, to_toml
-from sampling import FILTERS, History, breaker_ids, candidates, filter_logits, sample
+from sampling import FILTERS, TokenHistory, breaker_ids, candidates, filter_logits, sample
 from tokenizer import char_tokenizer, train_bpe
 
 OFF = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
@@ -25,10 +25,10 @@ def random_logits(seed: int, size: int = 60, spread: float = 3.0) -> torch.Tenso
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def ours(logits: torch.Tensor, history: History | None = None, seed: int = 0, **values: Any) -> Table:
+def ours(logits: torch.Tensor, history: TokenHistory | None = None, seed: int = 0, **values: Any) -> Table:
     """What is left of `logits` with all other filters off."""
     wanted = GenerationParams(**OFF | values)
-    left, ids = candidates(logits, wanted, history or History([]), torch.Generator().manual_seed(seed))
+    left, ids = candidates(logits, wanted, history or TokenHistory([]), torch.Generator().manual_seed(seed))
     return dict(zip(ids.tolist(), left.tolist(), strict=True))
 
 
@@ -54,7 +54,7 @@ def check_kept(reference: Callable[[torch.Tensor], set[int]], **values: Any) -> 
 def test_every_filter_is_named_by_a_setting_with_a_value_that_switches_it_off() -> None:
     assert all(SETTINGS[name].off is not None for name, _ in FILTERS)
     logits = random_logits(1)
-    history = History([3, 4, 5, 3, 4, 5, 3], 2)
+    history = TokenHistory([3, 4, 5, 3, 4, 5, 3], 2)
     assert torch.equal(filter_logits(logits, GenerationParams(**OFF), history), logits)
 
 
@@ -171,13 +171,13 @@ def test_dry(m: float, base: float, allowed: int) -> None:
         logits = random_logits(seed, tokenizer.vocab_size)
         for stops, wanted in ((breakers, (":", "\n")), (set[int](), ())):
             values = dict(dry_multiplier=m, dry_base=base, dry_allowed_length=allowed, dry_sequence_breakers=wanted)
-            found = ours(logits, History(text, 0, tokenizer), **values)
+            found = ours(logits, TokenHistory(text, 0, tokenizer), **values)
             assert same(found, dry_reference(logits, text, stops, m, base, allowed)), (seed, text)
 
 
 def test_drys_penalty_is_bounded_on_a_text_that_is_one_long_repetition() -> None:
     logits = random_logits(1)
-    found = ours(logits, History([5] * 5000), dry_multiplier=1.0)
+    found = ours(logits, TokenHistory([5] * 5000), dry_multiplier=1.0)
     assert found[5] == pytest.approx(float(logits[5]) - 1e6) and found[6] == float(logits[6])
 
 
@@ -197,8 +197,8 @@ def test_presence_penalty_is_of_written_ids(penalty: float) -> None:
     expected = dict(enumerate(logits.tolist()))
     for id in (3, 4):
         expected[id] -= penalty
-    assert same(ours(logits, History(text, 3), presence_penalty=penalty), expected)
-    assert same(ours(logits, History(text, 7), presence_penalty=penalty), dict(enumerate(logits.tolist())))
+    assert same(ours(logits, TokenHistory(text, 3), presence_penalty=penalty), expected)
+    assert same(ours(logits, TokenHistory(text, 7), presence_penalty=penalty), dict(enumerate(logits.tolist())))
 
 
 @pytest.mark.parametrize("penalty", [-2.0, 0.5, 2.0])
@@ -208,9 +208,9 @@ def test_frequency_penalty_counts_written_ids(penalty: float) -> None:
     expected = dict(enumerate(logits.tolist()))
     for id in text[3:]:
         expected[id] -= penalty
-    assert same(ours(logits, History(text, 3), frequency_penalty=penalty), expected)
+    assert same(ours(logits, TokenHistory(text, 3), frequency_penalty=penalty), expected)
     both = {id: value - 0.25 * (id in text[3:]) for id, value in expected.items()}
-    assert same(ours(logits, History(text, 3), frequency_penalty=penalty, presence_penalty=0.25), both)
+    assert same(ours(logits, TokenHistory(text, 3), frequency_penalty=penalty, presence_penalty=0.25), both)
 
 
 def test_logit_bias() -> None:
@@ -258,7 +258,7 @@ def test_penalties_look_at_the_window_alone(penalty: dict[str, float], last: int
     text, prompt = [1, 2, 3, 1, 2, 3, 4, 1, 2, 3, 1, 2], 5
     cut = max(0, len(text) - last)
     logits = random_logits(1)
-    found = ours(logits, History(text, prompt), penalty_last_n=last, **penalty)
-    assert found == ours(logits, History(text[cut:], max(0, prompt - cut)), **penalty)
-    whole = ours(logits, History(text, prompt), **penalty)
+    found = ours(logits, TokenHistory(text, prompt), penalty_last_n=last, **penalty)
+    assert found == ours(logits, TokenHistory(text[cut:], max(0, prompt - cut)), **penalty)
+    whole = ours(logits, TokenHistory(text, prompt), **penalty)
     assert found == whole if last == 100 else last > 3 or found != whole

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +19,19 @@ import torch
 import train
 from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
 from dataset import TokenData
-from devices import Team
+from devices import DistributedContext
 from model import GPT
 from support.helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
 from training import metrics
 from training import optimizer as optimizers
 from training import state as training_state
 from training import step as training_step
-from training.checkpointing import Saver
+from training.checkpointing import CheckpointWriter
 from training.metrics import time_left
 from training.optimizer import Optimizer
+from training.schedule import total_steps
 
-ALONE = Team(0, 1, "none", torch.device("cpu"))
+ALONE = DistributedContext(0, 1, "none", torch.device("cpu"))
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=20)
 
 
@@ -186,7 +188,10 @@ def test_clipping_limits_the_norm() -> None:
     assert math.sqrt(sum(float((g**2).sum()) for g in caught.values())) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_run_leaves_its_folder(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_its_folder(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw_losses: Callable[[Path], Path | None]
+) -> None:
+    monkeypatch.setattr(metrics, "draw_losses", draw_losses)
     out = tmp_path / "run"
     assert (
         run(
@@ -334,7 +339,7 @@ def test_training_without_compiling_never_loads_the_compiler(tiny_data: Path, tm
 
 def test_ends_in_steps_epochs_and_tokens() -> None:
     def steps(**values: float) -> int:
-        return training_step.total_steps(TrainConfig(**values), per_epoch=100, windows_per_step=8, block_size=16)
+        return total_steps(TrainConfig(**values), per_epoch=100, windows_per_step=8, block_size=16)
 
     assert steps(max_steps=50) == 50
     assert steps(epochs=2) == 25
@@ -411,11 +416,13 @@ def test_speed_leaves_out_compilation_evaluation_and_checkpoints(
         return result
 
     count = itertools.count()
-    save = Saver.__call__
+    save = CheckpointWriter.__call__
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(training_step, "take_step", lambda *a: taking(500 if next(count) < 2 else 2, (2.0, 1.0, True)))
     monkeypatch.setattr(training_state, "validate", lambda *a: taking(100, 2.0))
-    monkeypatch.setattr(Saver, "__call__", lambda self, progress, best: taking(30, save(self, progress, best=best)))
+    monkeypatch.setattr(
+        CheckpointWriter, "__call__", lambda self, progress, best: taking(30, save(self, progress, best=best))
+    )
     monkeypatch.setattr(devices, "peak_flops", lambda *a: 1e12)
     monkeypatch.setattr(devices, "energy_meter", lambda device: lambda: 3.6e6 * now[0])
     monkeypatch.setattr(training_state, "gpu_memory", lambda device: 12.5)

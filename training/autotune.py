@@ -36,7 +36,7 @@ SIZES = (
 )
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 REFERENCE = 5e12  # FLOPs: about a minute of two cores, where the rules below were tuned
-MOST_EPOCHS = 30.0  # passes after which a model learns nothing more from a text
+MOST_EPOCHS = 30.0  # passes after which more training on a text only overfits
 BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
 PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabulary and encoding, at the slowest
 ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
@@ -51,7 +51,7 @@ class Budget:
     text: float
 
 
-def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
+def model_config(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
     """The ModelConfig of one size; a wider model gets a longer context."""
     block = 64 if width < 192 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
     most = int(budget.text / BYTES_PER_TOKEN / 20)  # at least some twenty different windows in a tiny text
@@ -66,7 +66,7 @@ def shape(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
     )
 
 
-def cost(model: ModelConfig) -> float:
+def flops_per_token(model: ModelConfig) -> float:
     """FLOPs of training on one token: 6 N + 12 L C T without the position table (as GPT.flops_per_token)."""
     matrices = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
     return 6.0 * matrices + 12.0 * model.n_layer * model.n_embd * model.block_size
@@ -79,7 +79,7 @@ def fitting_vocabulary(width: int, text: float) -> int:
 
 
 def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
-    """The size that the compute trains on a good number of tokens for each parameter in its blocks.
+    """The model size whose ratio of training tokens to block parameters is nearest to the optimum for this compute.
 
     That is 10 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
 
@@ -89,9 +89,9 @@ def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
     candidates = []
     most = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN
     for layers, width in SIZES:
-        model = shape(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
-        tokens = min(budget.flops / cost(model), most)
-        good = 10.0 * (tokens * cost(model) / REFERENCE) ** 0.06
+        model = model_config(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
+        tokens = min(budget.flops / flops_per_token(model), most)
+        good = 10.0 * (tokens * flops_per_token(model) / REFERENCE) ** 0.06
         ratio = tokens / (12 * layers * width**2)
         candidates.append((abs(math.log(ratio / good)), model))
     return min(candidates, key=lambda candidate: candidate[0])[1]
@@ -102,7 +102,7 @@ def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: in
 
     The batch grows with the cube root of the compute, as longer training gains from less noise; rates fall with the width.
     """
-    tokens = budget.flops / cost(model)
+    tokens = budget.flops / flops_per_token(model)
     epochs = tokens * BYTES_PER_TOKEN / budget.text
     sequences = 2 ** max(0, round(math.log2(2048 * (budget.flops / REFERENCE) ** (1 / 3) / model.block_size)))
     batch = min(sequences, fits)
@@ -137,14 +137,14 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
     """FLOP/s of real training steps of a model like `guess` on this device."""
     import torch
 
-    from devices import Team
+    from devices import DistributedContext
     from model import GPT
     from training.optimizer import Optimizer
     from training.step import take_step
 
     train = TrainConfig(max_steps=1, optimizer="muon")
     model = GPT(guess).to(device)
-    optimizer, team = Optimizer(model, train), Team(0, 1, "none", device)
+    optimizer, distributed = Optimizer(model, train), DistributedContext(0, 1, "none", device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     rows = max(1, 2048 // guess.block_size)
     ids = torch.randint(0, guess.tokens, (rows, guess.block_size + 1), device=device)
@@ -157,7 +157,7 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         begin = time.perf_counter()
-        take_step(model, optimizer, scaler, source, 1, train, precision, team)  # ends with the loss on the CPU
+        take_step(model, optimizer, scaler, source, 1, train, precision, distributed)  # ends with the loss on the CPU
         times.append(time.perf_counter() - begin)
     late = sorted(times[2:])
     return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
@@ -166,7 +166,7 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
 def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None) -> Path:
     """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`, unless that has been done before.
 
-    out: None stands for a folder in data/ named after the first input. Raises ConfigError and DocumentError as `prepare` does.
+    out: default: a folder in data/ named after the first input. Raises ConfigError and DocumentError as `prepare` does.
     """
     from corpus.preparation import PrepareFlags, prepare
 
@@ -183,21 +183,21 @@ def text_size(inputs: tuple[str, ...]) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What `autotune` has chosen, and on what grounds."""
+class AutotuneResult:
+    """The chosen settings and the measurements behind them."""
 
     tables: dict[str, Any]  # as of a preset
     data: Path  # the prepared texts
-    minutes: float  # as asked for
+    minutes: float  # as requested
     rate: float  # FLOP/s measured
     budget: Budget  # what training may use
     ends_early: bool  # the text is read MOST_EPOCHS times before the minutes are over
 
     def described(self) -> str:
-        """The choice in words, and as a preset."""
+        """Measurements and chosen settings as text, the settings in the form of a preset."""
         minutes = self.budget.flops / self.rate / 60
         note = (
-            f"note: in {minutes:.1f} minutes this text is read {MOST_EPOCHS:.0f} times, and more would teach nothing: "
+            f"note: in {minutes:.1f} minutes this text is read {MOST_EPOCHS:.0f} times, and more passes would only overfit: "
             f"training ends then, not after {self.minutes:g}\n"
         )
         return (note if self.ends_early else "") + (
@@ -206,8 +206,8 @@ class Choice:
         )
 
 
-def refusals(minutes: float, inputs: tuple[str, ...], data: Path | None, others: list[str]) -> list[str]:
-    """Why these flags leave `autotune` nothing to choose, or nothing to train on; empty if it can begin."""
+def conflicting_flags(minutes: float, inputs: tuple[str, ...], data: Path | None, others: list[str]) -> list[str]:
+    """Errors for flags that conflict with --minutes."""
     prepared = data is not None and (data / "manifest.json").is_file()
     found = [f"--minutes chooses everything itself: leave out {name}" for name in others]
     if not minutes:
@@ -219,11 +219,13 @@ def refusals(minutes: float, inputs: tuple[str, ...], data: Path | None, others:
     return found
 
 
-def autotune(minutes: float, inputs: tuple[str, ...], data: Path | None, began: float, others: list[str]) -> Choice:
+def autotune(
+    minutes: float, inputs: tuple[str, ...], data: Path | None, began: float, others: list[str]
+) -> AutotuneResult:
     """The settings and the prepared data for `minutes` counted from `began` (time.monotonic).
 
     Measures the machine, and with `inputs` prepares the texts, in `data` if given, which takes its share of the time;
-    without either the sample stories are taken. others: flags given that leave no choice. Raises ConfigError.
+    without either it uses the sample stories. others: flags given that conflict with --minutes. Raises ConfigError.
     """
     import torch
 
@@ -231,7 +233,7 @@ def autotune(minutes: float, inputs: tuple[str, ...], data: Path | None, began: 
     from storage.shards import Manifest
     from training.plan import available_memory, fitting_batch
 
-    if faults := refusals(minutes, inputs, data, others):
+    if faults := conflicting_flags(minutes, inputs, data, others):
         raise ConfigError(faults)
     device = pick_device("auto")
     precision, _ = pick_precision("auto", device)
@@ -258,14 +260,14 @@ def autotune(minutes: float, inputs: tuple[str, ...], data: Path | None, began: 
         raise ConfigError(
             [
                 f"--minutes {minutes:g}: {seconds - left():.0f} seconds went into measuring and preparing: give more "
-                "(prepared texts are kept for the next time)"
+                "(prepared texts are kept for the next run)"
             ]
         )
 
-    # 3 the model and its training, with the time that is left indeed
+    # 3 the model and its training, with the time actually left
     budget = Budget(rate * left(), manifest.splits.train.bytes)
     model = choose_model(budget, manifest.tokenizer.vocab_size)
-    enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * cost(model)
+    enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * flops_per_token(model)
     ends_early = enough < budget.flops
     budget = Budget(min(enough, budget.flops), budget.text)
     fits = fitting_batch(model, TrainConfig(max_steps=1), 1, available_memory(device), precision, device.type)
@@ -276,4 +278,4 @@ def autotune(minutes: float, inputs: tuple[str, ...], data: Path | None, began: 
         "train": train,
         "generation": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1},
     }
-    return Choice(tables, data, minutes, rate, budget, ends_early)
+    return AutotuneResult(tables, data, minutes, rate, budget, ends_early)

@@ -1,8 +1,8 @@
-"""What a run keeps for being resumed, and how it is written and read.
+"""Checkpoints of a run: what resuming needs, and how it is written and read.
 
->>> start = resumed_run(checkpoint, data, tokenizer)       # model, progress and training state, exactly as they were
->>> save = Saver(run, config, data, tokenizer, model, optimizer, scaler, team, batch, tokens_per_step)
->>> save(progress, best=False)                             # last/, whole or not at all
+>>> start = resumed_run(checkpoint, data, tokenizer)       # model, progress and training state, exactly as saved
+>>> save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, batch, tokens_per_step)
+>>> save(progress, best=False)                             # last/, atomically
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.model_setup import full_state_dict
 
 if TYPE_CHECKING:
     from dataset import TokenData
-    from devices import Team
+    from devices import DistributedContext
     from model import GPT
     from tokenizer import Tokenizer
     from training.optimizer import Optimizer
@@ -41,21 +41,21 @@ class Progress:
     average: float = 0.0  # running average of the training loss (decay 0.98), biased towards 0 at first
     average_weight: float = 0.0  # the sum of its weights, which undoes the bias
     best_average: float = math.inf  # lowest running average
-    epoch_loss: float = 0.0  # sum over the steps of the present epoch
+    epoch_loss: float = 0.0  # sum over the steps of the current epoch
     epoch_steps: int = 0
     best_epoch_loss: float = math.inf
     skipped: int = 0  # steps with a non-finite loss
     losses: list[float] = field(default_factory=list)  # of the steps since the last log line
     val_loss: float | None = None  # of the last validation pass
     elapsed_s: float = 0.0  # wall-clock time over all sessions of the run
-    energy_j: float = 0.0  # drawn by the GPUs over all sessions, where NVML tells
+    energy_j: float = 0.0  # drawn by the GPUs over all sessions, if NVML reports it
 
     @property
     def running_loss(self) -> float:
         return self.average / self.average_weight if self.average_weight else math.inf
 
     def add_loss(self, loss: float) -> None:
-        """Take one step's loss into the averages."""
+        """Add one step's loss to the averages."""
         self.average = 0.98 * self.average + 0.02 * loss
         self.average_weight = 0.98 * self.average_weight + 0.02
         self.best_average = min(self.best_average, self.running_loss)
@@ -64,7 +64,7 @@ class Progress:
         self.losses.append(loss)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss lies more than a nat above the running average, once that has settled (46 steps)."""
+        """Whether a loss lies more than a nat above the running average, after its first 46 steps."""
         return self.average_weight > 0.6 and loss > self.running_loss + 1.0
 
     def to_state(self) -> dict[str, Any]:
@@ -73,14 +73,14 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
-        """What `to_state` gave, in this or an earlier version."""
+        """The Progress that `to_state` saved, in this or an earlier version."""
         names = {key: name for name, key in ON_DISK.items()}
         return cls(**{names.get(key, key): value for key, value in state.items()})
 
 
 @dataclass
-class Start:
-    """Where a run begins: with a model, or where a checkpoint of it ended."""
+class InitialState:
+    """Model, progress and training state at the start of a session, from a checkpoint if the run is resumed."""
 
     model: GPT
     progress: Progress = field(default_factory=Progress)
@@ -88,8 +88,8 @@ class Start:
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
 
 
-def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> Start:
-    """Model, progress and training state of a checkpoint. Raises ConfigError where the data has another tokenizer."""
+def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> InitialState:
+    """Model, progress and training state of a checkpoint. Raises ConfigError if the data has another tokenizer."""
     from checkpoint import load_model, load_training
 
     model, kept = load_model(checkpoint)
@@ -98,11 +98,11 @@ def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> Star
             [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
         )
     state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
-    return Start(model, Progress.from_state(state["progress"]), checkpoint, state)
+    return InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
 
 
 def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
-    """What the model folder's README and config.json say about its training."""
+    """Facts about the training for the model folder's README and config.json."""
     splits, val_loss = data.manifest.splits, progress.val_loss
     return {
         "description": config.description,
@@ -117,12 +117,12 @@ def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str,
 
 
 def bits_per_byte(loss: float, data: TokenData) -> float:
-    """Nats per token -> bits per UTF-8 byte of the validation text, which compare across tokenizers."""
+    """Nats per token -> bits per UTF-8 byte of the validation text, comparable across tokenizers."""
     split = data.manifest.splits.val
     return loss / math.log(2) * split.tokens / max(1, split.bytes)
 
 
-def keep_last(run: Path) -> None:
+def archive_last(run: Path) -> None:
     """Rename last/ to last-STEP/, so that writing the next one does not replace it."""
     last = run / "last"
     if (last / "checksums.json").is_file():
@@ -133,7 +133,7 @@ def keep_last(run: Path) -> None:
 
 
 @dataclass
-class Saver:
+class CheckpointWriter:
     """Writes best/ and last/ of one run; only the leader touches the disk."""
 
     run: Path
@@ -143,21 +143,21 @@ class Saver:
     model: GPT
     optimizer: Optimizer
     scaler: Any
-    team: Team
+    distributed: DistributedContext
     batch: int
     tokens_per_step: int
     seconds: float = 0.0  # time spent writing
     folders: int = 0  # best/ and last/ written
-    step: int = -1  # of the newest last/ (of a resumed run, of the one it goes on from)
+    step: int = -1  # of the newest last/ (of a resumed run: of the checkpoint it was resumed from)
 
     def __call__(self, progress: Progress, *, best: bool) -> None:
-        """Save best/ (weights only) or last/ (weights and training state), whole or not at all."""
+        """Save best/ (weights only) or last/ (weights and training state), atomically."""
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
         weights = full_state_dict(self.model.state_dict())
         moments = {} if best else full_state_dict(self.optimizer.state_dict())
-        if self.team.leader:
+        if self.distributed.leader:
             card = model_card(self.config, self.data, progress)
             shared: dict[str, Any] = {"card": card, "generation": self.config.generation, "weights": weights}
             if best:
@@ -168,15 +168,15 @@ class Saver:
                     "progress": progress.to_state(),
                     "optimizer": moments,
                     "scaler": self.scaler.state_dict(),
-                    "world": self.team.size,
+                    "world": self.distributed.size,
                     "batch": self.batch,
                     "tokens_per_step": self.tokens_per_step,
                 }
                 if self.config.train.keep_last > 1:
-                    keep_last(self.run)
+                    archive_last(self.run)
                 save_training(self.run / "last", self.model, self.tokenizer, state=state, **shared)
                 prune_checkpoints(self.run, self.config.train.keep_last)
-        self.team.barrier()
+        self.distributed.barrier()
         self.step = self.step if best else progress.step
         self.folders += 1
         self.seconds += time.monotonic() - began

@@ -18,14 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from storage.atomic import replace_text
+from storage.atomic import atomic_write_text
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut off by a crash is passed over, a missing file is empty."""
+    """The objects of a JSON-lines file; a last line cut off by a crash is skipped, a missing file is empty."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
@@ -34,12 +34,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop lines after `step`: a resumed run writes them again. The file is replaced whole."""
+def truncate_after_step(path: Path, step: int) -> None:
+    """Drop lines after `step`: a resumed run writes them again. The file is replaced atomically."""
     if not path.is_file():
         return
     kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def duration(seconds: float) -> str:
@@ -113,19 +113,19 @@ class Throughput:
         self.steps += 1
 
     def restart(self) -> None:
-        """Let `recent` begin anew."""
+        """Reset the recent-throughput window."""
         self.recent_s, self.recent_steps = 0.0, 0
 
     def recent(self) -> float | None:
-        """Tokens per second since `restart`; None where no step counts yet."""
+        """Tokens per second since `restart`; None if no step counts yet."""
         return self.recent_steps * self.tokens_per_step / self.recent_s if self.recent_s else None
 
     def overall(self) -> float | None:
-        """Tokens per second of this session; None where no step counts yet."""
+        """Tokens per second of this session; None if no step counts yet."""
         return self.all_steps * self.tokens_per_step / self.all_s if self.all_s else None
 
     def pace(self) -> float:
-        """Tokens per second to foretell the end with: `recent`, or at first the last step's."""
+        """Throughput used for the ETA: `recent`, or at first that of the last step."""
         return self.recent() or self.tokens_per_step / max(self.last_s, 1e-9)
 
 
@@ -157,7 +157,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
-            keep_until(folder / name, done)
+            truncate_after_step(folder / name, done)
         if tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard.writer import SummaryWriter
@@ -237,7 +237,7 @@ class RunLog:
 
 
 def draw_losses(folder: Path) -> Path | None:
-    """Draw training and validation loss over steps into loss.png; None where nothing has been logged yet."""
+    """Draw training and validation loss over steps into loss.png; None if nothing has been logged yet."""
     rows = list(read_jsonl(folder / METRICS))
     train = [(r["step"], r["train_loss"]) for r in rows if "train_loss" in r]
     val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
@@ -263,7 +263,7 @@ def draw_losses(folder: Path) -> Path | None:
 
 
 def finish(summary: dict[str, Any]) -> None:
-    """Print the summary on standard error, with the command that comes next."""
+    """Print the summary on standard error, with the commands to use next."""
     done = summary.pop("done")
     print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
     run = Path(summary["run"])
@@ -275,4 +275,4 @@ def finish(summary: dict[str, Any]) -> None:
             file=sys.stderr,
         )
     else:
-        print(f"go on with:     python train.py --resume --out {where}", file=sys.stderr)
+        print(f"resume with:    python train.py --resume --out {where}", file=sys.stderr)

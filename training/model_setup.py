@@ -1,7 +1,7 @@
 """The model that a run starts from, compiled and distributed for the loop, and its full weights for the disk.
 
 >>> model = start_model(config, data, tokenizer)      # new, or from the weights that `--init-from` names
->>> module = wrapped(model.to(device), config, team, device)
+>>> module = wrapped(model.to(device), config, distributed, device)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from dataset import TokenData
-    from devices import Team
+    from devices import DistributedContext
     from model import GPT
     from tokenizer import Tokenizer
 
@@ -29,13 +29,13 @@ def origin_shape(origin: str) -> dict[str, Any]:
         raise ConfigError([f"--init-from {origin}: {str(error).removeprefix(f'--model {origin}: ')}"]) from None
 
 
-def shape_faults(origin: str, theirs: dict[str, Any], asked: ModelConfig) -> list[str]:
-    """Where the asked shape differs from that of `origin`, whose weights allow another context and dropout only."""
+def shape_faults(origin: str, theirs: dict[str, Any], requested: ModelConfig) -> list[str]:
+    """Shape settings that conflict with --init-from (only context and dropout may differ)."""
     free = ("block_size", "dropout", "vocab_used")
     return [
         f"--model.{name.replace('_', '-')} {value}: --init-from {origin} has {theirs[name]}: leave it out (only "
         "--model.block-size and --model.dropout can differ)"
-        for name, value in asked.model_dump().items()
+        for name, value in requested.model_dump().items()
         if name not in free and value != theirs[name] and not (name == "vocab_size" and not value)
     ]
 
@@ -71,7 +71,7 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
 
 
 def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's settings with the tokenizer's size filled in. Raises ConfigError where it does not fit."""
+    """The model's settings with the tokenizer's size filled in. Raises ConfigError if it does not fit."""
     size = model.vocab_size or tokenizer.vocab_size
     if tokenizer.styles:  # a preset for GPT-2's 50,257 ids grows by those of the styles
         size = max(size, tokenizer.vocab_size)
@@ -80,7 +80,7 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def with_rows(model: GPT, tokens: int) -> GPT:
-    """The model with `tokens` rows in its embedding; new rows lie near the mean of the others and start out unlikely."""
+    """The model with `tokens` rows in its embedding; new rows are the mean of the others plus noise, which makes them unlikely at first."""
     import torch
 
     from model import GPT
@@ -99,12 +99,12 @@ def with_rows(model: GPT, tokens: int) -> GPT:
     return grown
 
 
-def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> torch.nn.Module:
+def wrapped(model: GPT, config: Config, distributed: DistributedContext, device: torch.device) -> torch.nn.Module:
     """The model as the loop calls it: compiled and distributed. Saved weights never carry a wrapper's names."""
     import torch
 
     module: torch.nn.Module = model
-    if team.mode == "fsdp":
+    if distributed.mode == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
         for block in model.h:
@@ -114,7 +114,7 @@ def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> tor
     if compile_it:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, with a warning
         module = torch.compile(module)  # type: ignore[assignment]
-    if team.mode == "ddp":
+    if distributed.mode == "ddp":
         module = torch.nn.parallel.DistributedDataParallel(
             module,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -125,20 +125,20 @@ def wrapped(model: GPT, config: Config, team: Team, device: torch.device) -> tor
 
 
 def full_tensor(value: Any) -> Any:
-    """A sharded tensor gathered from all ranks (a joint call), anything else as it is."""
+    """A sharded tensor gathered from all ranks (collective), anything else as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def full_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with full tensors on every rank, also where they are sharded (a joint call under FSDP)."""
+    """A state dict with full tensors on every rank, also where they are sharded (collective under FSDP)."""
     return {
         name: full_state_dict(value) if isinstance(value, dict) else full_tensor(value) for name, value in state.items()
     }
 
 
-def unsharded_model(model: GPT, team: Team) -> GPT:
-    """The model itself, or under FSDP an unsharded copy of it on the CPU (a joint call)."""
-    if team.mode != "fsdp":
+def unsharded_model(model: GPT, distributed: DistributedContext) -> GPT:
+    """The model itself, or under FSDP an unsharded copy of it on the CPU (collective)."""
+    if distributed.mode != "fsdp":
         return model
     from model import GPT
 

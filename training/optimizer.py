@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers: AdamW, and Muon for the matrices inside the blocks.
 
 optimizer = Optimizer(model, train_config)
-optimizer.set_lr(lr_scale(step, total, train_config))
+optimizer.set_lr(lr_scale(step, total, train_config))  # training/schedule.py
 """
 
 from __future__ import annotations
@@ -15,50 +15,6 @@ from torch import Tensor, nn
 
 from config import TrainConfig
 from devices import native_bf16
-
-
-def lr_scale(step: int, total: int, train: TrainConfig) -> float:
-    """Share of the peak learning rate at update number `step` of 0..total-1.
-
-    The first update has a rate above 0, the last one of the warm-up (`warmup_steps - 1`) the peak, the last of all
-    `min_lr` (except `constant`). onecycle rises from a 25th of the peak along a cosine (Smith & Topin 2018).
-    """
-    low = train.min_lr / train.lr
-    peak = max(
-        0, (min(train.warmup_steps, total) if total else train.warmup_steps) - 1
-    )  # the update at which the peak is reached
-    if step < peak:
-        if train.schedule == "onecycle":
-            return 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * step / peak))
-        return (step + 1) / (peak + 1)
-    if train.schedule == "constant" or total - 1 <= peak:
-        return 1.0
-    if train.schedule == "wsd":
-        first = max(peak, first_decay(total, train))
-        return 1.0 if step <= first else low + (1 - low) * (total - 1 - step) / (total - 1 - first)
-    done = (step - peak) / (total - 1 - peak)
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def first_decay(total: int, train: TrainConfig) -> int:
-    """The last update of a wsd schedule of `total` updates that still has the full rate."""
-    return total - 1 - max(1, round(train.decay_fraction * total))
-
-
-def clock_end(step: int, elapsed_s: float, reserve_s: float, train: TrainConfig) -> int:
-    """Last step of a wsd run that only the clock ends, once its decay has to begin; 0 while it may still hold.
-
-    Before its decay the rate of wsd does not depend on the end, so the end can be fixed once the pace is known: `step`
-    steps took `elapsed_s`. `reserve_s` is kept for the last evaluation. With the returned number as --train.max-steps
-    the same run is repeated, whatever the clock says.
-    """
-    left_s = train.max_minutes * 60 - reserve_s - elapsed_s
-    total = step + max(1, math.floor(left_s * step / elapsed_s)) if step else 0
-    if not total or first_decay(total, train) > step:
-        return 0
-    while first_decay(total, train) < step:  # no step already taken may fall into the decay
-        total += 1
-    return total
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> tuple[dict[str, nn.Parameter], ...]:
@@ -153,7 +109,7 @@ class Optimizer:
         if muon:
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError("--train.optimizer muon needs torch 2.9 or newer: update torch or use adamw")
-            kind = torch.optim.Muon if sharded else StackedMuon
+            kind = torch.optim.Muon if sharded else StackedMuon  # DTensors cannot be stacked
             self.parts.append(
                 kind(list(muon.values()), lr=train.muon_lr, weight_decay=train.weight_decay, momentum=0.95)
             )

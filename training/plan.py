@@ -138,7 +138,7 @@ def available_memory(device: torch.device) -> int:
 def fitting_batch(
     model: ModelConfig, train: TrainConfig, world: int, limit: int, precision: str, device: str, shards: int = 1
 ) -> int:
-    """Largest micro-batch (a power of two, at most 64 on a CPU) within `limit` bytes that divides tokens_per_step; 0: none."""
+    """Largest micro-batch (a power of two, at most 64 on a CPU) within `limit` bytes that divides tokens_per_step; 0 if none does."""
     found = 0
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         once = batch * model.block_size * world
@@ -153,20 +153,20 @@ def fitting_batch(
 def largest_batch(
     model: ModelConfig, train: TrainConfig, block: int, world: int, device: torch.device, precision: str
 ) -> int:
-    """What `--train.batch-size 0` stands for on this device. Raises ConfigError where not even 1 fits."""
+    """Batch size that `--train.batch-size 0` means on this device. Raises ConfigError if not even 1 fits."""
     room = available_memory(device)
     found = fitting_batch(model, train, world, room, precision, device.type)
     if not found:
-        raise ConfigError([too_large(model, train, 1, room, precision, device.type, world)])
+        raise ConfigError([out_of_memory_message(model, train, 1, room, precision, device.type, world)])
     return found
 
 
-def too_large(
+def out_of_memory_message(
     model: ModelConfig, train: TrainConfig, batch: int, room: int, precision: str, device: str, world: int
 ) -> str:
-    """The refusal in words: memory needed, memory there is, and flags that would fit."""
+    """Error message: memory needed, memory available, and flags that would fit."""
     need = memory_needed(model, train, batch, precision, device).total
-    text = f"--train.batch-size {batch} at --model.block-size {model.block_size} needs about {gigabytes(need)}, {gigabytes(room)} are there: "
+    text = f"--train.batch-size {batch} at --model.block-size {model.block_size} needs about {gigabytes(need)}, {gigabytes(room)} are available: "
     fits = fitting_batch(model, train, world, room, precision, device)
     if fits:
         return text + f"try --train.batch-size {fits}"
@@ -205,7 +205,7 @@ class Costs:
 def measure_here(config: Config, batch: int, accumulate: int, precision: str, steps: int = 4) -> Costs:
     """Measure a few real steps, an evaluation, a sample and a checkpoint in a process of their own.
 
-    accumulate: micro-batches in a step. Raises ConfigError where the process runs out of memory.
+    accumulate: micro-batches in a step. Raises ConfigError if the process runs out of memory.
     """
     job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps}
     done = subprocess.run(
@@ -240,14 +240,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def trial(job: dict[str, Any]) -> dict[str, float]:
-    """The measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds.
+def benchmark_steps(job: dict[str, Any]) -> dict[str, float]:
+    """Work of the measured process: steps as the training loop takes them, on random tokens, at least `steps` and 4 seconds.
 
     Seconds of a micro-batch, of the rest of a step, of a token validated or sampled, of writing the weights; peak bytes.
     """
     import torch
 
-    from devices import Team, pick_device
+    from devices import DistributedContext, pick_device
     from model import GPT
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
@@ -255,15 +255,15 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
 
     config, precision = build(Config, job["config"]), job["precision"]
     device = pick_device(config.train.device)
-    team = Team(0, 1, "none", device)
+    distributed = DistributedContext(0, 1, "none", device)
     model = GPT(config.model).to(device)
-    module = wrapped(model, config, team, device)
+    module = wrapped(model, config, distributed, device)
     optimizer = Optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batches = random_batches(job["batch"], config.model, device)
 
     def step(accumulate: int) -> None:
-        take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, team)
+        take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, distributed)
 
     # steps of one micro-batch and of two in turn: their difference is a micro-batch, what remains is the update
     step(1)
@@ -274,7 +274,7 @@ def trial(job: dict[str, Any]) -> dict[str, float]:
             found.append(timed(functools.partial(step, accumulate), device))
     once, twice = (statistics.median(found) for found in timings.values())
     micro_batch_s = max(twice - once, 0.3 * once)
-    rest = trial_overhead(config, model, module, batches, precision, device)
+    rest = benchmark_non_training(config, model, module, batches, precision, device)
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
     return {
         "micro_batch_s": micro_batch_s,
@@ -304,7 +304,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def trial_overhead(
+def benchmark_non_training(
     config: Config,
     model: GPT,
     module: torch.nn.Module,
@@ -346,7 +346,7 @@ def trial_overhead(
     return {"eval_s": eval_s, "sample_s": sample_s, "save_s": save_s}
 
 
-def overhead(train: TrainConfig, steps: int, epochs: float, val_tokens: int, costs: Costs) -> dict[str, float]:
+def non_training_time(train: TrainConfig, steps: int, epochs: float, val_tokens: int, costs: Costs) -> dict[str, float]:
     """Seconds that a run of `steps` spends on evaluation, samples and checkpoints, if each evaluation is a new best."""
     ends = math.floor(epochs) if train.each_epoch else 0
     evaluations = (math.ceil(steps / train.eval_interval) if train.eval_interval else 1) + ends
@@ -362,7 +362,7 @@ def overhead(train: TrainConfig, steps: int, epochs: float, val_tokens: int, cos
 
 
 def corpus_tokens(preset: str, config: Config, data: Path | None) -> tuple[int, int]:
-    """(training, validation) tokens of the data that would be used; a published figure where it is not prepared yet."""
+    """(training, validation) tokens of the data that would be used; a published figure if it is not prepared yet."""
     from corpus.preparation import default_out
     from storage.shards import Manifest
 
@@ -415,7 +415,7 @@ def this_machine(train: TrainConfig) -> Machine:
 
 
 def named_machine(target: str, train: TrainConfig) -> Machine:
-    """A GPU or an AWS instance by name. Raises ConfigError where the tables do not have it."""
+    """A GPU or an AWS instance by name. Raises ConfigError if the tables do not have it."""
     world, gpu = INSTANCES.get(target, (1, target.upper()))
     match = gpu if gpu in GPU_MEMORY else next((key for key in GPU_MEMORY if key in gpu), None)
     if match is None:
@@ -429,7 +429,7 @@ def named_machine(target: str, train: TrainConfig) -> Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need; `print_plan` says it in words."""
+    """What a run will need; `print_plan` prints it."""
 
     preset: str
     config: Config  # with the vocabulary filled in
@@ -441,9 +441,9 @@ class Plan:
     estimated_bytes: int  # of memory on one device
     costs: Costs
     basis: str  # of the speed: measured or assumed
-    steps: int  # 0: only the clock ends the run
-    corpus: int  # training tokens, 0 where they are not known
-    overhead_s: dict[str, float]  # evaluation, samples, checkpoints
+    steps: int  # 0: only time limits the run
+    corpus: int  # training tokens, 0 if unknown
+    non_training_s: dict[str, float]  # evaluation, samples, checkpoints
     data: Path  # where the prepared texts are, or would be
     price_per_hour: float = 0.0
 
@@ -455,11 +455,11 @@ class Plan:
     @property
     def total_s(self) -> float:
         """Seconds from the first step to the last checkpoint."""
-        return self.steps * self.costs.step_s + sum(self.overhead_s.values())
+        return self.steps * self.costs.step_s + sum(self.non_training_s.values())
 
 
-def data_sheet_costs(machine: Machine, flops_per_token: float, tokens_per_step: int) -> tuple[Costs, str]:
-    """(costs, what they rest on) by the GPU's data sheet. Raises ConfigError for a format it does not name."""
+def spec_sheet_estimate(machine: Machine, flops_per_token: float, tokens_per_step: int) -> tuple[Costs, str]:
+    """(costs, basis) from the GPU's data sheet. Raises ConfigError for a precision that it does not list."""
     from devices import peak_flops
 
     rate = peak_flops(machine.gpu, machine.precision)
@@ -473,7 +473,7 @@ def data_sheet_costs(machine: Machine, flops_per_token: float, tokens_per_step: 
 
 
 def make_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> Plan:
-    """Work out what a run needs. Raises ConfigError where it cannot fit.
+    """Work out what a run needs. Raises ConfigError if it cannot fit.
 
     data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
     the target, in any currency; 0 leaves the cost out.
@@ -482,7 +482,8 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
 
     from corpus.preparation import default_out
     from model import GPT
-    from training.step import grad_accum_steps, total_steps
+    from training.schedule import total_steps
+    from training.step import grad_accum_steps
 
     # 1 model and machine
     model, train = vocabulary(preset, config, data), config.train
@@ -497,8 +498,10 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory, *fits)
     need = memory_needed(model, train, max(1, batch), *fits).total
     if not batch or need > machine.memory:
-        refusal = too_large(model, train, max(1, batch), machine.memory, machine.precision, machine.kind, machine.world)
-        raise ConfigError([refusal])
+        message = out_of_memory_message(
+            model, train, max(1, batch), machine.memory, machine.precision, machine.kind, machine.world
+        )
+        raise ConfigError([message])
     accumulate = grad_accum_steps(train, batch, model.block_size, machine.world)
     tokens_per_step = accumulate * batch * machine.world * model.block_size
 
@@ -507,7 +510,7 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
     if machine.gpu:
-        costs, basis = data_sheet_costs(machine, gpt.flops_per_token(), tokens_per_step)
+        costs, basis = spec_sheet_estimate(machine, gpt.flops_per_token(), tokens_per_step)
     else:
         costs, basis = measure_here(config, batch, accumulate, machine.precision), "measured over a few steps"
     epochs = steps * tokens_per_step / corpus if corpus else 0.0
@@ -524,7 +527,7 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
         basis,
         steps,
         corpus,
-        overhead(train, steps, epochs, val_tokens, costs),
+        non_training_time(train, steps, epochs, val_tokens, costs),
         data or default_out(preset),
         price_per_hour,
     )
@@ -552,11 +555,11 @@ def print_plan(plan: Plan) -> None:
     print(f"speed: {plan.tokens_per_s:,.0f} tokens/s ({plan.basis})")
     if not plan.steps:
         tokens = plan.tokens_per_s * train.max_minutes * 60
-        print(f"ends by the clock after {train.max_minutes:g} minutes: about {tokens:,.0f} tokens")
+        print(f"time limit: {train.max_minutes:g} minutes, about {tokens:,.0f} tokens")
         return
     tokens = plan.steps * plan.tokens_per_step
     passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.overhead_s.items() if seconds >= 1)
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.non_training_s.items() if seconds >= 1)
     including = f" (including {parts})" if parts else ""
     print(f"time: {duration(plan.total_s)} for {plan.steps:,} steps, {tokens:,} tokens{passes}{including}")
     if train.max_minutes and plan.total_s > train.max_minutes * 60:
@@ -569,4 +572,4 @@ def print_plan(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(trial(json.load(sys.stdin))))
+    print(json.dumps(benchmark_steps(json.load(sys.stdin))))

@@ -17,17 +17,17 @@ from config import ROOT, ConfigError, preset_values
 from storage.atomic import exclusive_lock
 
 
-def last_good(run: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run; None where it was stopped before its first one.
+def newest_valid_checkpoint(run: Path) -> Path | None:
+    """The newest undamaged checkpoint of a run; None if it was stopped before its first one.
 
-    Raises CheckpointError where all are damaged: a new start would overwrite what could still be rescued.
+    Raises CheckpointError if all are damaged: starting over would overwrite files that may be recoverable.
     """
     from checkpoint import CHECKPOINT_NAME, CheckpointError, newest_checkpoint
 
     found = newest_checkpoint(run)
     if found is None and run.is_dir() and any(CHECKPOINT_NAME.fullmatch(path.name) for path in run.iterdir()):
         raise CheckpointError(
-            f"--resume: no checkpoint in {run} is whole: copy one back there, or go on from the weights of a model folder: "
+            f"--resume: no intact checkpoint in {run}: copy one back there, or continue from the weights of a model folder: "
             f"--init-from {run / 'best'} with another --out"
         )
     return found
@@ -56,7 +56,7 @@ class Stop:
                 raise KeyboardInterrupt
             self.reason = signal.Signals(number).name
 
-        with contextlib.suppress(ValueError):  # not the main thread: then nobody sends us signals
+        with contextlib.suppress(ValueError):  # only the main thread may install handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, handle)
 
@@ -66,7 +66,7 @@ class Stop:
 
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the run folder: a second trainer on it is refused. The lock goes with the process, however it ends."""
+    """Hold the run folder: a second train.py on it gets an error. The lock is released when the process exits, even after a crash."""
     refusal = f"--out {folder}: another train.py is writing there: stop it, or give another --out"
     return exclusive_lock(folder / ".lock", refusal)
 

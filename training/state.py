@@ -1,6 +1,6 @@
-"""What a training run holds between two steps, and what the loop does with it besides stepping.
+"""State of a training run, and what the loop does between steps: logging, evaluation, samples, checkpoints.
 
->>> train, sizes = batch_sizes(config.train, model.config, {}, team, "fp32")
+>>> train, sizes = batch_sizes(config.train, model.config, {}, distributed, "fp32")
 >>> state = TrainState(…, sizes=sizes, total_steps=1000)
 >>> state.log.metrics(metrics_row(state, lr=1e-3, grad_norm=0.9) | evaluate(state))
 """
@@ -17,26 +17,27 @@ import torch
 
 from config import Config, ModelConfig, TrainConfig, to_toml
 from dataset import TokenData, WindowSampler, training_batches
-from devices import Team, device_name, gpu_memory
+from devices import DistributedContext, device_name, gpu_memory
 from inference.writing import generate
 from model import GPT
-from storage.atomic import replace_text
+from storage.atomic import atomic_write_text
 from tokenizer import Tokenizer
 from training import plan
-from training.checkpointing import Progress, Saver, Start, bits_per_byte
+from training.checkpointing import CheckpointWriter, InitialState, Progress, bits_per_byte
 from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
-from training.optimizer import Optimizer, clock_end
+from training.optimizer import Optimizer
 from training.run_folder import Stop
-from training.step import grad_accum_steps, total_steps, validate
+from training.schedule import time_limited_end_step
+from training.step import grad_accum_steps, validate
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How one optimizer step is put together. A window is one sequence of block_size tokens and their successors."""
+class BatchSizes:
+    """Sizes of one optimizer step. A window is one sequence of block_size tokens and their successors."""
 
     batch_size: int  # windows in a micro-batch: one forward and backward pass on one device
-    grad_accum_steps: int  # micro-batches of a device
+    grad_accum_steps: int  # micro-batches per device in one step
     world: int  # devices
     block_size: int
 
@@ -50,63 +51,49 @@ class Sizes:
 
 
 def batch_sizes(
-    train: TrainConfig, model: ModelConfig, saved: dict[str, Any], team: Team, precision: str
-) -> tuple[TrainConfig, Sizes]:
-    """The sizes that the settings ask for, and the settings with `tokens_per_step` filled in for a resumed run.
+    train: TrainConfig, model: ModelConfig, saved: dict[str, Any], distributed: DistributedContext, precision: str
+) -> tuple[TrainConfig, BatchSizes]:
+    """The sizes that the settings request, and the settings with `tokens_per_step` filled in for a resumed run.
 
-    saved: the training state of the checkpoint that the run goes on from, or {}. A resumed run keeps its batch, and its
-    tokens per step on any number of processes. Raises ConfigError where not even one window fits into memory.
+    saved: the training state of the checkpoint that the run resumes from, or {}. A resumed run keeps its batch, and its
+    tokens per step on any number of processes. Raises ConfigError if not even one window fits into memory.
     """
     block = model.block_size
     batch = train.batch_size or saved.get("batch", 0)
     if not batch:
-        batch = team.same(plan.largest_batch(model, train, block, team.size, team.device, precision))
+        batch = distributed.broadcast(
+            plan.largest_batch(model, train, block, distributed.size, distributed.device, precision)
+        )
     if saved and not train.tokens_per_step:
         train = train.model_copy(update={"tokens_per_step": saved.get("tokens_per_step", 0)})
-        batch = dividing_batch(train.tokens_per_step, batch, block, team.size)
-    return train, Sizes(batch, grad_accum_steps(train, batch, block, team.size), team.size, block)
-
-
-def fitted_schedule(train: TrainConfig, sizes: Sizes, per_epoch: int) -> tuple[TrainConfig, int, list[str]]:
-    """(settings whose warm-up and lowest rate fit the run, its steps or 0 where only the clock ends it, warnings).
-
-    per_epoch: windows in one pass over the training text.
-    """
-    warnings = []
-    total = total_steps(train, per_epoch, sizes.windows_per_step, sizes.block_size)
-    if total and train.warmup_steps >= total:
-        train = train.model_copy(update={"warmup_steps": max(1, total // 10)})
-        warnings.append(f"warm-up shortened to {train.warmup_steps} of {total} steps")
-    if train.min_lr > train.lr:
-        train = train.model_copy(update={"min_lr": train.lr / 10})
-        warnings.append(f"--train.min-lr is above --train.lr {train.lr:g}: lowered to {train.min_lr:g}")
-    return train, total, warnings
+        batch = dividing_batch(train.tokens_per_step, batch, block, distributed.size)
+    return train, BatchSizes(batch, grad_accum_steps(train, batch, block, distributed.size), distributed.size, block)
 
 
 @dataclass
 class TrainState:
-    """All that the training loop works on."""
+    """Everything the training loop uses."""
 
     run: Path
-    config: Config  # what config.toml says
-    train: TrainConfig  # the training settings in effect: what config.toml says, made to fit
+    config: Config  # as written to config.toml
+    train: TrainConfig  # the training settings in effect, after batch_sizes and clamp_schedule
     precision: str
     data: TokenData
     tokenizer: Tokenizer
-    team: Team
+    distributed: DistributedContext
     model: GPT
     module: torch.nn.Module  # the model compiled and distributed: what a step calls
     optimizer: Optimizer
     scaler: Any  # torch.amp.GradScaler: multiplies the loss in fp16, does nothing in other formats
     sampler: WindowSampler
-    sizes: Sizes
-    total_steps: int  # 0 where only the clock ends the run
+    sizes: BatchSizes
+    total_steps: int  # 0 if only time limits the run
     progress: Progress
     log: RunLog
-    save: Saver
+    save: CheckpointWriter
     meter: Throughput
-    peak_flops: float | None = None  # FLOP/s of one device in this format, where its data sheet is known
-    energy: Callable[[], float] | None = None  # joules since the start, where the GPU tells
+    peak_flops: float | None = None  # FLOP/s of one device in this precision; None if not in the table
+    energy: Callable[[], float] | None = None  # joules since the start, if the GPU reports it
     eval_s: float = 0.0  # seconds of the last evaluation
     stopped: bool = False  # by a signal: there is something to resume
     energy_before: float = field(init=False)  # joules of earlier sessions
@@ -117,12 +104,12 @@ class TrainState:
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the training text so far."""
+        """Complete passes over the training text so far."""
         return self.progress.windows // self.sampler.per_epoch
 
     @property
-    def open_end(self) -> bool:
-        """Whether the last step is still to be fixed: a wsd run that only the clock ends, before its decay."""
+    def is_time_limited(self) -> bool:
+        """True while a time-limited WSD run has not yet scheduled its decay."""
         return not self.total_steps and self.train.schedule == "wsd"
 
     def due(self, interval: int) -> bool:
@@ -130,27 +117,27 @@ class TrainState:
         return bool(interval) and self.progress.step % interval == 0
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's micro-batches (x, y), each [batch_size, T], from where the run stands."""
+        """This rank's micro-batches (x, y), each [batch_size, T], from the run's next window on."""
         return training_batches(
             self.data.train,
             self.sampler,
             batch_size=self.sizes.batch_size,
             grad_accum_steps=self.sizes.grad_accum_steps,
             first=self.progress.windows,
-            rank=self.team.rank,
-            world=self.team.size,
-            device=self.team.device,
+            rank=self.distributed.rank,
+            world=self.distributed.size,
+            device=self.distributed.device,
         )
 
     def eta_s(self) -> float | None:
-        """Seconds until the run ends at its present pace; None if nothing but a signal ends it."""
+        """Seconds until the run ends at its current speed; None if only a signal ends it."""
         left = (self.total_steps or math.inf) - self.progress.step
         steps_per_s = self.meter.pace() / self.sizes.tokens_per_step
         return time_left(left, steps_per_s, self.train.max_minutes, self.meter.elapsed_s())
 
 
-def announce(state: TrainState, start: Start, warnings: list[str]) -> None:
-    """Write config.toml, and say what is about to be trained, on what, and for how long."""
+def announce(state: TrainState, start: InitialState, warnings: list[str]) -> None:
+    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings."""
     data, log, sizes = state.data, state.log, state.sizes
     if start.checkpoint is not None:
         world = start.state["world"]
@@ -163,7 +150,7 @@ def announce(state: TrainState, start: Start, warnings: list[str]) -> None:
     splits, steps = data.manifest.splits, f"{state.total_steps:,}" if state.total_steps else "unlimited"
     log.say(
         f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device_name(state.team.device)}, {state.precision}   {sizes.tokens_per_step:,} tokens a step, {steps} "
+        f"device {device_name(state.distributed.device)}, {state.precision}   {sizes.tokens_per_step:,} tokens a step, {steps} "
         f"steps, context {sizes.block_size}"
     )
     for name, count, size in state.model.report():
@@ -171,18 +158,20 @@ def announce(state: TrainState, start: Start, warnings: list[str]) -> None:
 
 
 def write_config(state: TrainState) -> None:
-    """config.toml, by the leader: what the next --resume goes on with."""
-    if state.team.leader:
-        replace_text(state.run / "config.toml", to_toml(state.config))
+    """Write config.toml (rank 0 only), from which --resume takes the settings."""
+    if state.distributed.leader:
+        atomic_write_text(state.run / "config.toml", to_toml(state.config))
 
 
-def fix_last_step(state: TrainState) -> None:
-    """Where only the clock ends a wsd run: once the decay has to begin, settle at which step the run ends.
+def schedule_final_decay(state: TrainState) -> None:
+    """For a time-limited WSD run, start the decay and fix the final step.
 
-    Time is kept for the last evaluation and for writing best/ and, with the optimizer's moments, last/.
+    Does nothing during the stable phase. Time is reserved for the last evaluation and for writing best/ and, with the optimizer's moments, last/.
     """
     reserve_s = state.eval_s + 4 * state.save.seconds / max(1, state.save.folders)
-    total = state.team.same(clock_end(state.progress.step, state.meter.elapsed_s(), reserve_s, state.train))
+    total = state.distributed.broadcast(
+        time_limited_end_step(state.progress.step, state.meter.elapsed_s(), reserve_s, state.train)
+    )
     if not total:
         return
     state.total_steps = state.log.total = total
@@ -192,20 +181,20 @@ def fix_last_step(state: TrainState) -> None:
     state.log.say(f"step {state.progress.step}: the learning rate falls from here to the end, step {total}")
 
 
-def agree(state: TrainState, reason: str, stop: Stop) -> tuple[str, bool]:
-    """(why all ranks end now, or ""; whether a checkpoint is due by the clock): the same on every rank.
+def sync_stop_and_checkpoint(state: TrainState, reason: str, stop: Stop) -> tuple[str, bool]:
+    """Synchronise the stop reason and checkpoint flag across ranks: (reason or "", whether a timed checkpoint is due).
 
-    reason: why this rank would end. One rank is enough to end all; the leader's clock decides about checkpoints.
+    reason: why this rank would stop. If one rank stops, all do; the timer of rank 0 decides about checkpoints.
     """
     since_s = state.meter.elapsed_s() - state.saved_s
-    timer = state.team.leader and 0 < state.train.checkpoint_minutes * 60 < since_s
-    ends, stops, due = state.team.total([float(bool(reason)), float(bool(stop.reason)), float(timer)])
+    timer = state.distributed.leader and 0 < state.train.checkpoint_minutes * 60 < since_s
+    ends, stops, due = state.distributed.sum_over_ranks([float(bool(reason)), float(bool(stop.reason)), float(timer)])
     state.stopped = stops > 0
     return (reason or "another process stopped" if ends else ""), due > 0
 
 
 def count_step(state: TrainState, loss: float, finite: bool) -> None:
-    """Move the run's position one step on; a loss that is finite goes into the averages."""
+    """Advance the run's position by one step, and add the loss to the averages if it is finite."""
     progress = state.progress
     progress.windows += state.sizes.windows_per_step
     progress.step += 1
@@ -218,10 +207,10 @@ def count_step(state: TrainState, loss: float, finite: bool) -> None:
 
 
 def metrics_row(state: TrainState, lr: float, grad_norm: float) -> dict[str, Any]:
-    """The row of metrics.jsonl for the step just taken; what is not known is None."""
-    progress, meter, device = state.progress, state.meter, state.team.device
+    """The row of metrics.jsonl for the step just taken; unknown values are None."""
+    progress, meter, device = state.progress, state.meter, state.distributed.device
     tokens_per_step, speed = state.sizes.tokens_per_step, meter.recent()
-    peak = state.peak_flops * state.team.size if state.peak_flops else None
+    peak = state.peak_flops * state.distributed.size if state.peak_flops else None
     return {
         "step": progress.step,
         "tokens": progress.windows * state.sizes.block_size,
@@ -243,7 +232,7 @@ def _finite(value: float) -> float | None:
 
 
 def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
-    """Validate, and write best/ where the loss is the lowest so far; the columns it adds to a row of metrics.
+    """Validate, and write best/ if the loss is the lowest so far; returns the columns for a row of metrics.
 
     epoch_end: also the mean training loss of the epoch that has just ended.
     """
@@ -254,7 +243,7 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
         sizes.block_size,
         sizes.batch_size,
         state.precision,
-        state.team,
+        state.distributed,
         state.train.eval_tokens,
     )
     # patience counts from the last improvement that is large enough, best/ takes any
@@ -276,9 +265,9 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
 
 
 def log_sample(state: TrainState) -> None:
-    """A text from the model as it is now into the log; its seed is fixed, so that samples of different steps compare."""
-    model, train = unsharded_model(state.model, state.team), state.train  # a joint call under FSDP
-    if not state.team.leader:
+    """Log a text sampled from the current weights, with a fixed seed, so that samples of different steps are comparable."""
+    model, train = unsharded_model(state.model, state.distributed), state.train  # a joint call under FSDP
+    if not state.distributed.leader:
         return
     params = state.config.generation.model_copy(
         update={"max_tokens": train.sample_tokens, "seed": 1, "n": 1, "stop": ()}
@@ -288,10 +277,10 @@ def log_sample(state: TrainState) -> None:
 
 
 def checkpoint(state: TrainState) -> None:
-    """Write last/, with the time and the energy that the run has used so far."""
+    """Write last/, with the elapsed time and energy of the run."""
     state.progress.elapsed_s = state.meter.elapsed_s()
     used = state.energy() if state.energy else 0.0
-    state.progress.energy_j = state.energy_before + state.team.total([used])[0]
+    state.progress.energy_j = state.energy_before + state.distributed.sum_over_ranks([used])[0]
     state.save(state.progress, best=False)
     state.saved_s = state.meter.elapsed_s()
 
@@ -308,7 +297,7 @@ def summary(state: TrainState, reason: str) -> dict[str, Any]:
         "best_step": progress.best_step,
         "time": duration(progress.elapsed_s),
         "tokens_per_s": round(speed) if speed else None,
-        "gpu_memory_gb": gpu_memory(state.team.device),
+        "gpu_memory_gb": gpu_memory(state.distributed.device),
         "energy_kwh": progress.energy_j / 3.6e6 if state.energy else None,
         "checkpoint_s": round(state.save.seconds, 2),
         "folders_written": state.save.folders,

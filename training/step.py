@@ -1,8 +1,8 @@
-"""One optimizer step, the validation pass, and the arithmetic of a run's length.
+"""One optimizer step, the validation pass, and the conditions that end a run.
 
 >>> accumulate = grad_accum_steps(train, batch_size=8, block_size=256, world=1)
->>> loss, norm, stepped = take_step(module, optimizer, scaler, batches, accumulate, train, "fp32", team)
->>> val_loss = validate(module, data.val, 256, 8, "fp32", team)
+>>> loss, norm, stepped = take_step(module, optimizer, scaler, batches, accumulate, train, "fp32", distributed)
+>>> val_loss = validate(module, data.val, 256, 8, "fp32", distributed)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from config import ConfigError, TrainConfig
 from dataset import TokenStream, validation_batches
-from devices import Team, autocast
+from devices import DistributedContext, autocast
 from inference.writing import eval_mode
 
 if TYPE_CHECKING:
@@ -27,22 +27,12 @@ if TYPE_CHECKING:
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and where the last good checkpoint is."""
-
-
-def total_steps(train: TrainConfig, per_epoch: int, windows_per_step: int, block_size: int) -> int:
-    """Optimizer steps of the whole run: the smallest of the given ends; 0 where only the clock ends it."""
-    ends = [
-        train.max_steps,
-        math.ceil(train.epochs * per_epoch / windows_per_step),  # the last step may reach into the next epoch
-        math.ceil(train.max_tokens / (windows_per_step * block_size)),
-    ]
-    return min((end for end in ends if end), default=0)
+    """Training cannot continue; the message gives the step, the reason and the place of the last good checkpoint."""
 
 
 def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world: int) -> int:
-    """Micro-batches that a rank accumulates in one step. Raises ConfigError where tokens_per_step is no multiple of one."""
-    once = batch_size * block_size * world  # tokens of one micro-batch on every rank
+    """Micro-batches that a rank accumulates in one step. Raises ConfigError if tokens_per_step is not a multiple."""
+    once = batch_size * block_size * world  # tokens of one micro-batch on every rank: the unit of a step
     if not train.tokens_per_step:
         return 1
     if train.tokens_per_step % once:
@@ -68,21 +58,23 @@ def validate(
     block_size: int,
     batch_size: int,
     precision: str,
-    team: Team,
+    distributed: DistributedContext,
     limit: int = 0,
 ) -> float:
     """Mean loss over the fixed validation pass, in nats a token, weighted by tokens; the same on every rank."""
-    # Under FSDP a forward pass gathers weights from all ranks, so all must take the same batches.
-    rank, world = (0, 1) if team.mode == "fsdp" else (team.rank, team.size)
-    # In double precision, as thousands of batches are summed; Apple's MPS has none.
-    nats = torch.zeros((), dtype=torch.float64, device=team.device if team.device.type != "mps" else "cpu")
+    # Under FSDP a forward pass gathers weights from all ranks, so all must run the same batches.
+    rank, world = (0, 1) if distributed.mode == "fsdp" else (distributed.rank, distributed.size)
+    # Summed in float64, as there may be thousands of batches; Apple's MPS lacks it, so the sum is on the CPU there.
+    nats = torch.zeros(
+        (), dtype=torch.float64, device=distributed.device if distributed.device.type != "mps" else "cpu"
+    )
     count = 0
-    with eval_mode(model), autocast(team.device, precision):
+    with eval_mode(model), autocast(distributed.device, precision):
         for x, y in validation_batches(stream, block_size, batch_size, limit, rank, world):
-            loss = model(x.to(team.device), y.to(team.device))
+            loss = model(x.to(distributed.device), y.to(distributed.device))
             nats += loss.to(nats.device).double() * y.numel()  # the last batch is a shorter one: weight by tokens
             count += y.numel()
-    total = team.total([float(nats), float(count)])  # over all ranks
+    total = distributed.sum_over_ranks([float(nats), float(count)])  # over all ranks
     return total[0] / total[1]
 
 
@@ -94,51 +86,56 @@ def take_step(
     grad_accum_steps: int,
     train: TrainConfig,
     precision: str,
-    team: Team,
+    distributed: DistributedContext,
 ) -> tuple[float, float, bool]:
     """One optimizer step over `grad_accum_steps` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
 
-    Order: scale, backward, unscale, clip, check, step, update, zero. Where the loss or the gradient is not finite no
-    parameter changes; with fp16 that is the scaler's ordinary answer to an overflow, and all ranks answer alike.
+    Order: scale, backward, unscale, clip, check, step, update, zero. If the loss or the gradient is not finite, no
+    parameter changes; with fp16 that is the scaler's normal reaction to an overflow. All ranks decide alike.
     """
-    # 1 gradients: forward and backward over the micro-batches, which add up as if they were one large batch
-    total = torch.zeros((), device=team.device)
+    # 1 gradients: forward and backward for each micro-batch. backward() adds to .grad, so the result is the gradient of
+    # one large batch, while only one micro-batch's activations are in memory.
+    total = torch.zeros((), device=distributed.device)
     for number in range(grad_accum_steps):
-        x, y = next(batches)  # each [B, T]
-        # Ranks exchange gradients once a step, with the last backward pass.
-        if team.mode == "ddp":
+        x, y = next(batches)  # each [B, T]; y is x one token ahead
+        # All-reduce of the gradients once per step, in the last backward pass; partial sums need no exchange.
+        if distributed.mode == "ddp":
             module.require_backward_grad_sync = number == grad_accum_steps - 1  # type: ignore[assignment]
-        elif team.mode == "fsdp":
+        elif distributed.mode == "fsdp":
             module.set_requires_gradient_sync(number == grad_accum_steps - 1)  # type: ignore[operator]
-        with autocast(team.device, precision):
-            loss = module(x, y)
-        # In fp16 small gradients would round to zero: the scaler multiplies the loss, and with it every gradient.
+        with autocast(distributed.device, precision):
+            loss = module(x, y)  # mean over B*T targets, in nats per token
+        # fp16: small gradients would underflow to zero, so the scaler multiplies the loss and thereby every gradient.
+        # The division makes the sum over micro-batches a mean.
         scaler.scale(loss / grad_accum_steps).backward()
-        total += loss.detach() / grad_accum_steps  # on the device: reading it here would wait for the GPU every time
+        total += loss.detach() / grad_accum_steps  # stays on the device: .item() here would synchronise with the GPU
 
-    # 2 clipping: back to the true scale, then no longer than grad_clip all parameters together
+    # 2 clipping: divide the gradients by the scale, then limit the L2 norm over all parameters to grad_clip (Pascanu et
+    # al. 2013), so that one unusual batch cannot throw the weights off
     for part in optimizer.parts:
         scaler.unscale_(part)
     parameters = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)  # the norm before clipping
+    # FSDP: each rank holds a shard of the norm's DTensor; full_tensor combines them.
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    # 3 update: only where loss and gradient are finite. The norm covers all parameters and ranks, so no part of the
-    # optimizer steps where another cannot, and no rank where another does not.
-    mean = team.total([float(total)])[0] / team.size
+    # 3 update, only if loss and gradient are finite. The norm covers all parameters and ranks, so AdamW and Muon take
+    # the step or skip it together, and so do the ranks.
+    mean = distributed.sum_over_ranks([float(total)])[0] / distributed.size
     finite = math.isfinite(mean) and math.isfinite(float(norm))
     if finite:
         for part in optimizer.parts:
             scaler.step(part)
-    # fp16: half the scale after an overflow, twice after many good steps. Other formats have nothing to adapt.
+    # fp16: the scale is halved after an overflow and doubled after 2,000 good steps. In fp32 and bf16, which have the
+    # exponent range, the scaler is disabled.
     if finite or scaler.is_enabled():
         scaler.update()
-    optimizer.zero_grad()  # or the next step would add to these gradients
+    optimizer.zero_grad()  # otherwise the next step would add to these gradients
     return mean, float(norm), finite
 
 
 def training_ends(train: TrainConfig, progress: Progress, total: int, minutes: float, stop: Stop) -> str:
-    """Why training ends before its next step, or an empty string."""
+    """Reason to end training before its next step, or an empty string."""
     if stop.reason:
         return f"stopped by {stop.reason}"
     if total and progress.step >= total:
@@ -156,7 +153,7 @@ def bad_step(
     progress: Progress, scaler: Any, train: TrainConfig, loss: float, norm: float, run: Path, log: RunLog
 ) -> None:
     """Count a step whose loss or gradient was not finite, which changed no weight. Raises TrainingFailed after too many."""
-    # In fp16 an overflow is ordinary, and the scaler has halved its factor; below 1 there is nothing left to halve.
+    # In fp16 an overflow is normal: the scaler has halved its scale. Below 1 the scale is not the cause: count it.
     if scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= 1.0:
         return
     progress.skipped += 1

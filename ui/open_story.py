@@ -72,11 +72,11 @@ class OpenStory:
                 self.title = title
                 self.save()
 
-    def replace_text(self, text: str) -> None:
+    def atomic_write_text(self, text: str) -> None:
         """Replace the whole text; undo restores the previous one."""
         with self.lock:
             if not self.running:
-                self.story.replace_text(text)
+                self.story.atomic_write_text(text)
                 self.save()
 
     def undo(self) -> None:

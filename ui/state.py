@@ -14,7 +14,7 @@ import streamlit as st
 
 from checkpoint import newest_model
 from cli import parse_flags
-from config import ROOT, ConfigError, Strict
+from config import ROOT, ConfigError, FrozenSettings
 from ui.backends import Backend, BackendError, BackendLocation, connect
 from ui.history import History, default_path
 from ui.open_story import OpenStories, OpenStory
@@ -23,7 +23,7 @@ LOADING = "Loading the model …"
 SWITCH_S = 0.0005  # thread switch interval: the engine releases the interpreter lock at every matrix product, and would wait 5 ms each
 
 
-class AppFlags(Strict):
+class AppFlags(FrozenSettings):
     """The app's flags, given after `--`: `streamlit run app.py -- --model runs/sample/best`."""
 
     model: Path | None = None

@@ -107,7 +107,7 @@ class Story:
         self._set(edited(self.current, text), typing=True)
         return True
 
-    def replace_text(self, text: str) -> None:
+    def atomic_write_text(self, text: str) -> None:
         """Replace the text; the newest passage ends."""
         self._set(Snapshot(text))
 

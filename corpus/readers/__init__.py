@@ -1,1 +1,1 @@
-"""One reader a file format; `registry.py` lists them and says what a reader is."""
+"""One reader a file format; `registry.py` lists them and defines what a reader is."""

@@ -1,6 +1,6 @@
 """What the readers of e-book and word processor formats share: one document a file, its text extracted from the whole file.
 
-Such a reader only says how to extract the text; see `HtmlFile`. The text is extracted twice, once to check the file before
+Such a reader only defines how to extract the text; see `HtmlFile`. The text is extracted twice, once to check the file before
 any work and once by the worker that encodes it, so that no more than one book is in memory at a time.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
-from corpus.documents import DocumentError, Options, Piece, clean_document
+from corpus.documents import DocumentError, Piece, ReadOptions, clean_document
 from storage.catalogue import author_of
 
 
 class Book(NamedTuple):
-    """The text of a file, and what the file itself says about it."""
+    """The text of a file, and the metadata in the file itself."""
 
     text: str
     author: str = ""
@@ -50,7 +50,7 @@ class BookFile(ABC):
         """The text of a file: paragraphs separated by blank lines. Raises DocumentError with cause and remedy, OSError."""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> Self | str:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> Self | str:
         try:
             book = cls.extract(path)
         except DocumentError as error:
@@ -80,7 +80,7 @@ class BookChunk:
     size: int
     documents: int = 1
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         try:
             text = self.reader.extract(self.path).text
         except DocumentError as error:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from corpus.readers.book import Book, BookFile
 from corpus.readers.markup import decode_markup, markup_text, parse_markup, tag_of
 
-AUTHOR_NAMES = ("author", "dc.creator", "dcterms.creator")  # names of `<meta>` that tell the author
+AUTHOR_NAMES = ("author", "dc.creator", "dcterms.creator")  # names of `<meta>` that hold the author
 
 
 class HtmlFile(BookFile):

@@ -15,8 +15,8 @@ from corpus.documents import (
     STYLE_FIELDS,
     ByteRange,
     DocumentError,
-    Options,
     Piece,
+    ReadOptions,
     clean_document,
     skipped_row,
 )
@@ -40,7 +40,7 @@ class JsonlFile:
     split: str = ""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> JsonlFile:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> JsonlFile:
         """The rows in a file, which is read for its line ends only: a bad row is named when its text is read."""
         blocks, start, line = [], 0, 1
         with path.open("rb") as file:
@@ -65,7 +65,7 @@ class JsonlFile:
             first += rows
 
     def style_values(self, what: str) -> Iterator[Any]:
-        """The first field of each row that tells `what`; None for a row without one."""
+        """The first field of each row that holds `what`; None for a row without one."""
         names = STYLE_FIELDS.get(what, (what,))
         with self.path.open("rb") as lines:
             for line in lines:
@@ -84,7 +84,7 @@ class JsonlChunk(ByteRange):
     first_line: int
     documents: int
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         lines = self.read_bytes().split(b"\n")
         document, offset = self.document, self.start
         for number, line in enumerate(lines, self.first_line):
@@ -108,12 +108,12 @@ def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes:
         raise DocumentError(f"{place}: not UTF-8 at byte offset {offset + error.start}; {CONVERT}") from None
     except ValueError as error:
         raise DocumentError(
-            f"{place}: not JSON ({error}); mend the row, or leave it out with --skip-bad-files"
+            f"{place}: not JSON ({error}); fix the row, or leave it out with --skip-bad-files"
         ) from None
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         fields = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise DocumentError(
-            f"{place}: no text in a field '{name}' ({fields}); mend the row, name another with --text-field, or use "
+            f"{place}: no text in a field '{name}' ({fields}); fix the row, name another with --text-field, or use "
             f"--skip-bad-files"
         )
     text: str = row[name]

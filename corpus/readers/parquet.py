@@ -20,8 +20,8 @@ from corpus.documents import (
     TEXT_FIELD,
     YEAR_FIELD,
     DocumentError,
-    Options,
     Piece,
+    ReadOptions,
     clean_document,
     skipped_row,
 )
@@ -50,7 +50,7 @@ class ParquetFile:
     split: str = ""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> ParquetFile | str:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> ParquetFile | str:
         """The rows of a table, by its schema and, with `options.years`, its column of years."""
         import pyarrow
         import pyarrow.parquet
@@ -105,7 +105,7 @@ class ParquetFile:
             yield ParquetChunk(first, self.path, tuple(rows))
 
     def style_values(self, what: str) -> list[Any]:
-        """The column that tells `what`. Raises DocumentError where there is none."""
+        """The column that holds `what`. Raises DocumentError where there is none."""
         import pyarrow.parquet
 
         fields = STYLE_FIELDS.get(what, (what,))
@@ -134,7 +134,7 @@ class ParquetChunk:
     def size(self) -> int:
         return sum(len(data) for _, data in self.rows)
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         for document, (number, data) in enumerate(self.rows, self.document):
             try:
                 yield clean_document(document, data, options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from corpus.documents import Options, SourceFile
+from corpus.documents import ReadOptions, SourceFile
 from corpus.readers.docx import DocxFile
 from corpus.readers.html import HtmlFile
 from corpus.readers.jsonl import JsonlFile
@@ -26,10 +26,10 @@ class Reader(SourceFile, Protocol):
     """`inspect` obeys `options.years`."""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> SourceFile | str:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> SourceFile | str:
         """The documents in one file, none where it is empty; or, as text, why it cannot be read.
 
-        split: `train` or `val` where the source says so. May raise OSError.
+        split: `train` or `val` where the source defines the split. May raise OSError.
         """
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, ClassVar
 
 from corpus import cleaning
 from corpus.cleaning import BOM, LAYOUT_SAMPLE, LICENCE_WINDOW, Layout, cut_after, licence_bounds, normalise_newlines
-from corpus.documents import CONVERT, ByteRange, DocumentError, Options, Piece, clean_part, layout_of
+from corpus.documents import CONVERT, ByteRange, DocumentError, Piece, ReadOptions, clean_part, layout_of
 from storage.catalogue import HEAD, author_of
 
 OTHER_FORMATS = {  # how files that are not plain text begin
@@ -43,16 +43,16 @@ class TextFile:
     split: str = ""
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: Options, split: str) -> TextFile | str:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> TextFile | str:
         """The text in a file, which is read through once."""
         with path.open("rb") as file:
             head = file.read(LICENCE_WINDOW)
             for beginning, what in OTHER_FORMATS.items():
                 if head.startswith(beginning):
                     return f"{path}: this is {what}"
-            size, blank, fault = _check_encoding(file)
-            if fault:
-                return f"{path}: {fault}"
+            size, blank, problem = _check_encoding(file)
+            if problem:
+                return f"{path}: {problem}"
             start = len(BOM) if head.startswith(BOM) else 0
             if blank or size == start:
                 return cls(name, path, (0,), Layout(), {}, documents=0, split=split)
@@ -99,7 +99,7 @@ class TextChunk(ByteRange):
     last: bool
     documents: int = 1
 
-    def read(self, options: Options) -> Iterator[Piece]:
+    def read(self, options: ReadOptions) -> Iterator[Piece]:
         data = normalise_newlines(self.read_bytes())
         try:
             text, size, counts = clean_part(data, self.layout, options, self.last)

@@ -9,7 +9,7 @@ import pytest
 
 from corpus import cleaning
 from corpus.cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
-from corpus.documents import Options, clean_document
+from corpus.documents import ReadOptions, clean_document
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
@@ -335,10 +335,10 @@ def test_texts_that_are_no_books_of_project_gutenberg_keep_their_marks(text: str
 def test_a_licence_alone_makes_a_book_and_the_bytes_are_those_of_the_clean_text() -> None:
     verse = VERSE.replace("hill", "_hill_").replace("wind", "â€œwindâ€")
     for fix in (False, True):
-        piece = clean_document(0, (NEW_HEADER + verse + NEW_FOOTER).encode(), Options(fix_mojibake=fix))
+        piece = clean_document(0, (NEW_HEADER + verse + NEW_FOOTER).encode(), ReadOptions(fix_mojibake=fix))
         assert piece.text.startswith("Upon the silent hill I lay number 0\nAnd heard the ")
         assert ("“wind”" in piece.text) == fix
         assert piece.bytes == len(piece.text.encode())
         assert piece.counts["italics"] == 30
-    assert clean_document(0, verse.encode(), Options(books=True)).counts == {"italics": 30}
-    assert clean_document(0, verse.encode(), Options()).counts == {}
+    assert clean_document(0, verse.encode(), ReadOptions(books=True)).counts == {"italics": 30}
+    assert clean_document(0, verse.encode(), ReadOptions()).counts == {}

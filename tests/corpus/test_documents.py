@@ -10,7 +10,7 @@ import pytest
 
 from config import ConfigError
 from corpus import cleaning, encoding
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import find, inspect
 from corpus.readers.registry import SUFFIXES
 from storage.shards import Manifest
@@ -168,4 +168,4 @@ def test_a_table_without_text_is_named(tmp_path: Path) -> None:
         ("text", "field 'text' holds int64, not text"),
     ):
         pyarrow.parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / "a.parquet")
-        assert expected in inspect(tmp_path / "a.parquet", "a", Options())
+        assert expected in inspect(tmp_path / "a.parquet", "a", ReadOptions())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import inspect
 from corpus.readers.docx import DocxFile
 from storage.shards import Manifest
@@ -160,5 +160,5 @@ def test_a_document_tells_its_author(tmp_path: Path) -> None:
 
 def test_an_empty_document_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(word_file(paragraph() * 5))
-    file = inspect(tmp_path / "a.docx", "a.docx", Options())
+    file = inspect(tmp_path / "a.docx", "a.docx", ReadOptions())
     assert not isinstance(file, str) and file.documents == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import inspect
 from corpus.readers.markup import markup_text, parse_markup
 from storage.shards import Manifest
@@ -90,16 +90,16 @@ LATIN = "<html><head>{}</head><body><p>Été costs £5</p></body></html>"
 )
 def test_a_page_is_read_in_its_encoding(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_bytes(data)
-    file = inspect(tmp_path / "a.html", "a.html", Options())
+    file = inspect(tmp_path / "a.html", "a.html", ReadOptions())
     assert not isinstance(file, str)
-    assert [piece.text for chunk in file.chunks(0) for piece in chunk.read(Options())] == ["“Été” costs £5"]
+    assert [piece.text for chunk in file.chunks(0) for piece in chunk.read(ReadOptions())] == ["“Été” costs £5"]
 
 
 def test_a_page_that_declares_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.htm").write_bytes(b'<meta charset="utf-8"><p>caf\xe9')
-    assert "a.htm: it is not the utf-8 that it declares" in str(inspect(tmp_path / "a.htm", "a.htm", Options()))
+    assert "a.htm: it is not the utf-8 that it declares" in str(inspect(tmp_path / "a.htm", "a.htm", ReadOptions()))
     (tmp_path / "a.htm").write_bytes(b'<meta charset="klingon"><p>cafe')
-    assert "a.htm: it declares the unknown encoding klingon" in str(inspect(tmp_path / "a.htm", "a.htm", Options()))
+    assert "a.htm: it declares the unknown encoding klingon" in str(inspect(tmp_path / "a.htm", "a.htm", ReadOptions()))
 
 
 def test_pages_are_prepared_as_documents_with_their_authors(tmp_path: Path) -> None:

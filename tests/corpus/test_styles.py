@@ -18,9 +18,9 @@ import evaluate
 import train
 from checkpoint import load_model, save_model
 from config import ConfigError, GenerationParams, ModelConfig, build, style_blend, style_name
-from corpus.documents import Options
+from corpus.documents import ReadOptions
 from corpus.finder import inspect
-from corpus.styles import Control
+from corpus.styles import StyleSource
 from dataset import TokenData, WindowSampler, plain_windows, training_batches, validation_batches
 from evaluation.held_out import prepared_texts
 from evaluation.perplexity import sliding_windows
@@ -253,7 +253,7 @@ def test_styles_do_not_depend_on_the_workers_nor_on_an_interruption(
     assert run(*flags, "--workers", 2) == 0
     for split in ("train", "val"):
         assert np.array_equal(tokens(tmp_path / "out", split), tokens(data, split))
-    cuts = [len(inspect(path, path.name, Options()).cuts) for path in library.glob("Ash_Tale*")]
+    cuts = [len(inspect(path, path.name, ReadOptions()).cuts) for path in library.glob("Ash_Tale*")]
     assert min(cuts) > 2  # each of these came in pieces
 
 
@@ -273,7 +273,7 @@ def test_more_styles_than_ids_keep_the_largest_and_say_so(tmp_path: Path, capsys
         ("missing.csv", "missing.csv: No such file"),
         ("bad.csv", "line 2 is not NAME,STYLE: B_Two_1850.txt"),
         ("bad.toml", "bad.toml: A: write NAME = "),
-        ("other.csv", "tells no style of any document"),
+        ("other.csv", "gives no document a style"),
     ],
 )
 def test_what_cannot_tell_styles_is_refused(
@@ -287,7 +287,7 @@ def test_what_cannot_tell_styles_is_refused(
 
 
 def test_the_first_pattern_that_fits_counts() -> None:
-    control = Control("x.csv", (("deep/*", "one"), ("*_b", "two"), ("*", "rest")))
+    control = StyleSource("x.csv", (("deep/*", "one"), ("*_b", "two"), ("*", "rest")))
     assert [control.mapped(name) for name in ("deep/a_b.txt", "flat/a_b.txt", "c.txt")] == ["one", "two", "rest"]
 
 

@@ -67,7 +67,7 @@ def test_an_exception_arrives(count: int) -> None:
 
 
 def test_a_killed_process_is_reported() -> None:
-    with Pool(2) as pool, pytest.raises(RuntimeError, match="killed, perhaps for want of memory: try --workers 1"):
+    with Pool(2) as pool, pytest.raises(RuntimeError, match="killed, possibly out of memory: try --workers 1"):
         list(pool.map(killed, [(1,)]))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from config import GenerationParams
-from inference.cuda_graphs import DecodeGraphs, attention_spans, record_graphs, rows_are_independent
+from inference.cuda_graphs import DecodeGraphs, attention_spans, is_batch_invariant, record_graphs
 from inference.decoder import BatchDecoder, Sequence
 from inference.quantize import prepare, row_counts
 from model import GPT, KVCache
@@ -69,7 +69,7 @@ def test_rows_that_depend_on_each_other_are_detected(monkeypatch: pytest.MonkeyP
         return torch.stack(rows) * (1 + 1e-6 * {"nothing": 0, "rows": len(q), "span": k.size(2)}[depends_on])
 
     monkeypatch.setattr("model.F.scaled_dot_product_attention", attend)
-    assert rows_are_independent(model, (2, 4), LENGTHS) is (depends_on == "nothing")
+    assert is_batch_invariant(model, (2, 4), LENGTHS) is (depends_on == "nothing")
 
 
 def test_there_are_no_graphs_without_a_gpu() -> None:

@@ -280,7 +280,7 @@ def test_faults_name_the_field_and_share_one_envelope(client: TestClient) -> Non
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
         ("/v1/completions", {"prompt": "x", "presence_penalty": 2.1}, "presence_penalty"),
-        ("/v1/completions", {"prompt": "x", "frequency_penalty": 0.5}, "frequency_penalty"),
+        ("/v1/completions", {"prompt": "x", "frequency_penalty": -2.5}, "frequency_penalty"),
         ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
         ("/v1/score", {"text": ""}, "text"),
     ):

@@ -440,6 +440,16 @@ def test_head_answers_like_get_without_a_body(engine: Engine) -> None:
         assert 'vlg_requests_total{method="HEAD",route="/livez",status="200"} 1.0' in metrics
 
 
+def test_head_on_a_socket_leaves_the_connection_usable(live: str, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("api").propagate = True
+    with httpx.Client(base_url=live) as client:
+        for path in ("/health", "/generate", "/health", "/client.js"):
+            answer = client.head(path)
+            assert answer.status_code == (405 if path == "/generate" else 200) and answer.content == b""
+        assert client.get("/livez").json() == {"status": "ok"}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_open_paths_stay_open_under_a_proxys_prefix(engine: Engine) -> None:
     app = api.create_app(settings(api_keys="k"), engine)
     with TestClient(app, root_path="/writer") as client:

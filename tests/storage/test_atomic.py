@@ -27,12 +27,12 @@ from model import GPT
 from storage import atomic
 from storage.atomic import (
     CheckpointError,
+    atomic_folder,
     exclusive_lock,
     faults,
     pack,
     present,
     recover,
-    replacing,
     sha256,
     unpack,
     write_tensors,
@@ -200,7 +200,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_an_exception_in_the_block_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "m") as draft:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "m") as draft:
         (draft / "config.json").write_text("{}")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -215,11 +215,11 @@ def test_only_leftovers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(name)
     (tmp_path / f"last.tmp-{DEAD - 1}").write_text("a file")
     (tmp_path / f"last-000003.old-{DEAD}").mkdir()
-    with replacing(tmp_path / "last", group="last") as draft:
+    with atomic_folder(tmp_path / "last", group="last") as draft:
         (draft / "config.json").write_text("new")
         recover(tmp_path, lambda name: name == "last")  # as another thread's save would: it must not touch this draft
         assert draft.exists()
-        with pytest.raises(CheckpointError, match="another thread"), replacing(tmp_path / "last"):
+        with pytest.raises(CheckpointError, match="another thread"), atomic_folder(tmp_path / "last"):
             pass
     made = ["last", "last-000003", f"last.tmp-{DEAD - 1}"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, *made])
@@ -228,7 +228,7 @@ def test_only_leftovers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
 
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.toml"
-    atomic.replace_text(path, "old = 1\n")
+    atomic.atomic_write_text(path, "old = 1\n")
     assert path.read_text() == "old = 1\n" and [*tmp_path.iterdir()] == [path]
 
     def full(number: int) -> None:
@@ -236,7 +236,7 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"config\.toml could not be written: No space left"):
-        atomic.replace_text(path, "new = 2\n")
+        atomic.atomic_write_text(path, "new = 2\n")
     assert path.read_text() == "old = 1\n" and [*tmp_path.iterdir()] == [path]
 
 

@@ -1,6 +1,6 @@
 """GGUF files: every weight, the vocabulary and the settings are in them as llama.cpp wants them; whole or not at all.
 
-What llama.cpp makes of them is tested in test_elsewhere.py.
+What llama.cpp makes of them is tested in test_interop.py.
 """
 
 from __future__ import annotations

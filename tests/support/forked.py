@@ -94,6 +94,7 @@ def serve(path: str) -> None:
     sys.path[0:1] = []  # this folder
     for name in PRELOAD:
         importlib.import_module(name)
+    draw_once()
     owner = int(os.environ.get(OWNER, 0))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -112,6 +113,15 @@ def serve(path: str) -> None:
                 if os.fork() == 0:
                     listener.close()
                     os._exit(keep(connection))
+
+
+def draw_once() -> None:
+    """Let matplotlib find its fonts."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    Figure(layout="constrained").add_subplot().figure.savefig(io.BytesIO())
 
 
 def reap() -> None:

@@ -15,8 +15,8 @@ from config import ConfigError, ModelConfig, TrainConfig, read_toml
 from model import GPT
 from support.helpers import nonsense, prepare_text
 from training import autotune
-from training.autotune import Budget, choose_model, choose_training, cost, fitting_vocabulary
-from training.optimizer import clock_end, first_decay, lr_scale
+from training.autotune import Budget, choose_model, choose_training, fitting_vocabulary, flops_per_token
+from training.schedule import decay_start_step, lr_scale, time_limited_end_step
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ CLOCK = TrainConfig(max_minutes=1, schedule="wsd", decay_fraction=0.4, warmup_st
 @pytest.mark.parametrize("pace_s", [0.07, 0.5, 3.1])
 @pytest.mark.parametrize("reserve_s", [0.0, 4.0])
 def test_the_clock_sets_an_end_that_it_meets(pace_s: float, reserve_s: float) -> None:
-    ends = ((step, clock_end(step, step * pace_s, reserve_s, CLOCK)) for step in range(10_000))
+    ends = ((step, time_limited_end_step(step, step * pace_s, reserve_s, CLOCK)) for step in range(10_000))
     step, total = next((step, total) for step, total in ends if total)
     assert abs(total * pace_s + reserve_s - 60) <= 2 * pace_s
     assert all(lr_scale(taken, total, CLOCK) == 1.0 for taken in range(CLOCK.warmup_steps, step))
@@ -41,9 +41,9 @@ def test_the_clock_sets_an_end_that_it_meets(pace_s: float, reserve_s: float) ->
 
 def test_no_step_already_taken_falls_into_the_decay() -> None:
     """The machine has become so slow that the decay should have begun long ago."""
-    total = clock_end(100, 59.0, 0.0, CLOCK)
-    assert first_decay(total, CLOCK) >= 100 and first_decay(total - 1, CLOCK) < 100
-    assert clock_end(0, 0.0, 0.0, CLOCK) == 0
+    total = time_limited_end_step(100, 59.0, 0.0, CLOCK)
+    assert decay_start_step(total, CLOCK) >= 100 and decay_start_step(total - 1, CLOCK) < 100
+    assert time_limited_end_step(0, 0.0, 0.0, CLOCK) == 0
 
 
 def test_a_run_by_the_clock_is_repeated_by_its_settings(tmp_path: Path, clock: None) -> None:
@@ -62,19 +62,19 @@ def test_a_run_by_the_clock_is_repeated_by_its_settings(tmp_path: Path, clock: N
 
 
 def test_more_compute_buys_larger_models() -> None:
-    sizes = [cost(choose_model(Budget(10.0**power, 6e7))) for power in range(11, 20)]
+    sizes = [flops_per_token(choose_model(Budget(10.0**power, 6e7))) for power in range(11, 20)]
     assert sizes == sorted(sizes) and sizes[-1] > 100 * sizes[0]
     assert choose_model(Budget(1e15, 6e7), vocab=777).vocab_size == 777
 
 
 def test_the_cost_is_the_models_own() -> None:
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=300, bias=False)
-    assert cost(shape) == pytest.approx(GPT(shape).flops_per_token(), rel=0.01)
+    assert flops_per_token(shape) == pytest.approx(GPT(shape).flops_per_token(), rel=0.01)
 
 
 def test_a_small_text_holds_the_model_and_its_vocabulary_back() -> None:
     large, small = (choose_model(Budget(1e15, text)) for text in (1e9, 2e5))
-    assert cost(small) < cost(large) / 3
+    assert flops_per_token(small) < flops_per_token(large) / 3
     assert fitting_vocabulary(192, 2e4) < fitting_vocabulary(192, 1e8)
     assert choose_model(Budget(1e13, 500.0)).block_size <= 32
 
@@ -86,7 +86,7 @@ def test_the_training_table_is_whole() -> None:
     assert chosen.batch_size <= 4 and chosen.tokens_per_step % (chosen.batch_size * model.block_size) == 0
     assert chosen.max_minutes == 10 and not chosen.max_steps and dropout == 0
     assert choose_training(model, Budget(3e13, 1e6), 10, fits=4)[1] > 0  # read many times over
-    steps = 3e13 / cost(model) / chosen.tokens_per_step
+    steps = 3e13 / flops_per_token(model) / chosen.tokens_per_step
     assert chosen.warmup_steps < steps / 10 and math.isclose(chosen.eval_interval, steps / 10, rel_tol=0.2)
 
 

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(
     assert train.main(["--init-from", str(tmp_path / "none"), "--data", str(texts)]) == 2
     assert f"--init-from {tmp_path / 'none'}: no model there" in capsys.readouterr().err
     assert train.main(["--preset", "finetune", "--data", str(texts)]) == 2
-    assert "--preset finetune has no shape of its own: give --init-from MODEL" in capsys.readouterr().err
+    assert "--preset finetune has no model shape: give --init-from MODEL" in capsys.readouterr().err
     assert train.main(words) == 2
     assert "--preset finetune has no texts of its own: prepare yours" in capsys.readouterr().err
     assert not (tmp_path / "a" / "config.toml").exists()

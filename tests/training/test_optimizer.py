@@ -9,7 +9,8 @@ import torch
 
 from config import ModelConfig, TrainConfig
 from model import GPT
-from training.optimizer import AdamW, Optimizer, StackedMuon, lr_scale, parameter_groups
+from training.optimizer import AdamW, Optimizer, StackedMuon, parameter_groups
+from training.schedule import lr_scale
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=24, vocab_used=20)
 

@@ -48,9 +48,9 @@ def test_what_cannot_fit_is_refused_with_flags_that_do(capsys: pytest.CaptureFix
 
 
 def test_no_batch_fits() -> None:
-    text = plan.too_large(GPT2, SETTINGS, 1, int(2.4e9), "fp32", "cpu", 1)
+    text = plan.out_of_memory_message(GPT2, SETTINGS, 1, int(2.4e9), "fp32", "cpu", 1)
     assert "--train.batch-size 1" in text and "try --model." in text
-    with pytest.raises(ConfigError, match="are there: try"):
+    with pytest.raises(ConfigError, match="are available: try"):
         monkey = pytest.MonkeyPatch()
         with monkey.context() as patch:
             patch.setattr(plan, "available_memory", lambda device: int(1e9))
@@ -62,7 +62,7 @@ def test_no_batch_fits() -> None:
 def test_a_refusal_names_flags_that_fit(room: float, world: int) -> None:
     """Each remedy a tighter place calls for: a smaller batch, shards, a shorter context, a smaller model; or none at all."""
     model = GPT2.model_copy(update={"block_size": 2048})
-    text = plan.too_large(model, SETTINGS, 64, int(room), "fp32", "cpu", world)
+    text = plan.out_of_memory_message(model, SETTINGS, 64, int(room), "fp32", "cpu", world)
     least = ModelConfig(n_layer=1, n_head=1, n_embd=64, block_size=64, vocab_size=50304)
     if plan.memory_needed(least, SETTINGS, 1, "fp32", "cpu").total > 0.9 * room:
         assert "use a machine with more memory" in text
@@ -116,13 +116,15 @@ def test_overhead_of_evaluation_samples_and_checkpoints() -> None:
     settings = TrainConfig(
         max_steps=100, eval_interval=30, eval_tokens=50, sample_interval=40, sample_tokens=10, checkpoint_minutes=0
     )
-    assert plan.overhead(settings, 100, 2.5, 1000, costs) == {
+    assert plan.non_training_time(settings, 100, 2.5, 1000, costs) == {
         "evaluation": 4 * 50 * 0.01,  # at 30, 60, 90 and the end
         "samples": 3 * 10 * 0.5,  # before the first step, at 40 and 80
         "checkpoints": (4 + 3) * 2.0,  # a best each time, one last of three times the bytes
     }
     each = settings.model_copy(update={"eval_interval": 0, "sample_interval": 0, "each_epoch": True, "eval_tokens": 0})
-    assert plan.overhead(each, 100, 2.5, 1000, costs)["evaluation"] == 3 * 1000 * 0.01  # two epochs and the end
-    assert plan.overhead(each, 100, 2.5, 1000, costs)["samples"] == 2 * 10 * 0.5
+    assert (
+        plan.non_training_time(each, 100, 2.5, 1000, costs)["evaluation"] == 3 * 1000 * 0.01
+    )  # two epochs and the end
+    assert plan.non_training_time(each, 100, 2.5, 1000, costs)["samples"] == 2 * 10 * 0.5
     timed = settings.model_copy(update={"checkpoint_minutes": 0.5, "checkpoint_interval": 50})
-    assert plan.overhead(timed, 100, 2.5, 1000, costs)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0
+    assert plan.non_training_time(timed, 100, 2.5, 1000, costs)["checkpoints"] == (4 + 3 * (1 + 2 + 3)) * 2.0

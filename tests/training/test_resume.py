@@ -226,7 +226,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert train.main(["--resume", "--out", str(out), "--train.max-tokens", "0"]) == 1
     said = capsys.readouterr().err
-    assert "training_state.safetensors is damaged" in said and f"no checkpoint in {out} is whole" in said
+    assert "training_state.safetensors is damaged" in said and f"no intact checkpoint in {out}" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
 
 

@@ -483,6 +483,7 @@ def test_the_app_writes_through_the_gateway_with_its_address_alone(tab: Tab, mon
         tab.page.get_by_text("a gateway cannot score texts").wait_for()
 
 
+@pytest.mark.slow
 def test_without_a_model_one_button_trains_the_sample_preset(chromium: Any, tmp_path: Path) -> None:
     app = app_process(tmp_path, "--runs", str(tmp_path / "runs")).start()
     context = chromium.new_context(viewport={"width": 1280, "height": 900})

@@ -222,7 +222,7 @@ def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> 
 
 def test_the_meter_says_what_the_model_still_reads(page: Page) -> None:
     page.run()
-    page.open_story().replace_text("word " * 60)
+    page.open_story().atomic_write_text("word " * 60)
     page.run()
     assert "the model reads the last" in page.html()
 
@@ -317,7 +317,7 @@ def test_history_page_searches_stars_deletes_and_opens(page: Page) -> None:
 
 def test_look_inside_shows_alternatives_and_continues_from_one(page: Page, backend: Scripted) -> None:
     page.run()
-    page.open_story().replace_text("The old house stood")
+    page.open_story().atomic_write_text("The old house stood")
     page.at.switch_page("ui/pages/inside.py")
     page.run()
     assert "better" in page.html() and "double, below 1" in page.html()
@@ -415,7 +415,7 @@ def test_compare_says_what_is_missing_or_wrong(page: Page, backend: Scripted) ->
 def test_history_keeps_passages_that_were_not_chosen_and_the_bin_empties(page: Page) -> None:
     page.run().click("opening_0").click("continue").settled().click("retry").settled()
     opening, story = page.open_story().story.base, page.open_story().id
-    page.open_story().replace_text("Something else")
+    page.open_story().atomic_write_text("Something else")
     visit(page, "history")
     first = state.history().passages(story)[0].id
     page.at.session_state[f"passages_{story}"] = True

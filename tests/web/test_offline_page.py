@@ -19,7 +19,7 @@ from checkpoint import load_model
 from config import GenerationParams, ModelConfig
 from inference.writing import generate
 from model import GPT
-from sampling import seed_of
+from sampling import sample_seed
 from storage.atomic import CheckpointError
 from storage.web_page import write_page
 from support.exports import KINDS, ODD, exported, story
@@ -149,7 +149,7 @@ def test_chance_is_torchs_and_the_kernel_is_right(browser: Any, folder: Path) ->
     draw = "seed => { const g = new Generator(seedOf(seed)); return Array.from({length: 700}, () => g.random()); }"
     with opened(browser, page_of(folder, KINDS[0])) as page:
         for seed in (0, 1, 2**31, 2**53 - 1, 2**63 - 1):
-            generator = torch.Generator().manual_seed(seed_of(seed, 0))
+            generator = torch.Generator().manual_seed(sample_seed(seed, 0))
             drawn = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(700)]
             assert page.evaluate(draw, str(seed)) == drawn
         found = page.evaluate("""() => [false, true].map((plain) => {

@@ -88,7 +88,7 @@ def draw_form(backend: Backend, busy: bool) -> None:
 
 
 def open_text(text: str) -> None:
-    state.switch_story().replace_text(text)
+    state.switch_story().atomic_write_text(text)
 
 
 def draw_results(comparison: Comparison, polling: bool) -> None:

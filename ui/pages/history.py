@@ -92,7 +92,7 @@ def draw_passages(story_id: str) -> None:
             key=f"again_{row.id}",
             help="Sets the story to the text up to here and this passage; undo restores it",
         ):
-            state.switch_story(story_id).replace_text(row.prompt + row.text)
+            state.switch_story(story_id).atomic_write_text(row.prompt + row.text)
             st.switch_page(WRITE)
 
 

@@ -52,7 +52,7 @@ def continue_from(text: str) -> None:
     opened = state.open_story()
     if st.session_state.get("looking_at") == OTHER:
         opened = state.switch_story()
-    opened.replace_text(text)
+    opened.atomic_write_text(text)
     backend = state.backend()
     if backend is not None:
         with contextlib.suppress(ConfigError):

@@ -72,9 +72,9 @@ def editor_command(command: str, *values: Any) -> None:
         opened.choose(values[0])
     elif command == "new":
         state.switch_story()
-        state.open_story().replace_text(values[0] if values else "")
+        state.open_story().atomic_write_text(values[0] if values else "")
     elif command == "opening":
-        opened.replace_text(values[0])
+        opened.atomic_write_text(values[0])
     st.rerun()  # the whole page: a command from the editor would only rerun its fragment
 
 
@@ -90,7 +90,7 @@ def follow_link() -> None:
     except ValueError as error:
         st.session_state["told"] = f"{error}: ask for a new link."
         return
-    state.switch_story().replace_text(recipe["prompt"])
+    state.switch_story().atomic_write_text(recipe["prompt"])
     settings.apply(recipe["params"].model_dump())
     place = state.place()
     told = "The link restored this prompt with its settings and seed. Continue writes the same text again"

@@ -332,7 +332,7 @@ class Tokenizer {
 
 // ---- Chance --------------------------------------------------------------------------------------------------------
 
-/** The generator's seed of one sample: the low 32 bits of SplitMix64 (Steele et al. 2014), as sampling.seed_of. */
+/** The generator's seed of one sample: the low 32 bits of SplitMix64 (Steele et al. 2014), as sampling.sample_seed. */
 function seedOf(seed, index = 0) {
   const mask = (1n << 64n) - 1n;
   let z = (BigInt(seed) + BigInt(index + 1) * 0x9e3779b97f4a7c15n) & mask;

@@ -1,4 +1,4 @@
-"""A model in other programs: each writes what generate.py writes.
+"""Exported models in other programs: each writes the same text as generate.py.
 
 transformers is compared in test_gpt2_format.py, the web page in tests/web/test_offline_page.py.
 """
@@ -29,7 +29,7 @@ GREEDY = GenerationParams(temperature=0, repetition_penalty=1.0, max_tokens=24)
 
 @pytest.fixture(scope="module", params=["tied", "no bias"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that never says end-of-text, as its row of the embedding is far from every other."""
+    """A model that never writes end-of-text, because its row of the embedding is far from every other."""
     tokenizer = train_bpe([TEXT] * 4, 280) if request.param == "tied" else tiny_tokenizer()
     config = shape(tokenizer, n_layer=2, n_head=2, n_embd=64, block_size=64, bias=request.param == "tied")
     return save(tmp_path_factory.mktemp("model"), random_model(config, seed=3), tokenizer)
@@ -88,7 +88,7 @@ class Llama:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_writes_the_same(kind: str, tmp_path: Path) -> None:
-    """From a GGUF file: the same ids, the same 80 likeliest tokens, the same probabilities of all tokens."""
+    """From a GGUF file: the same ids, the same 80 most likely tokens, the same probabilities of all tokens."""
     model, tokenizer = exported(kind)
     params = GREEDY.model_copy(update={"max_tokens": 80})
     write_gguf(tmp_path / "m.gguf", model, tokenizer, name="mine", generation=params, dtype="f32")
@@ -124,7 +124,7 @@ def test_llama_cpp_writes_what_the_shipped_model_writes(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_takes_over_the_settings_and_writes_no_control_token(tmp_path: Path) -> None:
-    """A style's id, made the likeliest of all by hand, is not written; in front of a prompt it is read."""
+    """A style's id, made the most likely by hand, is not written; in front of a prompt it is read."""
     model, tokenizer = exported("characters with a style")
     (control,) = tokenizer.controls.values()
     params = GenerationParams(temperature=0.75, top_k=33, top_p=0.5, min_p=0.0, repetition_penalty=1.25)
