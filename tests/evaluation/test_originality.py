@@ -326,11 +326,11 @@ def test_marks_are_readable_without_colour_and_text_is_never_html() -> None:
 
 
 def page_of_a_copied_story() -> None:
-    from ui.backends import BackendError, Place
+    from ui.backends import BackendError, BackendLocation
     from ui.originality import draw_originality
 
     class Reader:
-        place, name = Place("local", "reader"), "reader"
+        place, name = BackendLocation("local", "reader"), "reader"
 
         def originality(self, text: str) -> dict[str, object]:
             if "no index" in text:
