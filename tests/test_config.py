@@ -207,15 +207,6 @@ def test_a_flag_can_be_a_mapping() -> None:
     assert parse_flags(Weighted, [], defaults={"weights": {"5": 1}}).weights == {5: 1.0}
 
 
-def test_a_flag_can_be_a_mapping() -> None:
-    class Weighted(Strict):
-        weights: dict[int, float] = {}
-
-    assert parse_flags(Weighted, []).weights == {}
-    assert parse_flags(Weighted, ["--weights", "5", "-1.5", "7", "2"]).weights == {5: -1.5, 7: 2.0}
-    assert parse_flags(Weighted, [], defaults={"weights": {"5": 1}}).weights == {5: 1.0}
-
-
 def test_flags_report_all_faults_and_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     code = run_main(lambda: int(bool(parse_flags(Flags, ["--train.lr", "-1", "--model.n-layer", "0"]))))
     text = capsys.readouterr().err
