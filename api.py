@@ -109,7 +109,7 @@ def serve(settings: Settings) -> int:
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port} (page at /, documentation at /docs)", file=sys.stderr, flush=True)
     if host not in ("127.0.0.1", "::1") and not settings.api_keys:
-        print("warning: open to other machines without a key; set VLG_API_KEYS", file=sys.stderr, flush=True)
+        print("warning: reachable from the network without an API key; set VLG_API_KEYS", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn raises again once it has shut down
     server.run(sockets=[listener])
     if app.state.service.failure is not None:

@@ -1,10 +1,10 @@
-"""Put the WebSocket gateway into an AWS account, change it, and take it away again. Needs boto3 alone.
+"""Deploys, updates and deletes the WebSocket gateway in an AWS account. Needs only boto3.
 
     python lambda/deploy_relay.py --bucket MY-BUCKET --endpoint victorian --new-token alice     # prints alice's address
     python lambda/deploy_relay.py --bucket MY-BUCKET --revoke alice
     python lambda/deploy_relay.py --bucket MY-BUCKET --delete
 
-Without any token the gateway lets nobody in. Run it again after a change: what is not given stays as it is.
+Without any token the gateway lets nobody in. Run it again after a change: flags that are not given keep their values.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ class Flags(FrozenSettings):
     bucket: str = ""
     """S3 bucket for the functions' code."""
     region: str = ""
-    """AWS region; none: the one of the AWS settings."""
+    """AWS region; default: that of the AWS settings."""
     endpoint: str = ""
-    """SageMaker endpoint; none: as before, at first `victorian`."""
+    """SageMaker endpoint; default: unchanged on update, `victorian` on first deployment."""
     mode: Literal["", "auto", "stream", "buffered"] = ""
-    """stream for real-time endpoints, buffered for serverless ones; none: as before, at first auto."""
+    """stream for real-time endpoints, buffered for serverless ones; default: unchanged on update, auto at first."""
     max_tokens: int = Field(0, ge=0, le=100_000)
-    """New tokens a request may ask for; 0: as before, at first 2000."""
+    """Most new tokens in one request; 0 (default): unchanged on update, 2000 on first deployment."""
     flush_ms: int = Field(-1, ge=-1, le=10_000)
-    """Milliseconds of tokens gathered into one message; -1: as before, at first 0."""
+    """Milliseconds of tokens sent as one message; -1 (default): unchanged on update, 0 on first deployment."""
     workers: int = Field(0, ge=0, le=1000)
-    """Generations at once; 0: as before, at first 50."""
+    """Concurrent generations; 0 (default): unchanged on update, 50 on first deployment."""
     origins: str = ""
-    """Web origins that may connect, separated by commas; none: as before, at first all."""
+    """Web origins that may connect, separated by commas; default: unchanged on update, all on first deployment."""
     alarm_topic: str = ""
-    """ARN of an SNS topic for alarms; none: as before, at first no topic."""
+    """ARN of an SNS topic for alarms; default: unchanged on update, no topic on first deployment."""
     new_token: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,40}$")
-    """Make a token for this name, and print it once."""
+    """Create a token for this name and print it once."""
     revoke: str = ""
-    """Take away the token of this name (new connections; an open one ends within two hours)."""
+    """Revoke the token of this name (new connections; an open one ends within two hours)."""
     package: bool = False
     """Only write build/relay.zip and build/template.yaml."""
     delete: bool = False
@@ -75,7 +75,7 @@ def limits_json() -> str:
 
 
 def package() -> bytes:
-    """The functions' code as a zip file; equal sources make equal bytes."""
+    """The functions' code as a zip file; the same sources give the same bytes."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         contents = {name: (HERE / name).read_bytes() for name in FILES}
@@ -87,10 +87,10 @@ def package() -> bytes:
 
 
 def template(place: str) -> str:
-    """The template with the code's place in S3."""
+    """The template with the code's S3 URL."""
     text = (HERE / "template.yaml").read_text(encoding="utf-8")
     if text.count(CODE) != 1:
-        raise RuntimeError(f"lambda/template.yaml no longer says `{CODE}` once: nowhere to put the code")
+        raise RuntimeError(f"lambda/template.yaml must contain `{CODE}` exactly once: restore that line")
     return text.replace(CODE, f"CodeUri: {place}")
 
 
@@ -106,7 +106,7 @@ def with_tokens(tokens: str, new: str, digest: str, revoked: str) -> str:
 
 
 def parameters(flags: Flags, tokens: str | None, exists: bool) -> list[dict[str, Any]]:
-    """The stack's parameters: what is given, and the previous value of all the rest."""
+    """The stack's parameters: the flags given, and the previous values of the others."""
     given = {
         "EndpointName": flags.endpoint,
         "EndpointMode": flags.mode,
@@ -128,7 +128,7 @@ def parameters(flags: Flags, tokens: str | None, exists: bool) -> list[dict[str,
     return made
 
 
-class Account:
+class AwsClients:
     """The AWS clients of one run."""
 
     def __init__(self, region: str):
@@ -170,7 +170,7 @@ class Account:
 
         status = self.status(flags.stack)
         if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):
-            print(f"the first try left stack {flags.stack} in {status}: deleting it", file=sys.stderr)
+            print(f"the first deployment left stack {flags.stack} in {status}: deleting it", file=sys.stderr)
             self.cloudformation.delete_stack(StackName=flags.stack)
             self.cloudformation.get_waiter("stack_delete_complete").wait(StackName=flags.stack)
             status = ""
@@ -242,21 +242,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not flags.bucket and not flags.delete:
             raise ConfigError(["--bucket is missing: the S3 bucket that the functions' code goes to"])
         with s3.readable_errors(f"stack {flags.stack}"):
-            account = Account(flags.region)
+            aws = AwsClients(flags.region)
             if flags.delete:
-                account.delete(flags)
+                aws.delete(flags)
                 return 0
             tokens, token = None, ""
             if flags.new_token or flags.revoke:
                 token = secrets.token_urlsafe(32) if flags.new_token else ""
-                before = account.tokens(flags.stack) if account.status(flags.stack) else ""
+                before = aws.tokens(flags.stack) if aws.status(flags.stack) else ""
                 digest = hashlib.sha256(token.encode()).hexdigest()
                 tokens = with_tokens(before, flags.new_token, digest, flags.revoke)
-            outputs = account.apply(flags, template(account.upload(flags.bucket, package())), tokens)
+            outputs = aws.apply(flags, template(aws.upload(flags.bucket, package())), tokens)
             for name, value in outputs.items():
                 print(f"{name}: {value}", file=sys.stderr)
             if token:
-                print("This address is shown once; whoever has it can connect:", file=sys.stderr)
+                print("This address is shown once; anyone who has it can connect:", file=sys.stderr)
             print(outputs.get("Url", "") + (f"?token={token}" if token else ""))
         return 0
 

@@ -1,10 +1,10 @@
-"""What a client may ask: the limits of the HTTP API again, in plain Python, because a Lambda function has no pydantic.
+"""The relay's limits, and request validation without pydantic, which a Lambda function does not have.
 
 from limits import parse, settings, validate
 validate(parse('{"prompt": "It was", "top_k": 40}'), max_tokens=1000, max_samples=4, max_prompt_bytes=24_000)
 
-The limits are data: the JSON schema of `config.GenerationParams`, which `deploy_relay.py` writes into the package as
-limits.json and `local_stack.py` passes in LIMITS_JSON.
+The bounds of the sampling settings are data: the JSON schema of `config.GenerationParams`, which `deploy_relay.py`
+writes into the package as limits.json and `local_stack.py` passes in LIMITS_JSON.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+# Fallbacks for the environment variables of the same names; the defaults in template.yaml are the same numbers.
+MAX_TOKENS = 2000  # new tokens of one request
+MAX_SAMPLES = 4  # samples of one prompt
+MAX_PROMPT_BYTES = 24_000  # largest prompt, in UTF-8
+MAX_ACTIVE = 4  # generations that run at once on one connection
+FLUSH_MS = 0  # milliseconds of tokens sent as one message; 0: one message per token
+STOP_POLL_MS = 250  # interval at which the worker looks for a stop request
+SILENCE_S = 60  # seconds without a message after which the endpoint counts as stalled
+
 NUMBERS = ("integer", "number")
-BOUNDS = (  # JSON Schema's word, ours, and whether a value keeps to it
+BOUNDS = (  # JSON Schema's keyword, its wording in errors, and the test of a value
     ("minimum", "at least", lambda value, bound: value >= bound),
     ("exclusiveMinimum", "above", lambda value, bound: value > bound),
     ("maximum", "at most", lambda value, bound: value <= bound),
@@ -26,8 +35,8 @@ BOUNDS = (  # JSON Schema's word, ours, and whether a value keeps to it
 )
 
 
-class Refused(Exception):
-    """A fault that the client is told about; never carries the prompt."""
+class InvalidRequest(Exception):
+    """An error that is sent to the client; never contains the prompt."""
 
     def __init__(
         self,
@@ -50,7 +59,7 @@ def settings() -> dict[str, Message]:
 
 
 def described(max_tokens: int, max_samples: int) -> dict[str, Message]:
-    """`settings()` with this gateway's own maxima, for clients that show the settings."""
+    """`settings()` with this gateway's maxima, for clients that display the settings."""
     found = dict(settings())
     for name, most in (("max_tokens", max_tokens), ("n", max_samples)):
         found[name] = {**found[name], "maximum": most, "default": min(found[name]["default"], most)}
@@ -58,7 +67,7 @@ def described(max_tokens: int, max_samples: int) -> dict[str, Message]:
 
 
 def parse(body: str | None) -> Message:
-    """A client's message as an object; raises Refused."""
+    """A client's message as an object; raises InvalidRequest."""
 
     def constant(word: str) -> float:
         raise ValueError(word)
@@ -66,31 +75,35 @@ def parse(body: str | None) -> Message:
     try:
         message = json.loads(body or "", parse_constant=constant)
     except (ValueError, RecursionError):
-        raise Refused('the message is not JSON: send an object like {"action": "generate"}', code="bad_json") from None
+        raise InvalidRequest(
+            'the message is not JSON: send an object like {"action": "generate"}', code="bad_json"
+        ) from None
     if not isinstance(message, dict):
-        raise Refused("the message must be a JSON object", code="bad_json")
+        raise InvalidRequest("the message must be a JSON object", code="bad_json")
     return message
 
 
 def identity(message: Message) -> str:
-    """The message's request_id; raises Refused when it is missing or not 1 to 128 plain characters."""
+    """The message's request_id; raises InvalidRequest when it is missing or not 1 to 128 plain characters."""
     request_id = message.get("request_id")
     if not isinstance(request_id, str) or not re.fullmatch(r"[!-~]{1,128}", request_id):
-        raise Refused("request_id must be 1 to 128 printable ASCII characters without spaces", param="request_id")
+        raise InvalidRequest(
+            "request_id must be 1 to 128 printable ASCII characters without spaces", param="request_id"
+        )
     return request_id
 
 
 def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_bytes: int) -> Message:
-    """The prompt and parameters of a `generate` message, checked; raises Refused naming field, value and bounds."""
+    """The prompt and parameters of a `generate` message, checked; raises InvalidRequest naming field, value and bounds."""
     prompt = message.get("prompt")
     if not isinstance(prompt, str):
-        raise Refused("prompt is missing: send a string", param="prompt")
+        raise InvalidRequest("prompt is missing: send a string", param="prompt")
     try:
         size = len(prompt.encode())
     except UnicodeEncodeError:
-        raise Refused("prompt is not valid Unicode", param="prompt") from None
+        raise InvalidRequest("prompt is not valid Unicode", param="prompt") from None
     if size > max_prompt_bytes:
-        raise Refused(
+        raise InvalidRequest(
             f"prompt has {size} bytes: shorten it to {max_prompt_bytes}", param="prompt", code="prompt_too_long"
         )
     checked: Message = {"prompt": prompt}
@@ -101,18 +114,18 @@ def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_byt
         if name in schemas:
             checked[name] = check(name, value, schemas[name])
         elif name not in ("action", "request_id", "prompt", "stream", "max_length"):
-            raise Refused(f"{name[:40]}: unknown field", param=name[:40])
+            raise InvalidRequest(f"{name[:40]}: unknown field", param=name[:40])
     checked.setdefault("max_tokens", min(schemas["max_tokens"]["default"], max_tokens))
     for name, most in (("max_tokens", max_tokens), ("n", max_samples)):
         if checked.get(name, 0) > most:
-            raise Refused(
+            raise InvalidRequest(
                 f"{name} {checked[name]}: this gateway allows at most {most}", param=name, code="limit_exceeded"
             )
     return checked
 
 
 def check(name: str, value: Any, schema: Message) -> Any:
-    """`value` if it keeps to `schema`; a string where a list of strings may stand becomes one."""
+    """`value` if it satisfies `schema`; a string is accepted for a list of strings."""
     kinds = {part["type"]: part for part in schema.get("anyOf", [schema])}
     if value is None and "null" in kinds:
         return None
@@ -139,17 +152,17 @@ def _is_number(value: Any, schema: Message) -> bool:
 def _number(name: str, value: Any, schema: Message) -> float | int:
     if not _is_number(value, schema):
         whole = "whole " if schema["type"] == "integer" else ""
-        raise Refused(f"{name} must be a {whole}number, {_bounds(schema)}", param=name)
+        raise InvalidRequest(f"{name} must be a {whole}number, {_bounds(schema)}", param=name)
     if not _keeps(value, schema):
-        raise Refused(f"{name} {value}: must be {_bounds(schema)}", param=name)
+        raise InvalidRequest(f"{name} {value}: must be {_bounds(schema)}", param=name)
     number: float | int = value
     return number
 
 
 def _string(name: str, value: Any, schema: Message) -> str:
-    """What else a string must be, only the model knows: which styles there are, it says in an error."""
+    """Length and printability only; the server checks that a style exists."""
     if not isinstance(value, str) or len(value) > schema["maxLength"] or not value.isprintable():
-        raise Refused(f"{name} must be a string of at most {schema['maxLength']} characters", param=name)
+        raise InvalidRequest(f"{name} must be a string of at most {schema['maxLength']} characters", param=name)
     return value
 
 
@@ -158,7 +171,7 @@ def _strings(name: str, value: Any, schema: Message) -> list[str]:
     low, high = schema["items"]["minLength"], schema["items"]["maxLength"]
     good = isinstance(value, list) and len(value) <= most
     if not good or not all(isinstance(text, str) and low <= len(text) <= high for text in value):
-        raise Refused(
+        raise InvalidRequest(
             f"{name} must be a string or a list of at most {most} strings of {low} to {high} characters", param=name
         )
     return list(value)
@@ -172,5 +185,5 @@ def _mapping(name: str, value: Any, schema: Message) -> Message:
         re.fullmatch(schema["propertyNames"]["pattern"], key) and _is_number(number, inner) and _keeps(number, inner)
         for key, number in value.items()
     ):
-        raise Refused(f"{name} must be an object of at most {most} numbers, each {_bounds(inner)}", param=name)
+        raise InvalidRequest(f"{name} must be an object of at most {most} numbers, each {_bounds(inner)}", param=name)
     return dict(value)

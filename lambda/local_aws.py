@@ -72,7 +72,7 @@ def part(data: bytes, corrupt: bool = False) -> bytes:
 
 
 def failure(kind: str, message: str) -> bytes:
-    """A ModelStreamError or InternalStreamFailure in the midst of a stream."""
+    """A ModelStreamError or InternalStreamFailure within a stream."""
     headers = {":exception-type": kind, ":content-type": "application/json", ":message-type": "exception"}
     return frame(headers, json.dumps({"Message": message, "ErrorCode": kind}).encode())
 
@@ -218,7 +218,7 @@ class Services:
         return wrong or Response(status_code=204)
 
     def unknown(self, connection_id: str) -> Response | None:
-        """The error for an id that is no connection's, or none."""
+        """The error for an unknown connection id, or None."""
         if not re.fullmatch(r"[\w-]{15}=", connection_id):
             return fault(400, "BadRequestException", "Invalid connectionId: " + connection_id[:64])
         if self.connections.describe(connection_id) is None:
@@ -226,7 +226,7 @@ class Services:
         return None
 
     def refused(self, request: Request, body: bytes) -> Response | None:
-        """The error for a body that the endpoint does not take, or none."""
+        """The error for a body that the endpoint refuses, or None."""
         name = request.path_params["name"]
         if name != self.endpoint.name:
             return fault(400, "ValidationError", f"Endpoint {name} of account 000000000000 not found.")
@@ -244,7 +244,9 @@ class Services:
         if wrong:
             return wrong
         try:
-            answer = await self.endpoint.upstream().post("/invocations", content=body, headers=passed(request))
+            answer = await self.endpoint.upstream().post(
+                "/invocations", content=body, headers=forwarded_headers(request)
+            )
         except httpx.TimeoutException:
             return model_error(0, "Your invocation timed out while waiting for a response from container primary")
         except httpx.TransportError:
@@ -265,7 +267,7 @@ class Services:
             return fault(400, "ValidationError", f"Endpoint {self.endpoint.name} does not support response streaming.")
         upstream = self.endpoint.upstream()
         asked = upstream.build_request(
-            "POST", "/invocations", content=body, headers=passed(request), timeout=STREAM_SECONDS
+            "POST", "/invocations", content=body, headers=forwarded_headers(request), timeout=STREAM_SECONDS
         )
         try:
             answer = await upstream.send(asked, stream=True)
@@ -285,7 +287,7 @@ class Services:
 
 
 def model_error(status: int, text: str) -> Response:
-    """SageMaker's error for what the container answered, or did not."""
+    """SageMaker's error for the container's error response, or for none."""
     message = f'Received client error ({status}) from primary with message "{text}".'
     more: dict[str, Any] = {
         "OriginalStatusCode": status,
@@ -316,14 +318,14 @@ def application(
     return Starlette(routes=routes)
 
 
-def passed(request: Request) -> dict[str, str]:
+def forwarded_headers(request: Request) -> dict[str, str]:
     """The headers of a request that reach the container."""
     accept = request.headers.get("x-amzn-sagemaker-accept") or request.headers.get("accept") or "*/*"
     return {"Content-Type": request.headers.get("content-type", "application/json"), "Accept": accept}
 
 
 async def parts(answer: httpx.Response, faults: Faults) -> AsyncIterator[bytes]:
-    """The container's chunks as events; leaving it hangs up on the container."""
+    """The container's chunks as events; closing it closes the connection to the container."""
     import httpx
 
     count = 0

@@ -1,10 +1,10 @@
-"""The whole AWS path on one machine: gateway, functions, endpoint and table, with the handlers and boto3 unmodified.
+"""Runs the whole AWS path on one machine: gateway, functions, endpoint and table; handlers and boto3 are unmodified.
 
     python lambda/local_stack.py --model runs/sample/best          # starts api.py behind it
     python lambda/local_stack.py --container http://127.0.0.1:8080 # or uses a running one
     npx wscat -c 'ws://127.0.0.1:8765/prod?token=local'            # {"action":"generate","request_id":"1","prompt":"It"}
 
-What it copies of API Gateway: routes by `$request.body.action`, the authorizer before `$connect`, 29 seconds for an
+Emulated from API Gateway: routes by `$request.body.action`, the authorizer before `$connect`, 29 seconds for an
 integration, frames of 32 KB and messages of 128 KB, 10 idle minutes, 2 hours at most, throttling, and the answers 400,
 410, 413 and 429 of `@connections`. The handlers learn its addresses from the usual AWS_ENDPOINT_URL variables.
 """
@@ -59,7 +59,7 @@ class Flags(FrozenSettings):
     """The AWS path on one machine; prints the address that clients connect to."""
 
     model: Path | None = None
-    """Model folder for api.py; none: the newest run's, else the newest under models/."""
+    """Model folder for api.py; default: the newest run's, otherwise the newest under models/."""
     container: str = ""
     """Address of a running container (`http://127.0.0.1:8080`), instead of starting api.py."""
     port: int = Field(8765, ge=0, le=65535)
@@ -69,11 +69,11 @@ class Flags(FrozenSettings):
     token: str = Field("local", min_length=1)
     """Token that opens the gateway."""
     mode: Literal["auto", "stream", "buffered"] = "auto"
-    """How the relay asks the endpoint."""
+    """How the relay calls the endpoint."""
     serverless: bool = False
     """Behave like a serverless endpoint: no streaming, 4 MB."""
     flush_ms: int = Field(0, ge=0, le=10_000)
-    """Milliseconds of tokens gathered into one message; 0: a message a token."""
+    """Milliseconds of tokens sent as one message; 0: one message per token."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Context:
 Handler = Callable[[dict[str, Any], Any], Any]
 
 
-class Functions:
+class LambdaRuntime:
     """Lambda: handlers in threads, each event and answer through JSON."""
 
     def __init__(self, handlers: dict[str, Handler], timeouts: dict[str, float]):
@@ -121,7 +121,8 @@ class Functions:
         return result
 
     async def invoke(self, name: str, event: dict[str, Any], wait: bool = True) -> Any:
-        """Run a function; KeyError if there is none of this name. Without `wait` its fate is its own."""
+        """Run a function; KeyError if there is none of this name. With wait=False errors are ignored
+        (asynchronous invocation)."""
         if name not in self.handlers:
             raise KeyError(name)
         future = asyncio.get_running_loop().run_in_executor(self.pool, self._run, name, event)
@@ -132,7 +133,7 @@ class Functions:
 
 
 @dataclass
-class Open:
+class GatewayConnection:
     """A connection that the gateway holds."""
 
     id: str
@@ -157,14 +158,14 @@ class Quotas:
 class Gateway:
     """The WebSocket API."""
 
-    def __init__(self, functions: Functions, quotas: Quotas, domain: str = ""):
+    def __init__(self, functions: LambdaRuntime, quotas: Quotas, domain: str = ""):
         self.functions, self.quotas, self.domain = functions, quotas, domain
-        self.open: dict[str, Open] = {}
+        self.open: dict[str, GatewayConnection] = {}
         self.allowance, self.counted = quotas.burst, time.monotonic()
         self.tasks: set[asyncio.Task[None]] = set()
 
     def throttled(self) -> bool:
-        """Take one request off the stage's allowance; True if none is left."""
+        """Take one request from the stage's token bucket; True if it is empty."""
         now = time.monotonic()
         self.allowance = min(self.quotas.burst, self.allowance + (now - self.counted) * self.quotas.rate)
         self.counted = now
@@ -173,7 +174,9 @@ class Gateway:
         self.allowance -= 1
         return False
 
-    def event(self, line: Open, route: str, kind: str, body: str | None = None, coded: bool = False) -> dict[str, Any]:
+    def event(
+        self, line: GatewayConnection, route: str, kind: str, body: str | None = None, coded: bool = False
+    ) -> dict[str, Any]:
         context = {
             "routeKey": route,
             "eventType": kind,
@@ -199,12 +202,14 @@ class Gateway:
         if self.throttled():
             return connection.respond(429, '{"message":"Too Many Requests"}')
         connection_id = base64.urlsafe_b64encode(secrets.token_bytes(11)).decode()
-        line = Open(connection_id, connection, {}, dict(request.headers.raw_items()))
+        line = GatewayConnection(connection_id, connection, {}, dict(request.headers.raw_items()))
         event = self.event(line, "$connect", "CONNECT")
         event |= {"headers": line.headers, "queryStringParameters": query or None}
-        asked = {**event, "type": "REQUEST", "methodArn": f"{ARN}/{STAGE}/$connect"}
+        request_event = {**event, "type": "REQUEST", "methodArn": f"{ARN}/{STAGE}/$connect"}
         try:
-            verdict = await asyncio.wait_for(self.functions.invoke("authorizer", asked), self.quotas.integration)
+            verdict = await asyncio.wait_for(
+                self.functions.invoke("authorizer", request_event), self.quotas.integration
+            )
         except Exception as error:
             status = 401 if str(error) == "Unauthorized" else 500
             return connection.respond(status, '{"message":"Unauthorized"}')
@@ -223,7 +228,7 @@ class Gateway:
 
     async def serve(self, connection: Any) -> None:
         """One admitted connection until it closes."""
-        line: Open = connection.line
+        line: GatewayConnection = connection.line
         self.open[line.id] = line
         watch = asyncio.ensure_future(self._watch(line))
         try:
@@ -240,7 +245,7 @@ class Gateway:
             with contextlib.suppress(Exception):
                 await self.functions.invoke("router", self.event(line, "$disconnect", "DISCONNECT"))
 
-    async def _watch(self, line: Open) -> None:
+    async def _watch(self, line: GatewayConnection) -> None:
         began = time.monotonic()
         while True:
             now = time.monotonic()
@@ -250,7 +255,7 @@ class Gateway:
                 return
             await asyncio.sleep(left)
 
-    async def _message(self, line: Open, message: str | bytes) -> None:
+    async def _message(self, line: GatewayConnection, message: str | bytes) -> None:
         coded = isinstance(message, bytes)
         body = base64.b64encode(message).decode() if isinstance(message, bytes) else message
         event = self.event(line, route_of(body), "MESSAGE", body, coded)
@@ -269,7 +274,7 @@ class Gateway:
             await self.send(line.id, json.dumps({"message": said, **ids}).encode())
 
     async def send(self, connection_id: str, data: bytes) -> bool:
-        """Deliver one message; False if the connection is gone."""
+        """Deliver one message; False if the connection is closed."""
         import websockets
 
         line = self.open.get(connection_id)
@@ -308,7 +313,7 @@ def route_of(body: str) -> str:
 
 
 def load_relay() -> ModuleType:
-    """A fresh copy of `relay.py` and its two neighbours, as a new Lambda environment has it."""
+    """A fresh copy of `relay.py` and the two modules it imports, as in a new Lambda environment."""
     for name in ("limits", "wire"):
         sys.modules.pop(name, None)
     found = importlib.util.spec_from_file_location("relay", HERE / "relay.py")
@@ -369,6 +374,8 @@ class Stack:
             "WORKER_FUNCTION": "worker",
             "TABLE_NAME": "requests",
             "LIMITS_JSON": limits_json(),
+            "MAX_TOKENS": "100000",  # the most that the template allows
+            "MAX_SAMPLES": "128",
             "TOKENS": f"local:{hashlib.sha256(self.token.encode()).hexdigest()}",
         }
         return given | self._environment
@@ -379,7 +386,7 @@ class Stack:
         if self._given is None:
             relay = load_relay()
             self._given = {name: getattr(relay, name) for name in TIMEOUTS}
-        self.functions = Functions(self._given, self._timeouts)
+        self.functions = LambdaRuntime(self._given, self._timeouts)
         self.gateway = Gateway(self.functions, self.quotas)
         self._thread.start()
         self._ready.wait(30)

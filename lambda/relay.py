@@ -1,8 +1,8 @@
-"""Between a WebSocket API and a SageMaker endpoint: three Lambda handlers that need nothing but the runtime's boto3.
+"""Relays between a WebSocket API and a SageMaker endpoint: three Lambda handlers that need only the runtime's boto3.
 
 `relay.authorizer` admits a connection by its token. `relay.router` answers every route within milliseconds and hands
 `generate` to `relay.worker` by asynchronous invocation, because API Gateway waits 29 seconds and a story takes longer.
-The worker posts the endpoint's messages to the connection, one token each, until the text or the client is gone.
+The worker posts the endpoint's messages to the connection, one token each, until the text is complete or the client has disconnected.
 
     python lambda/local_stack.py --model runs/sample/best     # these handlers, unmodified, on one machine
     make aws-deploy                                           # and on AWS
@@ -24,17 +24,17 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from limits import Message, Refused, described, identity, parse, validate
-from wire import Connection, Gone, Ledger, Settings, client, management, runtime
+from limits import InvalidRequest, Message, described, identity, parse, validate
+from wire import Connection, ConnectionClosed, RequestTable, Settings, client, management, runtime
 
 POST_CHARACTERS = 5000  # a character takes at most 6 bytes in JSON, and a frame holds 32 KB
-INBOX = 64  # messages read ahead of the posts; beyond it the endpoint is made to wait
-REMEMBER_S = 600.0  # that an endpoint cannot stream
-MARGIN_S = 3.0  # kept back from the function's timeout for the last message
+INBOX = 64  # messages read ahead of posting; when it is full, reading pauses
+REMEMBER_S = 600.0  # how long to remember that an endpoint cannot stream
+MARGIN_S = 3.0  # reserved before the function's timeout for the last message
 
 
 def log(event: str, **values: Any) -> None:
-    """One JSON line in the function's log. Prompts and texts are never given to it."""
+    """Write one JSON line to the function's log. Prompts and texts are never logged."""
     print(json.dumps({"event": event, **values}), flush=True)
 
 
@@ -47,7 +47,7 @@ def where(error: BaseException) -> str:
 
 
 def authorizer(event: Message, context: Any) -> Message:
-    """Allow or deny `$connect`. Closed by default: without TOKENS nobody enters.
+    """Allow or deny `$connect`. Without TOKENS every connection is denied.
 
     TOKENS holds `name:sha256-of-the-token` pairs separated by commas. The token comes as `?token=`, because a
     browser cannot set headers on a WebSocket, or as `Authorization: Bearer`. With ALLOWED_ORIGINS a browser's page
@@ -88,28 +88,28 @@ def router(event: Message, context: Any) -> Message:
         return {"statusCode": 200}
     settings = Settings.read()
     connection = Connection(management(event, settings), event["requestContext"]["connectionId"])
-    ledger = Ledger(settings, connection.id)
+    requests = RequestTable(settings, connection.id)
     if route == "$disconnect":
-        for request_id in ledger.active():
-            ledger.halt(request_id)
+        for request_id in requests.active():
+            requests.request_stop(request_id)
         return {"statusCode": 200}
     message: Message = {}
     try:
         try:
             message = parse(event.get("body"))
-            _route(route, message, connection, ledger)
-        except Refused as refused:
+            _route(route, message, connection, requests)
+        except InvalidRequest as refused:
             log("refused", route=route, code=refused.error["code"], param=refused.error["param"])
             connection.post(_error(message.get("request_id"), refused.error))
-        except Gone:
+        except ConnectionClosed:
             raise
         except Exception as error:
             log("failed", route=route, error=where(error))
-            fault = Refused(
+            unavailable = InvalidRequest(
                 "the gateway could not take the request: try again", code="unavailable", type="unavailable_error"
             )
-            connection.post(_error(message.get("request_id"), fault.error))
-    except Gone:
+            connection.post(_error(message.get("request_id"), unavailable.error))
+    except ConnectionClosed:
         log("gone", route=route)
     return {"statusCode": 200}
 
@@ -118,27 +118,29 @@ def _error(request_id: Any, error: Message) -> Message:
     return {"type": "error", "request_id": request_id if isinstance(request_id, str) else None, "error": error}
 
 
-def _route(route: str, message: Message, connection: Connection, ledger: Ledger) -> None:
-    settings = ledger.settings
+def _route(route: str, message: Message, connection: Connection, requests: RequestTable) -> None:
+    settings = requests.settings
     if route == "ping":
         connection.post({"type": "pong"})
     elif message.get("action") == "settings":  # comes by $default
         connection.post({"type": "settings", "settings": described(settings.max_tokens, settings.max_samples)})
     elif route == "stop":
-        if not ledger.halt(identity(message)):
-            raise Refused("no such request on this connection", param="request_id", code="unknown_request")
+        if not requests.request_stop(identity(message)):
+            raise InvalidRequest("no such request on this connection", param="request_id", code="unknown_request")
     elif route == "generate":
         message.setdefault("request_id", uuid.uuid4().hex)
         request_id = identity(message)
         request = validate(message, settings.max_tokens, settings.max_samples, settings.max_prompt_bytes)
-        if len(ledger.active()) >= settings.max_active:
-            raise Refused(
+        if len(requests.active()) >= settings.max_active:
+            raise InvalidRequest(
                 f"{settings.max_active} generations already run on this connection: wait for one to end",
                 code="too_many_requests",
                 type="rate_limit_error",
             )
-        if not ledger.claim(request_id):
-            raise Refused("request_id was used before: choose a new one", param="request_id", code="duplicate_request")
+        if not requests.register(request_id):
+            raise InvalidRequest(
+                "request_id was used before: choose a new one", param="request_id", code="duplicate_request"
+            )
         job = {
             "connection_id": connection.id,
             "management": connection.endpoint,
@@ -150,19 +152,19 @@ def _route(route: str, message: Message, connection: Connection, ledger: Ledger)
                 FunctionName=settings.worker, InvocationType="Event", Payload=json.dumps(job).encode()
             )
         except Exception:
-            ledger.end(request_id)
+            requests.end(request_id)
             raise
     else:
-        raise Refused("unknown action: send generate, stop or ping", param="action", code="unknown_action")
+        raise InvalidRequest("unknown action: send generate, stop or ping", param="action", code="unknown_action")
 
 
 class Reader(threading.Thread):
-    """Reads the endpoint's messages ahead of the posts, so that the posting side can keep its clocks."""
+    """Reads the endpoint in a thread, so that posting can keep its timeouts."""
 
     def __init__(self, read: Callable[[Reader], Iterable[Message]]):
         super().__init__(daemon=True)
         self.inbox: queue.Queue[Message | Exception | None] = queue.Queue(INBOX)
-        self.halting = threading.Event()
+        self.stopping = threading.Event()
         self.body: Any = None
         self._read = read
 
@@ -181,7 +183,7 @@ class Reader(threading.Thread):
             self._put(last)
 
     def _put(self, item: Message | Exception | None) -> bool:
-        while not self.halting.is_set():
+        while not self.stopping.is_set():
             try:
                 self.inbox.put(item, timeout=0.1)
                 return True
@@ -189,9 +191,9 @@ class Reader(threading.Thread):
                 continue
         return False
 
-    def halt(self) -> None:
-        """End the endpoint's work now: hang up even while a read is waiting."""
-        self.halting.set()
+    def stop(self) -> None:
+        """Stop the endpoint's generation: close the connection even while a read is waiting."""
+        self.stopping.set()
         stream = getattr(self.body, "_raw_stream", None)
         line = getattr(getattr(stream, "connection", None), "sock", None)
         if isinstance(line, socket.socket):
@@ -201,7 +203,7 @@ class Reader(threading.Thread):
 
 
 def lines(parts: Iterable[bytes]) -> Iterator[Message]:
-    """JSON objects, one a line, from parts that are cut anywhere; an unfinished last line raises ValueError."""
+    """JSON objects, one a line, from byte chunks split anywhere; an unfinished last line raises ValueError."""
     rest = b""
     for part in parts:
         *whole, rest = (rest + part).split(b"\n")
@@ -221,7 +223,7 @@ def _streamed(settings: Settings, body: bytes, reader: Reader) -> Iterator[Messa
 
 
 def _buffered(settings: Settings, body: bytes) -> Iterator[Message]:
-    """The messages of a whole answer, for endpoints that cannot stream (serverless ones)."""
+    """The messages made from a complete response, for endpoints that cannot stream (serverless ones)."""
     yield {"type": "started"}
     answer = runtime().invoke_endpoint(
         EndpointName=settings.endpoint, ContentType="application/json", Accept="application/json", Body=body
@@ -243,10 +245,10 @@ _cannot_stream: dict[str, float] = {}
 
 
 def messages(settings: Settings, request: Message, trace: str, reader: Reader) -> Iterator[Message]:
-    """What the endpoint says to `request`, as messages of the WebSocket contract.
+    """The endpoint's response to `request`, as messages of the WebSocket protocol.
 
-    In mode `auto` an endpoint that refuses the streaming call as such, before any work, is asked for the whole,
-    and for ten minutes at once.
+    In mode `auto`, an endpoint that does not support the streaming call gets a buffered request instead, and for the
+    next ten minutes only buffered requests.
     """
     from botocore.exceptions import ClientError
 
@@ -267,7 +269,7 @@ def messages(settings: Settings, request: Message, trace: str, reader: Reader) -
 
 
 def explain(error: BaseException) -> Message:
-    """What the client is told about a failed endpoint; the container's own error where it gave one."""
+    """The error sent to the client after an endpoint failure; the container's own error where it gave one."""
     response = getattr(error, "response", None) or {}
     code = response.get("Error", {}).get("Code", "")
     if code == "ModelError":
@@ -280,19 +282,23 @@ def explain(error: BaseException) -> Message:
         code == "ModelError" and response.get("OriginalStatusCode") in (429, 503)
     )
     if busy:
-        return Refused("the model is busy or starting: try again", code="unavailable", type="unavailable_error").error
+        return InvalidRequest(
+            "the model is busy or starting: try again", code="unavailable", type="unavailable_error"
+        ).error
     if isinstance(error, ValueError) or type(error).__name__ in ("ProtocolError", "IncompleteRead"):
-        return Refused("the endpoint's answer broke off", code="stream_truncated", type="server_error").error
+        return InvalidRequest("the endpoint's answer broke off", code="stream_truncated", type="server_error").error
     if "Timeout" in type(error).__name__:
-        return Refused("the endpoint went silent", code="stalled", type="server_error").error
-    return Refused("the endpoint failed", code="endpoint_failed", type="server_error").error
+        return InvalidRequest("the endpoint went silent", code="stalled", type="server_error").error
+    return InvalidRequest("the endpoint failed", code="endpoint_failed", type="server_error").error
 
 
 class Relay:
-    """One generation on its way from the endpoint to one connection."""
+    """Relays one generation from the endpoint to one connection."""
 
-    def __init__(self, settings: Settings, connection: Connection, ledger: Ledger, request_id: str, seconds: float):
-        self.settings, self.connection, self.ledger, self.request_id = settings, connection, ledger, request_id
+    def __init__(
+        self, settings: Settings, connection: Connection, requests: RequestTable, request_id: str, seconds: float
+    ):
+        self.settings, self.connection, self.requests, self.request_id = settings, connection, requests, request_id
         self.began = self.flushed = self.heard = self.polled = time.monotonic()
         self.deadline = self.began + seconds
         self.seq = self.tokens = 0
@@ -304,7 +310,7 @@ class Relay:
         self.connection.post({**message, "request_id": self.request_id})
 
     def token(self, message: Message) -> None:
-        """Post a token, or gather it: the first goes at once, later ones every FLUSH_MS."""
+        """Post a token or buffer it: the first is sent at once, later ones every FLUSH_MS."""
         self.tokens += 1
         if self.first is None:
             self.first = time.monotonic() - self.began
@@ -331,7 +337,7 @@ class Relay:
         self.post({"type": "error", "error": error})
 
     def run(self, reader: Reader) -> str:
-        """Relay until the end; the outcome in one word. Raises Gone."""
+        """Relay until the end; returns the outcome in one word. Raises ConnectionClosed."""
         reader.start()
         while True:
             now = time.monotonic()
@@ -339,7 +345,7 @@ class Relay:
                 return self._cut(reader, "deadline")
             if now - self.polled >= self.settings.poll_s:
                 self.polled = now
-                if self._asked_to_stop():
+                if self._stop_requested():
                     return self._cut(reader, "cancelled")
             if reader.body is not None and now - self.heard >= self.settings.silence_s:
                 self.fail(explain(TimeoutError()))
@@ -366,8 +372,8 @@ class Relay:
                 return outcome
 
     def _cut(self, reader: Reader, reason: str) -> str:
-        """End the text here, on the relay's own account."""
-        reader.halt()
+        """Stop the generation on the relay's side."""
+        reader.stop()
         self.flush()
         total = None if self.prompt_tokens is None else self.prompt_tokens + self.tokens
         usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
@@ -393,46 +399,46 @@ class Relay:
             return "complete"
         return None
 
-    def _asked_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         try:
-            return self.ledger.halted(self.request_id)
+            return self.requests.stop_requested(self.request_id)
         except Exception as error:
             log("poll", error=where(error))
             return False
 
 
 def worker(event: Message, context: Any) -> Message:
-    """One generation: `event` is what the router handed over. A second delivery of it does nothing."""
+    """Handle one generation, described by the router's `event`. A second delivery of it does nothing."""
     settings = Settings.read()
     request_id = event["request_id"]
     connection = Connection(event["management"], event["connection_id"])
-    ledger = Ledger(settings, connection.id)
-    if not ledger.begin(request_id):
+    requests = RequestTable(settings, connection.id)
+    if not requests.start(request_id):
         log("duplicate", aws_request=context.aws_request_id)
         return {"outcome": "duplicate"}
-    trace = uuid.uuid4().hex  # the client's request_id is its own; the container's must be nobody else's
+    trace = uuid.uuid4().hex  # clients choose their request_id; the container's must be unique
     seconds = max(0.0, context.get_remaining_time_in_millis() / 1000 - MARGIN_S)
-    relay = Relay(settings, connection, ledger, request_id, seconds)
+    relay = Relay(settings, connection, requests, request_id, seconds)
     reader = Reader(lambda reader: messages(settings, event["request"], trace, reader))
     outcome = "failed"
     try:
         outcome = relay.run(reader)
-    except Gone:
+    except ConnectionClosed:
         outcome = "gone"
     except Exception as error:
         log("relay", error=where(error), trace=trace)
     finally:
-        reader.halt()
+        reader.stop()
         measure(relay, outcome, settings.endpoint, context.aws_request_id, trace, event["request"])
         try:
-            ledger.end(request_id)
+            requests.end(request_id)
         except Exception as error:
-            log("ledger", error=where(error), trace=trace)
+            log("request_table", error=where(error), trace=trace)
     return {"outcome": outcome, "tokens": relay.tokens}
 
 
 def measure(relay: Relay, outcome: str, endpoint: str, aws_request: str, trace: str, request: Message) -> None:
-    """One line in CloudWatch's embedded metric format: CloudWatch makes the metrics of it, no call is needed."""
+    """Log one line in CloudWatch's embedded metric format, from which CloudWatch extracts the metrics."""
     values: Message = {
         "Requests": 1,
         "Failed": int(outcome in ("failed", "stalled")),

@@ -1,4 +1,4 @@
-"""Everything the relay says to AWS: its settings, the clients, the connection's way back, and the ledger of requests.
+"""The relay's side of AWS: settings, boto3 clients, posting to a connection, and the table of requests.
 
 connection = Connection("https://ID.execute-api.eu-west-1.amazonaws.com/prod", "d3vGtd5yIAMCJnA=")
 connection.post({"type": "token", "request_id": "1", "seq": 0, "index": 0, "text": "It"})
@@ -15,14 +15,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from limits import Message
+from limits import FLUSH_MS, MAX_ACTIVE, MAX_PROMPT_BYTES, MAX_SAMPLES, MAX_TOKENS, SILENCE_S, STOP_POLL_MS, Message
 
-POST_ATTEMPTS = 7  # 50 ms doubled each time: 3 s of throttling are waited out
+POST_ATTEMPTS = 7  # the pause starts at 50 ms and doubles: survives 3 s of throttling
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The functions' environment (`template.yaml` sets it)."""
+    """The functions' environment (set by `template.yaml`; fallbacks in `limits.py`)."""
 
     endpoint: str
     mode: str
@@ -48,18 +48,18 @@ class Settings:
             mode=mode,
             worker=get("WORKER_FUNCTION", ""),
             table=get("TABLE_NAME", ""),
-            flush_s=float(get("FLUSH_MS", "0")) / 1000,
-            max_tokens=int(get("MAX_TOKENS", "0")) or 100_000,
-            max_samples=int(get("MAX_SAMPLES", "0")) or 128,
-            max_prompt_bytes=int(get("MAX_PROMPT_BYTES", "24000")),
-            max_active=int(get("MAX_ACTIVE", "4")),
-            poll_s=float(get("STOP_POLL_MS", "250")) / 1000,
-            silence_s=float(get("SILENCE_S", "60")),
+            flush_s=float(get("FLUSH_MS", FLUSH_MS)) / 1000,
+            max_tokens=int(get("MAX_TOKENS", "0")) or MAX_TOKENS,
+            max_samples=int(get("MAX_SAMPLES", "0")) or MAX_SAMPLES,
+            max_prompt_bytes=int(get("MAX_PROMPT_BYTES", MAX_PROMPT_BYTES)),
+            max_active=int(get("MAX_ACTIVE", MAX_ACTIVE)),
+            poll_s=float(get("STOP_POLL_MS", STOP_POLL_MS)) / 1000,
+            silence_s=float(get("SILENCE_S", SILENCE_S)),
             management=get("MANAGEMENT_ENDPOINT", ""),
         )
 
 
-class Gone(Exception):
+class ConnectionClosed(Exception):
     """The client's connection no longer exists."""
 
 
@@ -82,25 +82,25 @@ def client(service: str, endpoint_url: str | None, attempts: int) -> Any:
 
 
 def runtime() -> Any:
-    """The SageMaker runtime. Tried once: a second attempt would pay for, and show, another generation."""
+    """The SageMaker runtime client, without retries: a retry would pay for, and show, another generation."""
     return client("sagemaker-runtime", None, 1)
 
 
 def management(event: Message, settings: Settings) -> str:
-    """Where messages to the event's connection are posted; `MANAGEMENT_ENDPOINT` is for custom domains."""
+    """URL to which messages for the event's connection are posted; `MANAGEMENT_ENDPOINT` is for custom domains."""
     context = event["requestContext"]
     local = os.environ.get("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI", "")
     return settings.management or local or f"https://{context['domainName']}/{context['stage']}"
 
 
 class Connection:
-    """The way back to one client."""
+    """Sends messages to one client."""
 
     def __init__(self, endpoint: str, connection_id: str):
         self.endpoint, self.id = endpoint, connection_id
 
     def post(self, message: Message) -> None:
-        """Deliver one message. Throttling and server errors are waited out; raises Gone for a closed connection."""
+        """Deliver one message, retrying after throttling and server errors; raises ConnectionClosed for a closed connection."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -112,7 +112,7 @@ class Connection:
             except ClientError as error:
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                 if status == 410 or error.response.get("Error", {}).get("Code") == "GoneException":
-                    raise Gone from None
+                    raise ConnectionClosed from None
                 if (status != 429 and status < 500) or attempt == POST_ATTEMPTS - 1:
                     raise
             except BotoCoreError:
@@ -121,10 +121,10 @@ class Connection:
             time.sleep(0.05 * 2**attempt * random.uniform(0.8, 1.2))
 
 
-class Ledger:
-    """One DynamoDB item a request: who claimed it, whether it began, was asked to stop, and ended.
+class RequestTable:
+    """One DynamoDB item per request: whether it was registered, started, requested to stop, and ended.
 
-    It makes a second delivery of the same event harmless and carries `stop` to the worker.
+    A second delivery of the same event is recognised by it, and `stop` reaches the worker through it.
     """
 
     def __init__(self, settings: Settings, connection_id: str):
@@ -147,7 +147,7 @@ class Ledger:
             return False
         return True
 
-    def claim(self, request_id: str) -> bool:
+    def register(self, request_id: str) -> bool:
         """Register a request; False if this connection has used the id before."""
         now = int(time.time())
         item = self._key(request_id) | {"lapses": {"N": str(now + 960)}, "forget_at": {"N": str(now + 10_800)}}
@@ -159,18 +159,18 @@ class Ledger:
             return False
         return True
 
-    def begin(self, request_id: str) -> bool:
-        """True for the first worker that takes the request, False for every later delivery."""
+    def start(self, request_id: str) -> bool:
+        """Mark the request as started; True for the first worker, False for every later delivery."""
         return self._set(request_id, "began", "attribute_exists(request_id) AND attribute_not_exists(began)")
 
     def end(self, request_id: str) -> None:
         self._set(request_id, "ended", "attribute_exists(request_id)")
 
-    def halt(self, request_id: str) -> bool:
+    def request_stop(self, request_id: str) -> bool:
         """Ask the worker to stop; False if there is no such request."""
         return self._set(request_id, "halted", "attribute_exists(request_id)")
 
-    def halted(self, request_id: str) -> bool:
+    def stop_requested(self, request_id: str) -> bool:
         item = self.db.get_item(TableName=self.settings.table, Key=self._key(request_id), ConsistentRead=True)
         return "halted" in item.get("Item", {})
 

@@ -3,11 +3,11 @@
     python sagemaker/launch_training_job.py --data s3://MY-BUCKET/data/victorian --output s3://MY-BUCKET/runs \\
         --role arn:aws:iam::ACCOUNT:role/SageMaker --dry-run
     python sagemaker/launch_training_job.py … --instance-type ml.g5.xlarge --preset story-small --max-hours 3
-    python sagemaker/launch_training_job.py … --name victorian-a --spot      # the same again resumes, exactly
+    python sagemaker/launch_training_job.py … --name victorian-a --spot      # the same command again resumes exactly
 
-The job runs `sagemaker/job_entry.py`, which hands the data to `train.py`, keeps the run folder where SageMaker copies it
-to S3 and brings it back, and leaves the best model as the job's artifact. A job of the same --name and --output goes on
-from the newest complete checkpoint. Needs `pip install -r sagemaker/requirements.txt` (735 MB); --dry-run does not.
+The job runs `sagemaker/job_entry.py`, which passes the data to `train.py`, keeps the run folder where SageMaker copies it
+to S3 and restores it from there, and leaves the best model as the job's artifact. A job of the same --name and --output
+resumes from the newest complete checkpoint. Needs `pip install -r sagemaker/requirements.txt` (735 MB); --dry-run does not.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ class Flags(FrozenSettings):
     output: str = ""
     """s3://BUCKET/FOLDER for checkpoints, TensorBoard files and the model."""
     role: str = ""
-    """ARN of the role that SageMaker takes on."""
+    """ARN of the role that SageMaker assumes."""
     region: str = ""
-    """AWS region; none: the one of the AWS settings."""
+    """AWS region; default: that of the AWS settings."""
     instance_type: str = "ml.p4d.24xlarge"
     """Machine; p4d.24xlarge has 8 A100."""
     instances: int = Field(1, ge=1, le=64)
     """Machines; torchrun joins them."""
     volume_gb: int = Field(200, ge=10, le=16384)
-    """Disk of machines that bring none of their own."""
+    """Disk size of machines without local storage."""
     input_mode: Literal["FastFile", "File"] = "FastFile"
     """FastFile starts at once and copies the shards in order; File waits for SageMaker's download."""
     max_hours: float = Field(24.0, gt=0.0, le=120.0)
@@ -74,9 +74,9 @@ class Flags(FrozenSettings):
     spot: bool = False
     """Spare capacity: much cheaper, may be interrupted, resumes by itself."""
     max_wait_hours: float = Field(0.0, ge=0.0, le=240.0)
-    """Hours in all, waiting for spare capacity included; 0: twice --max-hours."""
+    """Hours in all, waiting for spare capacity included; default: twice --max-hours."""
     image: str = ""
-    """Training image; none: AWS's PyTorch image. sagemaker/Dockerfile built with CUDA works as well."""
+    """Training image; default: AWS's PyTorch image. sagemaker/Dockerfile built with CUDA works as well."""
     wait: bool = True
     """Follow the job's log to its end."""
     dry_run: bool = False
@@ -84,24 +84,24 @@ class Flags(FrozenSettings):
 
 
 def check(flags: Flags) -> None:
-    """Every fault of the flags at once."""
-    faults = []
+    """All errors of the flags in one ConfigError."""
+    errors = []
     for name, wanted in (("data", "the shards"), ("output", "checkpoints and the model")):
         value = getattr(flags, name)
         if not s3.is_s3(value):
-            faults.append(f"--{name} {value!r}: give s3://BUCKET/FOLDER for {wanted}")
+            errors.append(f"--{name} {value!r}: give s3://BUCKET/FOLDER for {wanted}")
     if not flags.role:
-        faults.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
     if "'" in flags.flags:
-        faults.append("--flags must not contain single quotes: SageMaker's start script cannot carry them")
+        errors.append("--flags must not contain single quotes: SageMaker's start script cannot carry them")
     if flags.max_wait_hours and not flags.spot:
-        faults.append("--max-wait-hours only means something with --spot")
+        errors.append("--max-wait-hours only means something with --spot")
     if flags.spot and 0 < flags.max_wait_hours < flags.max_hours:
-        faults.append(f"--max-wait-hours {flags.max_wait_hours:g} is below --max-hours {flags.max_hours:g}: raise it")
+        errors.append(f"--max-wait-hours {flags.max_wait_hours:g} is below --max-hours {flags.max_hours:g}: raise it")
     if len(flags.flags) > 2400:
-        faults.append("--flags is longer than SageMaker carries (2,500 characters): put the settings into a preset")
-    if faults:
-        raise ConfigError(faults)
+        errors.append("--flags is longer than SageMaker carries (2,500 characters): put the settings into a preset")
+    if errors:
+        raise ConfigError(errors)
 
 
 def region_of(flags: Flags) -> str:
@@ -148,7 +148,7 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
     }
 
 
-def trainer(flags: Flags, asked: dict[str, Any], region: str) -> Any:
+def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
     """The SDK's ModelTrainer for this request. Its constructor asks AWS for nothing but what `role` may do."""
     os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # its simulation needs iam:SimulatePrincipalPolicy
     import boto3
@@ -169,14 +169,14 @@ def trainer(flags: Flags, asked: dict[str, Any], region: str) -> Any:
     from sagemaker.train import ModelTrainer
     from sagemaker.train.distributed import Torchrun
 
-    channel = asked["InputDataConfig"][0]
+    channel = job_request["InputDataConfig"][0]
     source = channel["DataSource"]["S3DataSource"]
-    stopping = asked["StoppingCondition"]
-    resources, checkpoints = asked["ResourceConfig"], asked["CheckpointConfig"]
+    stopping = job_request["StoppingCondition"]
+    resources, checkpoints = job_request["ResourceConfig"], job_request["CheckpointConfig"]
     bucket = s3.split(flags.output)[0]
     made = ModelTrainer(
-        training_image=asked["AlgorithmSpecification"]["TrainingImage"],
-        role=asked["RoleArn"],
+        training_image=job_request["AlgorithmSpecification"]["TrainingImage"],
+        role=job_request["RoleArn"],
         base_job_name=flags.name,
         sagemaker_session=Session(boto_session=boto3.session.Session(region_name=region), default_bucket=bucket),
         source_code=SourceCode(
@@ -187,13 +187,13 @@ def trainer(flags: Flags, asked: dict[str, Any], region: str) -> Any:
             instance_type=resources["InstanceType"],
             instance_count=resources["InstanceCount"],
             volume_size_in_gb=resources["VolumeSizeInGB"],
-            enable_managed_spot_training=asked["EnableManagedSpotTraining"],
+            enable_managed_spot_training=job_request["EnableManagedSpotTraining"],
         ),
         stopping_condition=StoppingCondition(
             max_runtime_in_seconds=stopping["MaxRuntimeInSeconds"],
             **({"max_wait_time_in_seconds": stopping["MaxWaitTimeInSeconds"]} if flags.spot else {}),
         ),
-        output_data_config=OutputDataConfig(s3_output_path=asked["OutputDataConfig"]["S3OutputPath"]),
+        output_data_config=OutputDataConfig(s3_output_path=job_request["OutputDataConfig"]["S3OutputPath"]),
         checkpoint_config=CheckpointConfig(s3_uri=checkpoints["S3Uri"], local_path=checkpoints["LocalPath"]),
         input_data_config=[
             Channel(
@@ -208,26 +208,26 @@ def trainer(flags: Flags, asked: dict[str, Any], region: str) -> Any:
                 ),
             )
         ],
-        hyperparameters=asked["HyperParameters"],
-        environment=asked["Environment"],
+        hyperparameters=job_request["HyperParameters"],
+        environment=job_request["Environment"],
         tags=[Tag(**TAG)],
     )
-    board = asked["TensorBoardOutputConfig"]
+    board = job_request["TensorBoardOutputConfig"]
     made.with_tensorboard_output_config(
         TensorBoardOutputConfig(s3_output_path=board["S3OutputPath"], local_path=board["LocalPath"])
     )
-    patterns = asked["AlgorithmSpecification"]["MetricDefinitions"]
+    patterns = job_request["AlgorithmSpecification"]["MetricDefinitions"]
     made.with_metric_definitions([MetricDefinition(name=item["Name"], regex=item["Regex"]) for item in patterns])
     return made
 
 
-def launch(flags: Flags, asked: dict[str, Any], region: str) -> str:
-    """Start the job; its artifact's place in S3 if it was waited for, else its name."""
+def launch(flags: Flags, job_request: dict[str, Any], region: str) -> str:
+    """Start the job; its artifact's place in S3 if it was waited for, otherwise its name."""
     try:
         import sagemaker.core  # noqa: F401
     except ImportError:
         raise RuntimeError("the SageMaker SDK is not installed: pip install -r sagemaker/requirements.txt") from None
-    made = trainer(flags, asked, region)
+    made = trainer(flags, job_request, region)
     began = time.monotonic()
     made.train(wait=flags.wait, logs=flags.wait)
     job = made._latest_training_job
@@ -247,15 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(Flags, words)
         check(flags)
         region = region_of(flags)
-        asked = request(flags, region)
+        job_request = request(flags, region)
         if flags.dry_run:
-            command = (
-                f"torchrun … {ENTRY} --preset {flags.preset} --flags {shlex.quote(asked['HyperParameters']['flags'])}"
-            )
-            print(json.dumps({**asked, "added by the SDK": {"source": str(ROOT), "command": command}}, indent=2))
+            command = f"torchrun … {ENTRY} --preset {flags.preset} --flags {shlex.quote(job_request['HyperParameters']['flags'])}"
+            print(json.dumps({**job_request, "added by the SDK": {"source": str(ROOT), "command": command}}, indent=2))
             return 0
         with s3.readable_errors(f"job {flags.name}"):
-            result = launch(flags, asked, region)
+            result = launch(flags, job_request, region)
         print(result)
         if flags.wait:
             deployment = "sagemaker/sagemaker_endpoint_deployment.py"

@@ -1,4 +1,4 @@
-"""A model folder as a real-time SageMaker endpoint that streams: created, updated, tried, scaled and removed.
+"""Deploys a model folder as a real-time, streaming SageMaker endpoint: creates, updates, tests, scales and deletes it.
 
     python sagemaker/sagemaker_endpoint_deployment.py --model runs/victorian/best --bucket MY-BUCKET \\
         --image ACCOUNT.dkr.ecr.REGION.amazonaws.com/victorian:latest --role arn:aws:iam::ACCOUNT:role/SageMaker
@@ -44,7 +44,7 @@ option.model_loading_timeout=900
 """
 
 
-class Common(FrozenSettings):
+class EndpointFlags(FrozenSettings):
     """What both kinds of endpoint need."""
 
     name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")
@@ -58,9 +58,9 @@ class Common(FrozenSettings):
     image: str = ""
     """Image built from sagemaker/Dockerfile, in this account's ECR."""
     role: str = ""
-    """ARN of the role that SageMaker takes on (reads the bucket, pulls the image, writes logs)."""
+    """ARN of the role that SageMaker assumes (reads the bucket, pulls the image, writes logs)."""
     region: str = ""
-    """AWS region; none: the one of the AWS settings."""
+    """AWS region; default: that of the AWS settings."""
     wait: bool = True
     """Wait until the endpoint is in service, then try it."""
     delete: bool = False
@@ -69,7 +69,7 @@ class Common(FrozenSettings):
     """Print the requests, and send none."""
 
 
-class Flags(Common):
+class Flags(EndpointFlags):
     """A real-time endpoint: always on, streams, scales by concurrent requests."""
 
     engine: Literal["own", "vllm"] = "own"
@@ -81,7 +81,7 @@ class Flags(Common):
     max_instances: int = Field(1, ge=1, le=1000)
     """Machines at most; above --instances, a scaling policy is made."""
     concurrency: float = Field(12.0, gt=0.0, le=1000.0)
-    """Requests at once on one machine that scaling aims at."""
+    """Concurrent requests per machine that scaling aims at."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts that one machine writes at the same time (own engine)."""
     startup_s: int = Field(600, ge=60, le=3600)
@@ -89,12 +89,12 @@ class Flags(Common):
 
 
 def resource_name(name: str, *parts: Any) -> str:
-    """`NAME-xxxxxxxx`, by what it is made of: a change makes a new name, no change finds the old one."""
+    """`NAME-xxxxxxxx`, with a hash of `parts`: the name changes exactly when they change."""
     return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def pack(folder: Path, engine: str) -> bytes:
-    """A model folder as model.tar.gz; equal folders make equal bytes."""
+    """A model folder as model.tar.gz; the same folder gives the same bytes."""
     import gzip
 
     if not (folder / "config.json").is_file():
@@ -116,7 +116,7 @@ def pack(folder: Path, engine: str) -> bytes:
 
 
 def vllm_settings(folder: Path) -> dict[str, Any]:
-    """For vllm_format.py: vLLM's name of each sampling setting, and what the folder recommends for those left open."""
+    """For vllm_format.py: vLLM's name of each sampling setting, and the folder's recommended defaults."""
     from storage.gpt2_format import folder_defaults
 
     names = {name: setting.openai for name, setting in SETTINGS.items() if setting.openai}
@@ -124,8 +124,8 @@ def vllm_settings(folder: Path) -> dict[str, Any]:
     return {"names": names, "defaults": {name: usual[name] for name in names if usual[name] not in (None, [], {})}}
 
 
-def upload_model(flags: Common, engine: str) -> str:
-    """The model's place in S3, uploaded unless it is there."""
+def upload_model(flags: EndpointFlags, engine: str) -> str:
+    """The model's S3 URL; uploads the model if it is missing there."""
     if flags.model_data:
         return flags.model_data
     assert flags.model is not None
@@ -146,22 +146,22 @@ def artifacts(name: str) -> str:
     return f"victorian-endpoints/{name}/"
 
 
-def check(flags: Common, engine: str = "own") -> None:
+def check(flags: EndpointFlags, engine: str = "own") -> None:
     """Every missing flag in one ConfigError."""
-    faults = []
+    errors = []
     if bool(flags.model) == bool(flags.model_data):
-        faults.append("give either --model FOLDER or --model-data s3://…/model.tar.gz")
+        errors.append("give either --model FOLDER or --model-data s3://…/model.tar.gz")
     if flags.model and not flags.bucket:
-        faults.append("--bucket is missing: the S3 bucket that the packed model goes to")
+        errors.append("--bucket is missing: the S3 bucket that the packed model goes to")
     if engine == "own" and not flags.image:
-        faults.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 4)")
+        errors.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 4)")
     if not flags.role:
-        faults.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
-    if faults:
-        raise ConfigError(faults)
+        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+    if errors:
+        raise ConfigError(errors)
 
 
-def model_request(flags: Common, url: str, image: str, environment: dict[str, str]) -> dict[str, Any]:
+def model_request(flags: EndpointFlags, url: str, image: str, environment: dict[str, str]) -> dict[str, Any]:
     container = {"Image": image, "ModelDataUrl": url, "Environment": environment}
     return {
         "ModelName": resource_name(flags.name, container, flags.role),
@@ -171,7 +171,7 @@ def model_request(flags: Common, url: str, image: str, environment: dict[str, st
     }
 
 
-def config_request(flags: Common, model: str, variant: dict[str, Any]) -> dict[str, Any]:
+def config_request(flags: EndpointFlags, model: str, variant: dict[str, Any]) -> dict[str, Any]:
     variants = [{"VariantName": VARIANT, "ModelName": model, "InitialVariantWeight": 1.0, **variant}]
     return {
         "EndpointConfigName": resource_name(flags.name, variants),
@@ -237,7 +237,7 @@ def default_region() -> str:
     return region
 
 
-def service(name: str, flags: Common, **settings: Any) -> Any:
+def service(name: str, flags: EndpointFlags, **settings: Any) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -245,7 +245,7 @@ def service(name: str, flags: Common, **settings: Any) -> Any:
     return boto3.client(name, region_name=flags.region or default_region(), config=config)
 
 
-def absent(call: Callable[..., Any], **names: str) -> bool:
+def does_not_exist(call: Callable[..., Any], **names: str) -> bool:
     """Whether a `describe_*` call finds nothing of this name."""
     from botocore.exceptions import ClientError
 
@@ -259,18 +259,18 @@ def absent(call: Callable[..., Any], **names: str) -> bool:
     return False
 
 
-def deploy(flags: Common, calls: list[tuple[str, dict[str, Any]]], sagemaker: Any) -> str:
-    """Make model and configuration where they are missing, and point the endpoint at them; what was done."""
+def deploy(flags: EndpointFlags, calls: list[tuple[str, dict[str, Any]]], sagemaker: Any) -> str:
+    """Create model and configuration if missing and point the endpoint at them; returns what was done."""
     model, config = (parameters for _, parameters in calls)
-    if absent(sagemaker.describe_model, ModelName=model["ModelName"]):
+    if does_not_exist(sagemaker.describe_model, ModelName=model["ModelName"]):
         sagemaker.create_model(**model)
     wanted = config["EndpointConfigName"]
-    if absent(sagemaker.describe_endpoint_config, EndpointConfigName=wanted):
+    if does_not_exist(sagemaker.describe_endpoint_config, EndpointConfigName=wanted):
         sagemaker.create_endpoint_config(**config)
-    if absent(sagemaker.describe_endpoint, EndpointName=flags.name):
+    if does_not_exist(sagemaker.describe_endpoint, EndpointName=flags.name):
         sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
         return "created"
-    settle(sagemaker, flags.name)
+    wait_until_stable(sagemaker, flags.name)
     found = sagemaker.describe_endpoint(EndpointName=flags.name)
     if found["EndpointStatus"] == "Failed":
         sagemaker.delete_endpoint(EndpointName=flags.name)
@@ -283,7 +283,7 @@ def deploy(flags: Common, calls: list[tuple[str, dict[str, Any]]], sagemaker: An
     return "updated"
 
 
-def settle(sagemaker: Any, name: str, seconds: float = 1800, pause: float = 10) -> None:
+def wait_until_stable(sagemaker: Any, name: str, seconds: float = 1800, pause: float = 10) -> None:
     """Wait while the endpoint is being changed."""
     until = time.monotonic() + seconds
     while sagemaker.describe_endpoint(EndpointName=name)["EndpointStatus"] not in ("InService", "Failed"):
@@ -320,7 +320,7 @@ def mine(sagemaker: Any, name: str, kind: str) -> Iterator[str]:
                 yield item[field]
 
 
-def tidy(sagemaker: Any, name: str, keep: set[str]) -> None:
+def delete_old_versions(sagemaker: Any, name: str, keep: set[str]) -> None:
     """Delete earlier models and configurations of this endpoint."""
     for config in [found for found in mine(sagemaker, name, "config") if found not in keep]:
         sagemaker.delete_endpoint_config(EndpointConfigName=config)
@@ -328,8 +328,8 @@ def tidy(sagemaker: Any, name: str, keep: set[str]) -> None:
         sagemaker.delete_model(ModelName=model)
 
 
-def remove(flags: Common) -> list[str]:
-    """Delete all that was made under the name; what was deleted. What is gone already is no fault."""
+def remove(flags: EndpointFlags) -> list[str]:
+    """Delete everything made under the name; returns what was deleted. Already deleted resources are ignored."""
     from botocore.exceptions import ClientError
 
     done: list[str] = []
@@ -342,7 +342,7 @@ def remove(flags: Common) -> list[str]:
             ServiceNamespace="sagemaker", ResourceId=resource, ScalableDimension=target["ScalableDimension"]
         )
         done.append("scaling policy")
-    if not absent(sagemaker.describe_endpoint, EndpointName=flags.name):
+    if not does_not_exist(sagemaker.describe_endpoint, EndpointName=flags.name):
         sagemaker.delete_endpoint(EndpointName=flags.name)
         sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name, WaiterConfig={"Delay": 5})
         done.append(f"endpoint {flags.name}")
@@ -369,7 +369,7 @@ def remove(flags: Common) -> list[str]:
 
 
 def smoke_test(runtime: Any, name: str, stream: bool) -> str:
-    """Ask the endpoint for twenty tokens; the text. RuntimeError if it does not come to an end."""
+    """Generate twenty tokens; returns the text. RuntimeError if the stream ends early."""
     body = {"prompt": "It was", "max_tokens": 20, "seed": 1, "stream": stream}
     call = {"EndpointName": name, "ContentType": "application/json", "Body": json.dumps(body).encode()}
     if not stream:
@@ -382,12 +382,12 @@ def smoke_test(runtime: Any, name: str, stream: bool) -> str:
             text += message.get("text", "") if message["type"] == "token" else ""
             end = message if message["type"] in ("complete", "error") else end
     if not end or end["type"] == "error":
-        raise RuntimeError(f"endpoint {name}: the text did not come to an end: {end}")
+        raise RuntimeError(f"endpoint {name}: the stream ended early: {end}")
     return text
 
 
-def usage(flags: Common, mode: str, tokens: int) -> str:
-    """How to call the endpoint, and how to be rid of it."""
+def usage(flags: EndpointFlags, mode: str, tokens: int) -> str:
+    """How to call the endpoint, and how to delete it."""
     script = Path(sys.argv[0]).name
     return f"""endpoint {flags.name} is in service.
 
@@ -403,19 +403,19 @@ Remove it when you are done:
     python sagemaker/{script} --name {flags.name} --delete {f"--bucket {flags.bucket}" if flags.bucket else ""}"""
 
 
-def carry_out(flags: Common, calls: list[tuple[str, dict[str, Any]]], *, stream: bool) -> None:
-    """Deploy, wait, try and tidy up."""
+def deploy_and_test(flags: EndpointFlags, calls: list[tuple[str, dict[str, Any]]], *, stream: bool) -> None:
+    """Deploy, wait, test, and delete the old versions."""
     sagemaker = service("sagemaker", flags)
     print(f"endpoint {flags.name}: {deploy(flags, calls, sagemaker)}", file=sys.stderr)
     if flags.wait:
         print("waiting until it is in service (five to ten minutes)", file=sys.stderr)
         wait_in_service(sagemaker, flags.name)
         runtime = service("sagemaker-runtime", flags, read_timeout=70, retries={"total_max_attempts": 1})
-        print(f"it writes: It was{smoke_test(runtime, flags.name, stream)}", file=sys.stderr)
-        tidy(sagemaker, flags.name, {calls[0][1]["ModelName"], calls[1][1]["EndpointConfigName"]})
+        print(f"sample output: It was{smoke_test(runtime, flags.name, stream)}", file=sys.stderr)
+        delete_old_versions(sagemaker, flags.name, {calls[0][1]["ModelName"], calls[1][1]["EndpointConfigName"]})
 
 
-def delete_all(flags: Common) -> int:
+def delete_all(flags: EndpointFlags) -> int:
     for line in remove(flags) or [f"nothing named {flags.name} was found"]:
         print(f"deleted: {line}" if not line.startswith("nothing") else line, file=sys.stderr)
     if not flags.bucket:
@@ -435,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags.dry_run:
                 print(json.dumps([{name: parameters} for name, parameters in calls + scaled], indent=2))
                 return 0
-            carry_out(flags, calls, stream=True)
+            deploy_and_test(flags, calls, stream=True)
             if scaled:
                 autoscaling = service("application-autoscaling", flags)
                 for name, parameters in scaled:

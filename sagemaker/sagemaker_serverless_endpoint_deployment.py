@@ -29,11 +29,11 @@ from cli import parse_flags, run_main  # noqa: E402
 from config import ConfigError  # noqa: E402
 from storage import s3  # noqa: E402
 
-CALL_S = 60.0  # that SageMaker gives a serverless invocation
-SPARE_S = 10.0  # of it, for the request's way and the prompt
+CALL_S = 60.0  # SageMaker's time limit for a serverless invocation
+SPARE_S = 10.0  # reserved for the network and the prompt
 
 
-class Flags(base.Common):
+class Flags(base.EndpointFlags):
     """A serverless endpoint: billed by the millisecond of use."""
 
     name: str = Field("victorian-serverless", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")
@@ -45,11 +45,11 @@ class Flags(base.Common):
     provisioned: int = Field(0, ge=0, le=200)
     """Copies kept warm (billed all the time)."""
     tokens_per_s: float = Field(10.0, gt=0.0)
-    """Tokens a second this model writes on such a CPU: sets how many tokens a request may ask for."""
+    """Tokens per second of this model on such a CPU; determines the most tokens of a request."""
 
 
 def token_limit(tokens_per_s: float) -> int:
-    """Tokens that a request may ask for so that it ends within SageMaker's 60 seconds."""
+    """Most tokens of a request that ends within SageMaker's 60 seconds."""
     return max(1, int((CALL_S - SPARE_S) * tokens_per_s))
 
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags.dry_run:
                 print(json.dumps([{name: parameters} for name, parameters in calls], indent=2))
                 return 0
-            base.carry_out(flags, calls, stream=False)
+            base.deploy_and_test(flags, calls, stream=False)
             print(base.usage(flags, "buffered", token_limit(flags.tokens_per_s)))
         return 0
 

@@ -33,7 +33,7 @@ def _context() -> int:
 
 
 def _styled(payload: dict[str, Any]) -> str:
-    """The prompt behind the control token of its style. ValueError for a style that cannot be had here."""
+    """The prompt behind the control token of its style. ValueError for a style that the model does not have."""
     prompt, style = str(payload["prompt"]), str(payload.get("style") or "").strip()
     if not style:
         return prompt
@@ -54,7 +54,7 @@ def request(decoded_payload: dict[str, Any], tokenizer: Any = None, **_: Any) ->
     values = settings["defaults"] | {key: value for key, value in decoded_payload.items() if value is not None}
     made = {theirs: values[ours] for ours, theirs in settings["names"].items() if ours in values}
     made["prompt"] = _styled(decoded_payload)
-    if controls := _read("generation_config.json").get("suppress_tokens"):  # which vLLM does not look at
+    if controls := _read("generation_config.json").get("suppress_tokens"):  # which vLLM ignores
         made["logit_bias"] = made.get("logit_bias", {}) | {str(number): -100 for number in controls}
     context = _context()
     made["max_tokens"] = min(made["max_tokens"], context - context // 4)

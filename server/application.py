@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from config import ROOT, read_toml
-from server.disconnect import ClientGone
-from server.errors import ApiError, from_faults
+from server.disconnect import ClientDisconnected
+from server.errors import ApiError, from_validation_errors
 from server.lifecycle import lifespan
 from server.middleware import RequestMiddleware
 from server.openapi import openapi_document
@@ -44,7 +44,7 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.add_middleware(OriginMiddleware, origins=service.origins)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(ClientDisconnected, on_client_disconnect)
     for module in (status, generate, openai, page):
         module.add_routes(app, service)
 
@@ -59,13 +59,13 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
 async def on_invalid_body(request: Request, error: Exception) -> Response:
     """A body that its schema refuses: 400, naming the fields."""
     assert isinstance(error, RequestValidationError)
-    faults = list(error.errors())
-    if faults[0]["type"] == "json_invalid":
+    errors = list(error.errors())
+    if errors[0]["type"] == "json_invalid":
         answer = ApiError(400, "the body is not JSON", code="bad_json")
-    elif faults[0]["loc"] == ("body",):
+    elif errors[0]["loc"] == ("body",):
         answer = ApiError(400, "send a JSON object, with Content-Type: application/json", code="bad_json")
     else:
-        answer = from_faults(faults, skip=1)
+        answer = from_validation_errors(errors, skip=1)
     return JSONResponse(answer.body(), answer.status)
 
 
@@ -78,5 +78,5 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(answer.body(), answer.status, headers=error.headers)
 
 
-async def on_client_gone(request: Request, error: Exception) -> Response:
+async def on_client_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=499)

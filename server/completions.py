@@ -67,7 +67,7 @@ class Completion:
         return choices
 
     def logprobs_after(self, prompt: PromptPart) -> Logprobs | None:
-        """The logprobs of a text after its prompt; None where none were asked for."""
+        """The logprobs of a text after its prompt; None where none were requested."""
         return None if self.logprobs is None else Logprobs(self.tokenizer, self.logprobs, prompt.length)
 
     def add_event(self, logprobs: Logprobs | None, event: Event) -> bool:

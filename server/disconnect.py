@@ -1,6 +1,6 @@
 """Noticing that a client has hung up, so that its work ends.
 
->>> await cancelled_on_disconnect(request, finish_all(generations))      # ClientGone when nobody waits any more
+>>> await cancelled_on_disconnect(request, finish_all(generations))      # ClientDisconnected when nobody waits any more
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import Receive
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client hung up before it had its answer."""
 
 
@@ -26,13 +26,13 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def cancelled_on_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client hangs up (ClientGone)."""
+    """The result of `work`, which is cancelled as soon as the client hangs up (ClientDisconnected)."""
     task = asyncio.ensure_future(work)
     watch = asyncio.create_task(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnected
         return task.result()
     finally:
         task.cancel()

@@ -51,22 +51,22 @@ def bad_value(message: str, param: str | None = None, code: str = "invalid_value
     return ApiError(400, message, param=param, code=code)
 
 
-def from_faults(faults: list[Any], skip: int = 0) -> ApiError:
-    """One 400 out of pydantic's faults, without echoing the values; `skip` leading parts of each place are dropped."""
+def from_validation_errors(errors: list[Any], skip: int = 0) -> ApiError:
+    """One 400 out of pydantic's errors, without echoing the values; `skip` leading parts of each place are dropped."""
     lines: list[str] = []
     first: str | None = None
-    for fault in faults:
-        place = ".".join(str(part) for part in fault["loc"][skip:])
+    for found in errors:
+        place = ".".join(str(part) for part in found["loc"][skip:])
         if first is None and place:
             first = place.split(".")[0]
-        message = fault_text(fault)
+        message = error_text(found)
         lines.append(f"{place}: {message}" if place else message)
     more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
-    return bad_value("; ".join(lines[:5]) + more, first, faults[0]["type"] if faults else "invalid_value")
+    return bad_value("; ".join(lines[:5]) + more, first, errors[0]["type"] if errors else "invalid_value")
 
 
 # pydantic's words for what a client sent, where they speak of Python's types; the keys are its error types
-FAULT_TEXTS = {
+ERROR_TEXTS = {
     "too_long": "at most {max_length} items are allowed, not {actual_length}",
     "too_short": "at least {min_length} items are needed, not {actual_length}",
     "string_too_long": "at most {max_length} characters are allowed",
@@ -85,12 +85,12 @@ FAULT_TEXTS = {
 }
 
 
-def fault_text(fault: Any) -> str:
-    """A fault of pydantic's in words for whoever sent the request."""
-    known = FAULT_TEXTS.get(fault["type"])
+def error_text(found: Any) -> str:
+    """One of pydantic's errors, worded for the client."""
+    known = ERROR_TEXTS.get(found["type"])
     if known is None:
-        return str(fault["msg"]).removeprefix("Value error, ")
-    limits = fault.get("ctx", {}).items()
+        return str(found["msg"]).removeprefix("Value error, ")
+    limits = found.get("ctx", {}).items()
     return known.format(**{name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in limits})
 
 
@@ -112,4 +112,4 @@ def queue_full(retry_after: float) -> ApiError:
 def unexpected(where: str, request_id: str | None) -> ApiError:
     """Log the exception being handled; the client learns only that there was one."""
     LOG.exception(where, extra={"fields": {"request_id": request_id}})
-    return ApiError(500, "the server failed; the log says more", code="internal_error", kind="server_error")
+    return ApiError(500, "internal server error: see the server's log", code="internal_error", kind="server_error")

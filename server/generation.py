@@ -59,7 +59,7 @@ class Generation:
                     self.records[event.index].append(event)
             elif event.kind == "error":
                 LOG.error("engine", extra={"fields": {"request_id": self.request_id, "message": event.message}})
-                raise ApiError(500, "the text could not be written", code="engine_failed", kind="server_error")
+                raise ApiError(500, "generation failed", code="engine_failed", kind="server_error")
             if event.text:
                 self.pieces[event.index].append(event.text)
             yield event
@@ -83,12 +83,12 @@ class Generation:
         return usage(self.job.prompt_tokens, self.tokens)
 
     def interrupt(self) -> None:
-        """End the text because the server stops; whoever reads its events gets `shutting_down`."""
+        """Stop the generation because the server stops; the reader of its events gets `shutting_down`."""
         self.interrupted = True
         self.job.cancel()
 
     def close(self) -> None:
-        """Free the engine's slots; harmless when the text is complete."""
+        """Free the engine's slots; idempotent."""
         if not self.ended:
             self.ended = True
             self.job.cancel()

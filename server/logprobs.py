@@ -33,7 +33,7 @@ class Logprobs:
     """The logprobs of one text, token by token; `take` returns what was added since the last time."""
 
     def __init__(self, tokenizer: Tokenizer, alternatives: int, offset: int = 0):
-        """alternatives: likeliest tokens for each, 0 for none. offset: characters before the first token."""
+        """alternatives: number of most likely tokens for each, 0 for none. offset: characters before the first token."""
         self.tokenizer, self.alternatives, self.length = tokenizer, alternatives, offset
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._columns = self._empty()
@@ -43,7 +43,7 @@ class Logprobs:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(self, token: int, logprob: float | None, top: Iterable[tuple[int, str, float]]) -> None:
-        """Add a token. logprob: None for a first token. top: (id, text, log-probability), the likeliest first."""
+        """Add a token. logprob: None for a first token. top: (id, text, log-probability), the most likely first."""
         name, others = token_name(self.tokenizer, token), None
         if self.alternatives and logprob is not None:
             others = {name: logprob, **{token_name(self.tokenizer, other): value for other, _, value in top}}

@@ -19,7 +19,7 @@ ERRORS: dict[int, str] = {
     404: "No such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    429: "The queue is full; Retry-After says when to come back.",
+    429: "The queue is full; Retry-After gives the seconds to wait.",
     503: "The model is loading, could not be loaded, or the server is shutting down.",
 }
 BODIES = ("GenerateBody", "BatchBody", "CompletionBody", "ScoreBody", "OriginalityBody")
@@ -54,7 +54,7 @@ def streaming(media_type: str, item: Schema) -> Responses:
 
 
 def openapi_document(app: FastAPI, service: Service) -> Schema:
-    """The OpenAPI document, with this server's limits in it and 400 where FastAPI says 422."""
+    """The OpenAPI document, with this server's limits in it and 400 in place of FastAPI's 422."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)

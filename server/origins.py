@@ -53,8 +53,8 @@ class AllowedOrigins:
         for given in origins:
             origin = normalized(given)
             if origin is None:
-                remedy = "write an origin with its scheme and without a path, like https://pages.example"
-                LOG.warning("origin_ignored", extra={"fields": {"origin": printable(given, 200), "message": remedy}})
+                advice = "write an origin with its scheme and without a path, like https://pages.example"
+                LOG.warning("origin_ignored", extra={"fields": {"origin": printable(given, 200), "message": advice}})
             else:
                 self.origins.add(origin)
 

@@ -83,7 +83,7 @@ class SamplingBody(GenerationParams):
         return _whole(cls, value)
 
     def params(self, settings: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:
-        """The sampling settings, within this server's limits; ApiError names the one that is beyond.
+        """The sampling settings, within this server's limits; ApiError names the one that exceeds them.
 
         defaults: what the model's folder recommends, for fields that the request leaves open.
         """
@@ -93,10 +93,10 @@ class SamplingBody(GenerationParams):
             values["max_tokens"] = self.max_length
         elif "max_tokens" not in self.model_fields_set:
             values["max_tokens"] = min(values["max_tokens"], settings.max_tokens)
-        return within(GenerationParams(**values), settings)
+        return check_limits(GenerationParams(**values), settings)
 
 
-def within(params: GenerationParams, settings: ServerFlags) -> GenerationParams:
+def check_limits(params: GenerationParams, settings: ServerFlags) -> GenerationParams:
     """`params` if the server's limits allow them; ApiError otherwise."""
     for field, limit in (("max_tokens", settings.max_tokens), ("n", settings.max_n)):
         if getattr(params, field) > limit:
@@ -105,21 +105,21 @@ def within(params: GenerationParams, settings: ServerFlags) -> GenerationParams:
 
 
 class GenerateBody(SamplingBody):
-    """A prompt, and how to go on from it."""
+    """A prompt and how to continue it."""
 
     prompt: Text
-    """What the text goes on from; empty: from nothing."""
+    """Text to continue; empty: starts from nothing."""
     stream: bool = False
     """Send the text as it is written."""
     request_id: RequestId | None = None
-    """Comes back in the answer; none: one is made up."""
+    """Returned in the response; generated if omitted."""
 
 
 class BatchBody(SamplingBody):
     """Several prompts written under the same settings, all at once."""
 
     prompts: list[Text] = Field(min_length=1)
-    """What each text goes on from."""
+    """Text or texts to continue."""
 
 
 class SocketBody(GenerateBody):
@@ -180,7 +180,7 @@ class _OpenAIOnly(Body):
     stream_options: StreamOptions | None = None
     """Only read when streaming."""
     logprobs: int | None = Field(None, ge=0, le=20)
-    """Log-probability of each token, and of this many likeliest ones."""
+    """Log-probability of each token, and of this many most likely ones."""
     echo: bool | None = False
     """Begin the answer with the prompt."""
     user: str | None = None
@@ -188,14 +188,14 @@ class _OpenAIOnly(Body):
     best_of: int | None = Field(None, ge=1, le=128)
     """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered.
 
-    Below n it is n. A stream of the best begins when all samples are complete.
+    Below n it is n. A stream of the best starts when all samples are complete.
     """
     suffix: str | None = Field(None, max_length=0)
-    """Not supported: the model only writes forwards."""
+    """Not supported: no infilling."""
 
 
 def _or_null(name: str) -> Any:
-    """A sampling setting as OpenAI's clients send it: null stands for its default there, which switches it off."""
+    """A sampling setting as OpenAI's clients send it: null means OpenAI's default, which switches it off."""
     field, off = GenerationParams.model_fields[name], SETTINGS[name].off
     kind = Annotated[field.annotation, *(part for part in field.metadata if not isinstance(part, Setting))]  # type: ignore[name-defined]
     default = field.get_default(call_default_factory=True) if off is None else off
@@ -213,7 +213,7 @@ class CompletionBody(_OpenAISampling):
     max_tokens: int | None = Field(16, ge=0, le=100_000)
     """New tokens at most."""
     top_k: int | None = Field(0, ge=-1, le=100)
-    """Keep the k likeliest tokens; 0 or -1: all."""
+    """Keep the k most likely tokens; 0 or -1: all."""
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request."""
@@ -222,12 +222,12 @@ class CompletionBody(_OpenAISampling):
         return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
 
     def params(self, settings: ServerFlags) -> GenerationParams:
-        """The sampling settings within this server's limits; null stands for the default."""
+        """The sampling settings within this server's limits; null means the default."""
         given = self.model_dump(include=set(GenerationParams.model_fields), exclude_none=True, exclude_unset=True)
         defaults = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
         values = {**defaults, "max_tokens": min(16, settings.max_tokens), **given}
         values["top_k"] = max(0, values["top_k"])
-        return within(GenerationParams(**values), settings)
+        return check_limits(GenerationParams(**values), settings)
 
 
 class ScoreBody(Body):
@@ -240,12 +240,12 @@ class ScoreBody(Body):
 
 
 class OriginalityBody(Body):
-    """A text of which is asked what stands word for word in the training text."""
+    """A text to search for passages copied word for word from the training text."""
 
     text: Text = Field(min_length=1)
     """The text."""
     min_tokens: int = Field(0, ge=0, le=100_000)
-    """Length from which a passage counts as copied; 0: 12 tokens, 50 for one id a character."""
+    """Length from which a passage counts as copied; 0 (default): 12 tokens, or 50 for character tokenizers."""
 
 
 class Reply(BaseModel):
@@ -256,11 +256,11 @@ class Reply(BaseModel):
 
 class ErrorDetail(Reply):
     message: str
-    """What is wrong and, where there is one, the remedy."""
+    """What is wrong and, where possible, how to fix it."""
     type: str
     """invalid_request_error, authentication_error, rate_limit_error, unavailable_error or server_error."""
     param: str | None
-    """The field at fault."""
+    """The field with the error."""
     code: str
     """A word for programs."""
 
@@ -359,7 +359,7 @@ class ScoredToken(Reply):
     id: int
     text: str
     start: int
-    """Where the token begins in the text, in characters."""
+    """Start of the token in the text, in characters."""
     logprob: float | None
     """Natural logarithm; null for the first token, which nothing precedes."""
     probability: float | None

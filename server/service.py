@@ -39,7 +39,7 @@ class Service:
     def __init__(self, settings: Settings, engine: Engine | None = None):
         self.settings, self.engine = settings, engine
         self.origins = AllowedOrigins(settings.origins)
-        self.owned = engine is None  # an engine that was handed in is closed by whoever made it
+        self.owned = engine is None  # an engine that was passed in is closed by its creator
         self.failure: str | None = None  # why the model could not be loaded
         self.on_failure: Callable[[], None] = lambda: None
         self.draining = False  # shutting down: no new texts
@@ -91,7 +91,7 @@ class Service:
         logprobs: int | None = None,
         param: str = "prompt",
     ) -> Generation:
-        """Hand a prompt to the engine. Whoever calls this owns the generation and must close it.
+        """Submit a prompt to the engine. The caller owns the generation and must close it.
 
         param: the request's field that holds the prompt, for error messages. ApiError: 503 not ready, 429 queue full, 400
         a prompt the model cannot read.
@@ -136,7 +136,7 @@ class Service:
         param: str,
         logprobs: int | None = None,
     ) -> list[Generation]:
-        """A generation for every prompt, or none: where one is refused the others are ended."""
+        """One generation per prompt; if one is refused, the others are cancelled."""
         limits.check_prompt_count(prompts, param, self.settings.max_prompts)
         generations: list[Generation] = []
         try:
@@ -154,7 +154,7 @@ class Service:
         self.metrics.count_generation(generation)
 
     async def score(self, text: str | list[int], top: int, param: str = "text") -> list[TokenScore]:
-        """Each token of a text with its log-probability, rank and `top` likeliest alternatives."""
+        """Each token of a text with its log-probability, rank and `top` most likely alternatives."""
         from inference.engine import EngineError
 
         engine = self.ready()
@@ -172,7 +172,7 @@ class Service:
             self.scoring -= 1
 
     async def originality(self, text: str, min_tokens: int) -> dict[str, Any]:
-        """The originality report of a text; ApiError 404 where there is no index, 400 for what it cannot check."""
+        """The originality report of a text; ApiError 404 where there is no index, 400 for a text it cannot check."""
         self.check_prompt(text, "text")
         if self.scoring > self.settings.queue_size:
             raise queue_full(1.0)
@@ -199,8 +199,8 @@ class Service:
                     self.index = Index.open(data)
                 except (OSError, ValueError) as error:
                     LOG.warning("no_index", extra={"fields": {"message": str(error)}})
-                    remedy = "build one with python -m evaluation.originality --data FOLDER and start the server with --index FOLDER"
-                    raise ApiError(404, f"this server has no originality index: {remedy}", code="no_index") from None
+                    advice = "build one with python -m evaluation.originality --data FOLDER and start the server with --index FOLDER"
+                    raise ApiError(404, f"this server has no originality index: {advice}", code="no_index") from None
             return self.index
 
 

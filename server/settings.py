@@ -21,7 +21,7 @@ class ServerFlags(FrozenSettings):
     """The server's settings: each is a flag of `api.py` and an environment variable (VLG_HOST, VLG_PORT, ...)."""
 
     model: Path | None = None
-    """Model folder; none: the newest run's, else the newest under models/."""
+    """Model folder; default: the newest run's, otherwise the newest under models/."""
     name: str = Field("", max_length=200)
     """Name of the model in answers; empty: its folder's name."""
     host: str = "127.0.0.1"
@@ -33,7 +33,7 @@ class ServerFlags(FrozenSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Arithmetic of the weights; auto: what this processor does fast."""
     index: Path | None = None
-    """Prepared data whose originality index answers /v1/originality; none: what the model's run was trained on."""
+    """Prepared data whose originality index answers /v1/originality; default: the training data of the model's run."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts written at the same time."""
     queue_size: int = Field(64, ge=0, le=100_000)
@@ -53,9 +53,9 @@ class ServerFlags(FrozenSettings):
     stall_s: float = Field(30.0, gt=0.0)
     """Seconds a client may leave its stream unread before the connection is dropped."""
     grace_s: float = Field(20.0, ge=0.0)
-    """Seconds that running texts may go on after SIGTERM."""
+    """Seconds that running texts may continue after SIGTERM."""
     flush_ms: float = Field(0.0, ge=0.0, le=10_000.0)
-    """Milliseconds of text gathered into one streamed message; 0: a message a token."""
+    """Milliseconds of text sent as one streamed message; 0: one message per token."""
     ws_requests: int = Field(8, ge=1, le=1000)
     """Texts that one WebSocket may have under way."""
     ws_idle_s: float = Field(600.0, gt=0.0)
@@ -81,13 +81,13 @@ class Settings(BaseSettings, ServerFlags):
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_comma_list)] = ()
-    """Keys that open the server, separated by commas; none: open to whoever can reach it."""
+    """API keys, separated by commas; default: no key is needed."""
     origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)] = ()
     """Web origins, separated by commas, whose pages may use the server; `null` is a page opened from a file."""
 
 
 def read_settings(**given: Any) -> Settings:
-    """Settings from the environment with `given` laid over them; ConfigError names the variables at fault."""
+    """Settings from the environment, overridden by `given`; ConfigError names the invalid variables."""
     try:
         return Settings(**given)
     except ValidationError as error:

@@ -98,10 +98,10 @@ def error_message(error: ApiError, request_id: str | None) -> dict[str, Any]:
 
 
 async def text_pieces(generation: Generation, flush_s: float) -> AsyncGenerator[tuple[int, str]]:
-    """(sample, text) as it is written; with `flush_s`, each sample's text gathered for that many seconds."""
+    """(sample, text) as it is written; with `flush_s`, each sample's text coalesced for that many seconds."""
     async with aclosing(generation.events()) as events:
         if flush_s:
-            async with aclosing(gathered_pieces(events, flush_s)) as pieces:
+            async with aclosing(coalesced_tokens(events, flush_s)) as pieces:
                 async for piece in pieces:
                     yield piece
             return
@@ -110,7 +110,7 @@ async def text_pieces(generation: Generation, flush_s: float) -> AsyncGenerator[
                 yield event.index, event.text
 
 
-async def gathered_pieces(events: AsyncGenerator[Event], flush_s: float) -> AsyncGenerator[tuple[int, str]]:
+async def coalesced_tokens(events: AsyncGenerator[Event], flush_s: float) -> AsyncGenerator[tuple[int, str]]:
     """(sample, text) at most once in `flush_s` seconds for each sample; the first piece goes at once."""
     buffered: dict[int, list[str]] = {}
     due = 0.0

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from server import schemas
 from server.auth import has_valid_key
-from server.errors import ApiError, bad_value, from_faults, printable, unexpected
+from server.errors import ApiError, bad_value, from_validation_errors, printable, unexpected
 from server.generation import Generation
 from server.service import Service
 from server.streaming import error_message, messages
@@ -115,7 +115,7 @@ class WebSocketConnection:
         try:
             body = schemas.SocketBody.model_validate(value)
         except ValidationError as error:
-            raise from_faults(list(error.errors(include_input=False, include_url=False))) from None
+            raise from_validation_errors(list(error.errors(include_input=False, include_url=False))) from None
         request_id = body.request_id or uuid.uuid4().hex
         if request_id in self.generations:
             raise bad_value("a text with this request_id is under way", "request_id", "duplicate_request")

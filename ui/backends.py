@@ -1,6 +1,6 @@
 """Where text is generated: an engine in this process, a server, or a WebSocket gateway, behind one interface.
 
-    >>> backend = connect(Place("server", "http://127.0.0.1:8000"))
+    >>> backend = connect(BackendLocation("server", "http://127.0.0.1:8000"))
     >>> for update in backend.write("The fog", GenerationParams(max_tokens=20)):
     ...     print(update.text, end="")
 
@@ -32,7 +32,7 @@ RETRYABLE_CODES = ("endpoint_failed", "stream_truncated", "stalled")  # error co
 
 
 class BackendError(RuntimeError):
-    """The request was refused or cannot be answered; the message says why and what to do."""
+    """The request was refused or cannot be answered; the message gives the reason and the fix."""
 
 
 class BackendLost(BackendError):
@@ -40,7 +40,7 @@ class BackendLost(BackendError):
 
 
 @dataclass(frozen=True)
-class Place:
+class BackendLocation:
     """What a backend is made from. `where`: a model folder, an http(s) URL, or a ws(s) URL."""
 
     kind: Literal["local", "server", "gateway"]
@@ -73,7 +73,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of a text: where it starts (in characters), its probability and rank, and the likeliest alternatives."""
+    """A token of a text: where it starts (in characters), its probability and rank, and the most likely alternatives."""
 
     text: str
     start: int
@@ -102,7 +102,7 @@ class UpdateStream(Protocol):
 class Backend(Protocol):
     """A model as the pages use it, wherever it runs."""
 
-    place: Place
+    place: BackendLocation
     name: str
     styles: list[str]
     """Values of `GenerationParams.style`; empty where the model has none or they are unknown."""
@@ -141,7 +141,7 @@ class LocalStream:
 class LocalBackend:
     """An engine in this process."""
 
-    def __init__(self, place: Place, engine: Engine):
+    def __init__(self, place: BackendLocation, engine: Engine):
         self.place, self.engine, self.name = place, engine, engine.name
         self.styles = engine.styles
         self.index: Index | None = None
@@ -315,7 +315,7 @@ class SocketStream:
 class RemoteBackend:
     """A server's `/ws`, `/health`, `/v1/score` and `/v1/originality`; of a gateway, only its WebSocket."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: BackendLocation):
         self.place = place
         url = place.where.rstrip("/")
         self.gateway = place.kind == "gateway"
@@ -430,8 +430,8 @@ def failure(error: dict[str, Any], status: int | None = None) -> BackendError:
     return BackendError(message)
 
 
-def connect(place: Place) -> Backend:
-    """The backend of a place. Raises BackendError (or what loading a model raises) with a remedy."""
+def connect(place: BackendLocation) -> Backend:
+    """The backend at a location. Raises BackendError (or what loading a model raises) with a fix."""
     if place.kind == "local":
         from inference.engine import Engine
 

@@ -140,7 +140,7 @@ class BackgroundGeneration:
     def _reconnect(self, lost: BackendLost) -> None:
         """Wait for the server and continue the unfinished samples from where they broke off.
 
-        The pause between attempts doubles up to `MAX_RETRY_S`; `GIVE_UP_S` starts anew with every token that arrives.
+        The pause between attempts doubles up to `MAX_RETRY_S`; every token that arrives restarts `GIVE_UP_S`.
         """
         since, written, pause = time.monotonic(), self.tokens, RETRY_S
         while not self._cancel.is_set():

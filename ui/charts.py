@@ -37,7 +37,7 @@ def run_frame(rows_by_run: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     return whole
 
 
-def thinned(frame: pd.DataFrame, most: int = 1500) -> pd.DataFrame:
+def downsample(frame: pd.DataFrame, most: int = 1500) -> pd.DataFrame:
     """At most `most` rows a run, evenly spaced, so that the browser stays fast."""
     parts = [part.iloc[:: max(1, -(-len(part) // most))] for _, part in frame.groupby("run", sort=False)]
     import pandas as pd
@@ -56,7 +56,7 @@ def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> An
     for name in have:
         part = frame.dropna(subset=[name])[["run", x, name]].rename(columns={name: "loss"})
         part["kind"] = kinds[name]
-        parts.append(thinned(part))
+        parts.append(downsample(part))
     long = pd.concat(parts, ignore_index=True)
     several = frame["run"].nunique() > 1
     color = (
@@ -80,7 +80,7 @@ def curve_chart(frame: pd.DataFrame, column: str, *, x: str = "step") -> alt.Cha
     import altair as alt
 
     title, form = CURVES[column]
-    part = thinned(frame.dropna(subset=[column])[["run", x, column]])
+    part = downsample(frame.dropna(subset=[column])[["run", x, column]])
     return (
         alt.Chart(part)
         .mark_line(strokeWidth=1.6)

@@ -25,7 +25,7 @@ COLUMNS = ("prompt", "settings", "sample", "text", "words", "tokens", "finish_re
 
 
 @dataclass
-class Cell:
+class ComparisonCell:
     """One prompt with one set of sampling settings."""
 
     prompt: str
@@ -45,7 +45,7 @@ class Comparison:
         on_end: Callable[[BackgroundGeneration], None] = ignore,
     ):
         self.cells = [
-            Cell(prompt, name, BackgroundGeneration(backend, prompt.rstrip(" "), params, on_end=on_end))
+            ComparisonCell(prompt, name, BackgroundGeneration(backend, prompt.rstrip(" "), params, on_end=on_end))
             for prompt in prompts
             for name, params in settings.items()
         ]
@@ -58,7 +58,7 @@ class Comparison:
         self._threads.shutdown(wait=False)
         return self
 
-    def _work(self, cell: Cell) -> None:
+    def _work(self, cell: ComparisonCell) -> None:
         if not self._stopped.is_set():
             cell.generation.start().join()
 

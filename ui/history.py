@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 class HistoryError(RuntimeError):
-    """The file cannot be used; the message says why and what to do."""
+    """The file cannot be used; the message gives the reason and the fix."""
 
 
 class Base(DeclarativeBase):

@@ -193,7 +193,7 @@ class OpenStories:
 
     def __init__(self, history: History):
         self.history = history
-        self.instance = uuid.uuid4().hex[:8]  # tells edits made in this process from those of an earlier one
+        self.instance = uuid.uuid4().hex[:8]  # distinguishes this process's edits from those of an earlier one
         self._lock = threading.Lock()
         self._open_stories: dict[str, OpenStory] = {}
 

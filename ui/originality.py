@@ -49,7 +49,7 @@ def source_line(number: int, passage: dict[str, Any]) -> str:
 
 
 @st.cache_data(show_spinner="Comparing with the training text …", max_entries=20)
-def report_of(_backend: Backend, name: str, stamp: float, text: str) -> dict[str, Any]:
+def report_of(_backend: Backend, name: str, last_modified: float, text: str) -> dict[str, Any]:
     return _backend.originality(text)
 
 
@@ -58,7 +58,7 @@ def draw_originality(backend: Backend, text: str) -> None:
     if not st.toggle("Is it original?", key="originality", help=HELP):
         return
     try:
-        report = report_of(backend, backend.name, state.stamp(backend.place), text)
+        report = report_of(backend, backend.name, state.last_modified(backend.place), text)
     except BackendError as error:
         st.info("Originality cannot be checked.", icon=":material/info:")
         st.text(str(error))

@@ -14,19 +14,23 @@ from typing import Any
 import streamlit as st
 
 from config import SETTINGS, ConfigError, GenerationParams, build
-from ui.backends import Place
+from ui.backends import BackendLocation
 from ui.history import History
 
 DEFAULTS = GenerationParams()
 OWN = "This model's own"
 # What a named preset holds, with the usual values.
-MANNER: dict[str, Any] = {name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.manner}
+SAMPLING_DEFAULTS: dict[str, Any] = {
+    name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.manner
+}
 SLIDERS = tuple(name for name, setting in SETTINGS.items() if setting.slider)
 FIRST = ("max_tokens", "temperature")  # sliders that are always in view
 PRESETS: dict[str, dict[str, Any]] = {
-    "Faithful": MANNER | {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": 0.0},
-    "Balanced": MANNER,
-    "Fanciful": MANNER | {"temperature": 1.6, "top_k": 100, "top_p": 0.98, "repetition_penalty": 1.25, "min_p": 0.02},
+    "Faithful": SAMPLING_DEFAULTS
+    | {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": 0.0},
+    "Balanced": SAMPLING_DEFAULTS,
+    "Fanciful": SAMPLING_DEFAULTS
+    | {"temperature": 1.6, "top_k": 100, "top_p": 0.98, "repetition_penalty": 1.25, "min_p": 0.02},
 }
 ADJUSTED = "Adjusted"
 PREFIX = "set_"
@@ -47,20 +51,20 @@ def clipped(name: str, value: Any) -> Any:
     return kind(min(max(value, low), high))
 
 
-def own_of(place: Place) -> dict[str, Any]:
-    """What a model folder's generation_config.json recommends; empty where it says nothing usable."""
+def recommended_settings(place: BackendLocation) -> dict[str, Any]:
+    """What a model folder's generation_config.json recommends; empty where nothing in it is usable."""
     from storage.gpt2_format import folder_defaults
 
     try:
         found = (
-            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in MANNER}
+            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in SAMPLING_DEFAULTS}
             if place.kind == "local"
             else {}
         )
         build(GenerationParams, found)
     except (OSError, ValueError):
         return {}
-    return MANNER | found if found else {}
+    return SAMPLING_DEFAULTS | found if found else {}
 
 
 def apply(values: Mapping[str, Any]) -> None:
@@ -84,7 +88,7 @@ def current() -> GenerationParams:
 def matching(params: GenerationParams, known: Mapping[str, Mapping[str, Any]]) -> str:
     """The name of the preset that these values are, or `ADJUSTED`."""
     for name, values in known.items():
-        if all(_equal(params, key, value) for key, value in values.items() if key in MANNER):
+        if all(_equal(params, key, value) for key, value in values.items() if key in SAMPLING_DEFAULTS):
             return name
     return ADJUSTED
 
@@ -96,10 +100,10 @@ def _equal(params: GenerationParams, name: str, value: Any) -> bool:
     return bool(held == (tuple(value) if isinstance(value, list) else value))
 
 
-def known_presets(place: Place | None, history: History) -> dict[str, dict[str, Any]]:
+def known_presets(place: BackendLocation | None, history: History) -> dict[str, dict[str, Any]]:
     """Every preset there is for this model, in the order of the menu."""
-    own = own_of(place) if place else {}
-    kept = {name: MANNER | values for name, values in history.presets().items()}
+    own = recommended_settings(place) if place else {}
+    kept = {name: SAMPLING_DEFAULTS | values for name, values in history.presets().items()}
     return {**({OWN: own} if own else {}), **PRESETS, **kept}
 
 
@@ -117,13 +121,13 @@ def _roll() -> None:
 def _save(history: History) -> None:
     name = st.session_state.preset_name.strip()
     if name and name not in PRESETS and name not in (OWN, ADJUSTED):
-        history.save_preset(name, current().model_dump(mode="json", include=set(MANNER)))
+        history.save_preset(name, current().model_dump(mode="json", include=set(SAMPLING_DEFAULTS)))
         st.session_state.preset_name = ""
     elif name:
         st.session_state.preset_fault = f"{name}: that name is taken"
 
 
-def start(place: Place | None, history: History) -> None:
+def start(place: BackendLocation | None, history: History) -> None:
     """Give every control its first value, once a session."""
     state = st.session_state
     if PREFIX + "temperature" not in state:
@@ -167,7 +171,7 @@ def choose_style(styles: Sequence[str]) -> None:
     )
 
 
-def sidebar(place: Place | None, history: History, styles: Sequence[str] = ()) -> None:
+def sidebar(place: BackendLocation | None, history: History, styles: Sequence[str] = ()) -> None:
     """Draw the controls in the sidebar; `start` must have run. styles: those of the model."""
     known = known_presets(place, history)
     st.session_state.presets_known = known

@@ -15,7 +15,7 @@ import streamlit as st
 from checkpoint import newest_model
 from cli import parse_flags
 from config import ROOT, ConfigError, FrozenSettings
-from ui.backends import Backend, BackendError, Place, connect
+from ui.backends import Backend, BackendError, BackendLocation, connect
 from ui.history import History, default_path
 from ui.open_story import OpenStories, OpenStory
 
@@ -27,13 +27,13 @@ class AppFlags(FrozenSettings):
     """The app's flags, given after `--`: `streamlit run app.py -- --model runs/sample/best`."""
 
     model: Path | None = None
-    """Model folder to begin with; none: the newest run's, else the newest under models/."""
+    """Model folder at the start; default: the newest run's, otherwise the newest under models/."""
     server: str = ""
     """Use a server (http://…) or a gateway (wss://…) instead. The API key is read from VLG_KEY."""
     dtype: str = "auto"
     """Number format of the weights: auto, float32, bfloat16 or int8."""
     history: Path | None = None
-    """SQLite file of the history; none: one in the user's data folder."""
+    """SQLite file of the history; default: one in the user's data folder."""
     runs: Path = ROOT / "runs"
     """Folder of training runs."""
     models: Path = ROOT / "models"
@@ -98,19 +98,19 @@ def found_models() -> list[FoundModel]:
     return sorted(found.values(), key=lambda model: -model.modified)
 
 
-def default_place() -> Place | None:
-    """What the flags name, else the newest run's model, else the newest under models/; None where there is none."""
+def default_place() -> BackendLocation | None:
+    """The flags' model or server, otherwise the newest run's model, otherwise the newest under models/; None if there is none."""
     given = flags()
     if given.server:
         kind: Any = "gateway" if given.server.startswith(("ws://", "wss://")) else "server"
-        return Place(kind, given.server, os.environ.get("VLG_KEY", ""))
+        return BackendLocation(kind, given.server, os.environ.get("VLG_KEY", ""))
     if given.model:
-        return Place("local", str(given.model), dtype=given.dtype)
+        return BackendLocation("local", str(given.model), dtype=given.dtype)
     newest = newest_model(given.runs, given.models)
-    return Place("local", str(newest), dtype=given.dtype) if newest else None
+    return BackendLocation("local", str(newest), dtype=given.dtype) if newest else None
 
 
-def place() -> Place | None:
+def place() -> BackendLocation | None:
     """Where this session's model is."""
     chosen = st.session_state.get("place")
     if chosen is None:
@@ -118,12 +118,12 @@ def place() -> Place | None:
     return chosen
 
 
-def choose_place(chosen: Place) -> None:
+def choose_place(chosen: BackendLocation) -> None:
     st.session_state["place"] = chosen
-    st.session_state.pop("place_fault", None)
+    st.session_state.pop("model_error", None)
 
 
-def stamp(chosen: Place) -> float:
+def last_modified(chosen: BackendLocation) -> float:
     """The time the model folder was last written; 0 for a server."""
     path = Path(chosen.where) / "model.safetensors"
     return path.stat().st_mtime if chosen.kind == "local" and path.is_file() else 0.0
@@ -134,28 +134,28 @@ def _release(backend: Backend) -> None:
 
 
 @st.cache_resource(show_spinner=False, max_entries=3, on_release=_release)
-def _backend(chosen: Place, stamp: float) -> Backend:
+def _backend(chosen: BackendLocation, last_modified: float) -> Backend:
     sys.setswitchinterval(SWITCH_S)
     return connect(chosen)
 
 
 def backend() -> Backend | None:
-    """The model of this session, loaded; None where there is none, or where it cannot be used (see `fault`)."""
+    """The model of this session, loaded; None where there is none, or where it cannot be used (see `model_error`)."""
     chosen = place()
     if chosen is None:
         return None
     try:
-        opened = _backend(chosen, stamp(chosen))
+        opened = _backend(chosen, last_modified(chosen))
     except (BackendError, OSError, ValueError, RuntimeError, ImportError) as error:
-        st.session_state["place_fault"] = str(error)
+        st.session_state["model_error"] = str(error)
         return None
-    st.session_state.pop("place_fault", None)
+    st.session_state.pop("model_error", None)
     return opened
 
 
-def fault() -> str:
+def model_error() -> str:
     """Why the model of this session cannot be used; empty when it can."""
-    return st.session_state.get("place_fault", "")
+    return st.session_state.get("model_error", "")
 
 
 def open_story() -> OpenStory:

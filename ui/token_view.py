@@ -24,7 +24,7 @@ def _component() -> Any:
 
 
 def token_view(tokens: Sequence[Scored], *, chosen: int, numbers: bool, key: str) -> int | None:
-    """Show the tokens; returns the index of one that was just selected, else None. numbers: show each percentage."""
+    """Show the tokens; returns the index of one that was just selected, or None. numbers: show each percentage."""
     component = _component()
     result = component(
         key=key,

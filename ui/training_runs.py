@@ -30,7 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
 
 class TrainingError(ValueError):
-    """A run cannot be started, stopped or resumed; the message says why."""
+    """A run cannot be started, stopped or resumed; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Run:
         return {}
 
     def total_steps(self) -> int:
-        """Steps of the whole run; 0 where only the clock ends it."""
+        """Steps of the whole run; 0 where only a time limit ends it."""
         return int(self.config().get("train", {}).get("max_steps", 0))
 
     def progress(self, last: Mapping[str, Any]) -> tuple[float, float | None]:
-        """(share done, seconds left or None) at the logged row `last`, by steps or by the clock, whichever ends first."""
+        """(share done, seconds left or None) at the logged row `last`, by steps or by time, whichever ends first."""
         train = self.config().get("train", {})
         total, minutes = int(train.get("max_steps", 0)), float(train.get("max_minutes", 0))
         step, used_s = int(last.get("step", 0)), float(last.get("elapsed_s", 0.0))
@@ -156,7 +156,7 @@ def start(
     texts: Mapping[str, bytes] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Start `train.py` on uploaded texts, else on the preset's own (with `minutes`: on the sample stories).
+    """Start `train.py` on uploaded texts, or without any on the preset's own (with `minutes`: on the sample stories).
 
     minutes: how long to train; `train.py --minutes` chooses everything else. Raises TrainingError or ConfigError before
     anything starts.

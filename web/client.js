@@ -196,9 +196,9 @@ function notice(text) {
   $("notice").textContent = text;
 }
 
-function fault(text) {
-  $("fault").textContent = text;
-  $("fault").hidden = !text;
+function showError(text) {
+  $("error-box").textContent = text;
+  $("error-box").hidden = !text;
 }
 
 function busy(on) {
@@ -240,7 +240,7 @@ function onMessage(message) {
   }
   if (!message.type && message.connectionId) {
     // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
-    fault(`The gateway answered: ${message.message}`);
+    showError(`The gateway answered: ${message.message}`);
     if (story && !story.started) {
       finish(() => "An error ended this text.");
       notice("");
@@ -248,7 +248,7 @@ function onMessage(message) {
     return;
   }
   if (!story || message.request_id !== story.id) {
-    if (message.type === "error" && message.request_id == null) fault(describeError(message.error));
+    if (message.type === "error" && message.request_id == null) showError(describeError(message.error));
     return;
   }
   if (message.type === "started") {
@@ -260,7 +260,7 @@ function onMessage(message) {
   } else if (message.type === "complete") {
     complete(message);
   } else if (message.type === "error") {
-    fault(describeError(message.error));
+    showError(describeError(message.error));
     finish(() => "An error ended this text.");
     notice("");
   }
@@ -311,7 +311,7 @@ function write(event) {
     notice("There is no connection.");
     return;
   }
-  fault("");
+  showError("");
   story = new Story(id, prompt, body.n ?? 1, seed);
   $("pages").replaceChildren(...story.pages.map((page) => page.article));
   busy(true);
@@ -330,7 +330,7 @@ function clear() {
   $("opening").value = "";
   $("pages").replaceChildren(blank);
   notice("");
-  fault("");
+  showError("");
   $("opening").focus();
 }
 

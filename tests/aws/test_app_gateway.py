@@ -9,7 +9,7 @@ from aws_fakes import FakeContainer, wait_for, words
 from local_stack import Quotas, Stack
 
 from config import GenerationParams
-from ui.backends import BackendError, BackendLost, Place, connect
+from ui.backends import BackendError, BackendLocation, BackendLost, connect
 from ui.background import BackgroundGeneration
 
 
@@ -20,7 +20,9 @@ def bare(stack: Stack) -> str:
 def test_words_come_before_the_end_and_every_sample_is_whole(stack: Stack, container: FakeContainer) -> None:
     container.pace, container.produced = 0.02, 0
     updates, before = [], 0
-    for update in connect(Place("gateway", stack.url)).write("It was", GenerationParams(max_tokens=30, n=2, seed=5)):
+    for update in connect(BackendLocation("gateway", stack.url)).write(
+        "It was", GenerationParams(max_tokens=30, n=2, seed=5)
+    ):
         if update.kind == "text" and not before:
             before = container.produced
         updates.append(update)
@@ -37,18 +39,18 @@ def test_words_come_before_the_end_and_every_sample_is_whole(stack: Stack, conta
 
 def test_the_key_travels_in_the_address_or_in_a_header(stack: Stack, container: FakeContainer) -> None:
     generation = BackgroundGeneration(
-        connect(Place("gateway", bare(stack), "local")), "It was", GenerationParams(max_tokens=2)
+        connect(BackendLocation("gateway", bare(stack), "local")), "It was", GenerationParams(max_tokens=2)
     ).start()
     generation.join(10)
     assert generation.status == "done" and generation.samples[0].text == "".join(words("It was", 2))
-    for place in (Place("gateway", bare(stack)), Place("gateway", bare(stack), "wrong")):
+    for place in (BackendLocation("gateway", bare(stack)), BackendLocation("gateway", bare(stack), "wrong")):
         with pytest.raises(BackendError, match="the key was not accepted"):
             connect(place).write("It was", GenerationParams())
 
 
 def test_stopping_ends_the_endpoints_work_and_keeps_the_words(stack: Stack, container: FakeContainer) -> None:
     generation = BackgroundGeneration(
-        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=2000)
+        connect(BackendLocation("gateway", stack.url)), "It was", GenerationParams(max_tokens=2000)
     ).start()
     wait_for(lambda: generation.tokens > 3)
     generation.cancel()
@@ -61,7 +63,7 @@ def test_stopping_ends_the_endpoints_work_and_keeps_the_words(stack: Stack, cont
 def test_gathered_tokens_are_counted(stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUSH_MS", "5000")
     generation = BackgroundGeneration(
-        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=12)
+        connect(BackendLocation("gateway", stack.url)), "It was", GenerationParams(max_tokens=12)
     ).start()
     generation.join(10)
     assert generation.samples[0].tokens == 12
@@ -74,7 +76,7 @@ def test_an_endpoint_that_dies_in_mid_story_is_waited_for(
     monkeypatch.setattr("ui.background.RETRY_S", 0.05)
     container.fault = fault
     generation = BackgroundGeneration(
-        connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=9)
+        connect(BackendLocation("gateway", stack.url)), "It was", GenerationParams(max_tokens=9)
     ).start()
     wait_for(lambda: generation.status == "lost")
     kept = generation.samples[0].text
@@ -94,7 +96,7 @@ def test_a_gateway_that_dies_in_mid_story_is_waited_for(
     with Stack(container.url) as stack:
         port = stack.port
         generation = BackgroundGeneration(
-            connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=500)
+            connect(BackendLocation("gateway", stack.url)), "It was", GenerationParams(max_tokens=500)
         ).start()
         wait_for(lambda: generation.tokens > 3)
     wait_for(lambda: generation.status == "lost")
@@ -111,14 +113,14 @@ def test_a_gateway_that_dies_in_mid_story_is_waited_for(
 def test_what_the_gateway_itself_refuses_is_told_at_once(container: FakeContainer, burst: float, said: str) -> None:
     with Stack(container.url, quotas=Quotas(rate=0.001, burst=burst)) as stack:
         with pytest.raises(BackendLost, match=said):
-            list(connect(Place("gateway", stack.url)).write("It was", GenerationParams()))
+            list(connect(BackendLocation("gateway", stack.url)).write("It was", GenerationParams()))
     assert not container.requests
 
 
 def test_a_whole_answer_of_an_endpoint_that_cannot_stream(container: FakeContainer) -> None:
     with Stack(container.url, serverless=True) as stack:
         generation = BackgroundGeneration(
-            connect(Place("gateway", stack.url)), "It was", GenerationParams(max_tokens=6, n=2)
+            connect(BackendLocation("gateway", stack.url)), "It was", GenerationParams(max_tokens=6, n=2)
         ).start()
         generation.join(15)
     texts: list[Any] = [sample.text for sample in generation.samples]

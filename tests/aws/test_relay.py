@@ -519,7 +519,7 @@ OTHERS = [None, True, "", "x", "x" * 1001, ["x"], ["x"] * 17, [""], [3], {}, {"5
 @pytest.mark.parametrize("name", GenerationParams.model_fields)
 def test_limits_are_those_of_the_api(name: str) -> None:
     """Each value is admitted or refused as the API's body does it."""
-    from limits import Refused, settings, validate
+    from limits import InvalidRequest, settings, validate
 
     from server.schemas import GenerateBody
 
@@ -535,7 +535,7 @@ def test_limits_are_those_of_the_api(name: str) -> None:
         try:
             validate({"prompt": "It", name: value}, 10**9, 10**9, 24_000)
             admitted = True
-        except Refused as refused:
+        except InvalidRequest as refused:
             admitted = False
             assert refused.error["param"] == name
         assert admitted == good, (name, value)
@@ -560,12 +560,12 @@ def test_a_gateways_own_maxima_are_described() -> None:
 
 
 def test_a_style_goes_through_the_gateway_to_the_model() -> None:
-    from limits import Refused, validate
+    from limits import InvalidRequest, validate
 
     checked = validate({"prompt": "It", "style": "ash:0.7,birch:0.3"}, 1000, 4, 24_000)
     assert checked["style"] == "ash:0.7,birch:0.3"
     for wrong in (3, None, "x" * 201, "a\nb", ["ash"]):
-        with pytest.raises(Refused, match="style must be a string of at most 200") as refused:
+        with pytest.raises(InvalidRequest, match="style must be a string of at most 200") as refused:
             validate({"prompt": "It", "style": wrong}, 1000, 4, 24_000)
         assert refused.value.error["param"] == "style"
 
@@ -601,11 +601,11 @@ def test_the_ledgers_calls_are_dynamodbs(monkeypatch: pytest.MonkeyPatch) -> Non
         load_relay()
         import wire
 
-        ledger = wire.Ledger(wire.Settings.read(), "c=")
-        assert not ledger.begin("r") and not ledger.halt("r")
-        assert ledger.claim("r") and not ledger.claim("r")
-        assert ledger.active() == ["r"]
-        assert ledger.begin("r") and not ledger.begin("r")
-        assert not ledger.halted("r") and ledger.halt("r") and ledger.halted("r")
-        ledger.end("r")
-        assert ledger.active() == [] and not ledger.halted("other")
+        requests = wire.RequestTable(wire.Settings.read(), "c=")
+        assert not requests.start("r") and not requests.request_stop("r")
+        assert requests.register("r") and not requests.register("r")
+        assert requests.active() == ["r"]
+        assert requests.start("r") and not requests.start("r")
+        assert not requests.stop_requested("r") and requests.request_stop("r") and requests.stop_requested("r")
+        requests.end("r")
+        assert requests.active() == [] and not requests.stop_requested("other")

@@ -146,6 +146,24 @@ def test_environment_is_what_the_handlers_read(template: dict[str, Any]) -> None
     assert read - given == {"MANAGEMENT_ENDPOINT", "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"}
 
 
+def test_limits_are_those_of_the_template(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """limits.py holds the numbers; the template's defaults and the settings of an empty environment are the same."""
+    import limits
+    import wire
+
+    variables, parameters = template["Globals"]["Function"]["Environment"]["Variables"], template["Parameters"]
+    names = ("MAX_TOKENS", "MAX_SAMPLES", "MAX_PROMPT_BYTES", "MAX_ACTIVE", "FLUSH_MS", "STOP_POLL_MS", "SILENCE_S")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        value = variables[name]
+        default = parameters[value["Ref"]]["Default"] if isinstance(value, dict) else value
+        assert float(default) == getattr(limits, name), name
+    read = wire.Settings.read()
+    found = (read.max_tokens, read.max_samples, read.max_prompt_bytes, read.max_active)
+    found += (read.flush_s * 1000, read.poll_s * 1000, read.silence_s)
+    assert dict(zip(names, found, strict=True)) == {name: getattr(limits, name) for name in names}
+
+
 def test_alarms_watch_metrics_that_exist(template: dict[str, Any]) -> None:
     source = (ROOT / "lambda" / "relay.py").read_text()
     alarms = of(template, "AWS::CloudWatch::Alarm").values()

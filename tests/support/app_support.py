@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from config import GenerationParams
-from ui.backends import Alternative, BackendError, BackendLost, Place, Scored, Update, VisibleText
+from ui.backends import Alternative, BackendError, BackendLocation, BackendLost, Scored, Update, VisibleText
 
 NASTY = "<script>alert(1)</script> $x$ *a* _b_ `c`\n# b\n\n1. “é” & ~d~"
 
@@ -17,7 +17,7 @@ class Scripted:
     """A backend that writes given words. `fail_after`: the connection breaks after so many words, `deaf` times."""
 
     def __init__(self, words: str = " one two three four", *, pause: float = 0.0, fail_after: int = -1, deaf: int = 0):
-        self.place, self.name = Place("local", "scripted"), "scripted"
+        self.place, self.name = BackendLocation("local", "scripted"), "scripted"
         self.styles: list[str] = []
         self.words = [f" {word}" for word in words.split(" ") if word]
         self.pause, self.fail_after, self.deaf = pause, fail_after, deaf

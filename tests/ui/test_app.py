@@ -19,7 +19,7 @@ from config import GenerationParams
 from support.app_support import NASTY, Scripted, wait
 from support.helpers import ROOT
 from ui import settings, training_runs
-from ui.backends import BackendError, BackendLost, Place, RemoteBackend, Update, connect
+from ui.backends import BackendError, BackendLocation, BackendLost, RemoteBackend, Update, connect
 from ui.background import BackgroundGeneration
 from ui.comparison import Comparison, read_prompts, table
 from ui.export import export
@@ -390,12 +390,12 @@ def test_sliders_lie_within_the_bounds_of_generation_params_and_hold_its_default
 
 
 def test_a_models_recommended_values_are_read_and_invalid_ones_ignored(tmp_path: Path) -> None:
-    place = Place("local", str(tmp_path))
-    assert settings.own_of(place) == {}
+    place = BackendLocation("local", str(tmp_path))
+    assert settings.recommended_settings(place) == {}
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.8, "top_k": 50, "max_new_tokens": 9}')
-    assert settings.own_of(place)["temperature"] == 0.8
+    assert settings.recommended_settings(place)["temperature"] == 0.8
     (tmp_path / "generation_config.json").write_text('{"temperature": 80}')
-    assert settings.own_of(place) == {}
+    assert settings.recommended_settings(place) == {}
 
 
 def test_a_comparison_writes_every_prompt_with_every_setting_and_can_be_stopped() -> None:
@@ -439,12 +439,12 @@ def test_statistics_of_passages(history: History) -> None:
 
 def test_addresses_that_cannot_be_used_are_refused_with_a_remedy() -> None:
     with pytest.raises(BackendError, match="http://"):
-        connect(Place("server", "localhost:8000"))
+        connect(BackendLocation("server", "localhost:8000"))
     with pytest.raises(BackendError, match="wss://"):
-        connect(Place("gateway", "https://x"))
+        connect(BackendLocation("gateway", "https://x"))
     with pytest.raises(BackendLost, match="cannot be reached"):
-        connect(Place("server", "http://127.0.0.1:9"))
-    gateway = connect(Place("gateway", "ws://127.0.0.1:9"))
+        connect(BackendLocation("server", "http://127.0.0.1:9"))
+    gateway = connect(BackendLocation("gateway", "ws://127.0.0.1:9"))
     assert isinstance(gateway, RemoteBackend) and gateway.visible_text("x", GenerationParams()) is None
     with pytest.raises(BackendLost, match="cannot be reached"):
         gateway.write("x", GenerationParams())
@@ -479,7 +479,7 @@ def test_messages_out_of_order_or_twice_make_the_same_text() -> None:
     other = {"type": "token", "request_id": "another", "seq": 3, "index": 0, "text": "x"}
     told += [other, token(5, "f"), token(4, "e"), {"type": "complete", "finish_reason": "length"}]
     with telling(told) as url:
-        updates = list(connect(Place("gateway", url)).write("x", GenerationParams()))
+        updates = list(connect(BackendLocation("gateway", url)).write("x", GenerationParams()))
     assert "".join(update.text for update in updates) == "abcef"
     assert updates[-1] == Update("ended", 0, reason="length")
 
@@ -491,10 +491,10 @@ def test_a_silent_server_is_a_lost_connection_and_cancelling_does_not_wait_for_i
     with telling([{"type": "started"}, token(0, "a")]) as url:
         monkeypatch.setattr("ui.backends.SILENCE_S", 0.1)
         with pytest.raises(BackendLost, match="sent nothing for 0.1 s"):
-            list(connect(Place("gateway", url)).write("x", GenerationParams()))
+            list(connect(BackendLocation("gateway", url)).write("x", GenerationParams()))
         monkeypatch.setattr("ui.backends.SILENCE_S", 60.0)
         monkeypatch.setattr("ui.backends.STOP_WAIT_S", 0.1)
-        generation = BackgroundGeneration(connect(Place("gateway", url)), "x", GenerationParams()).start()
+        generation = BackgroundGeneration(connect(BackendLocation("gateway", url)), "x", GenerationParams()).start()
         wait(lambda: generation.tokens)
         generation.cancel()
         generation.join(10)

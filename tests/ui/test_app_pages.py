@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 from config import ROOT
 from support.app_support import NASTY, Scripted, wait
 from ui import settings, state, training_runs
-from ui.backends import Place
+from ui.backends import BackendLocation
 from ui.open_story import OpenStory
 
 
@@ -286,7 +286,7 @@ def test_the_training_page_offers_minutes_and_presets(bare: Page, monkeypatch: p
 
 
 def test_a_model_that_cannot_be_opened_is_explained(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(place: Place) -> Any:
+    def fail(place: BackendLocation) -> Any:
         raise ValueError("config.json: no n_layer: copy the whole folder")
 
     monkeypatch.setattr(state, "connect", fail)
@@ -547,8 +547,8 @@ def test_texts_settings_and_limits_reach_the_training(
 def test_the_model_page_changes_folder_number_format_and_server(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[Place] = []
-    made = state.connect(Place("local", ""))
+    opened: list[BackendLocation] = []
+    made = state.connect(BackendLocation("local", ""))
     monkeypatch.setattr(state, "connect", lambda place: opened.append(place) or made)
     other = tmp_path / "models" / "novels"
     other.mkdir(parents=True)
@@ -559,7 +559,7 @@ def test_the_model_page_changes_folder_number_format_and_server(
     page.at.selectbox(key="model_path").set_value(str(other))
     page.at.selectbox(key="model_dtype").set_value("int8")
     page.run().click("use_model")
-    assert opened[-1] == Place("local", str(other), dtype="int8")
+    assert opened[-1] == BackendLocation("local", str(other), dtype="int8")
     assert "Trained on *novels*" in page.texts() and "license" not in page.texts()
     assert page.at.button(key="use_model").disabled
     for kind, address in (("A server", "http://127.0.0.1:8000"), ("A gateway", "wss://example.org/prod?token=t")):
@@ -569,6 +569,6 @@ def test_the_model_page_changes_folder_number_format_and_server(
         next(field for field in page.at.text_input if field.label.startswith("API key")).set_value("secret")
         next(button for button in page.at.button if button.label == "Use it").click()
         page.run()
-        assert opened[-1] == Place("gateway" if "wss" in address else "server", address, "secret")
+        assert opened[-1] == BackendLocation("gateway" if "wss" in address else "server", address, "secret")
         shown = page.texts().replace("\\", "")
         assert address.partition("?")[0] in shown and "token=" not in shown

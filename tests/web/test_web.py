@@ -119,8 +119,8 @@ def test_stopping_and_faults_are_told(engine: Engine, browser: Any) -> None:
         page.fill("#n", "1")
         page.fill("#style", "nobody")
         page.click("#write")
-        page.wait_for_selector("#fault:visible")
-        assert "nobody" in page.inner_text("#fault")
+        page.wait_for_selector("#error-box:visible")
+        assert "nobody" in page.inner_text("#error-box")
         page.fill("#style", "")
         page.fill("#max_tokens", "4096")
         page.click("#write")
@@ -128,7 +128,7 @@ def test_stopping_and_faults_are_told(engine: Engine, browser: Any) -> None:
         page.keyboard.press("Escape")
         page.wait_for_selector("text=/stopped ·/")
         assert page.is_enabled("#write") and page.is_disabled("#stop")
-        assert not page.is_visible("#fault")
+        assert not page.is_visible("#error-box")
 
 
 def test_a_lost_connection_keeps_the_text_and_comes_back(engine: Engine, browser: Any) -> None:

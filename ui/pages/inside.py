@@ -43,7 +43,7 @@ def percent(share: float) -> str:
 
 
 @st.cache_data(show_spinner="Scoring the text …", max_entries=20)
-def scored(_backend: Backend, name: str, stamp: float, text: str) -> list[Scored]:
+def scored(_backend: Backend, name: str, last_modified: float, text: str) -> list[Scored]:
     return _backend.score(text, TOP)
 
 
@@ -67,7 +67,7 @@ def draw_alternatives(text: str, token: Scored, key: int) -> None:
     st.html(
         f'<div class="lead">… {state.escaped(shown)} <b>{state.escaped(token.text.strip() or visible(token.text))}</b></div>'
     )
-    rank = f"rank {token.rank}" if token.rank and token.rank > 1 else "the likeliest token"
+    rank = f"rank {token.rank}" if token.rank and token.rank > 1 else "the most likely token"
     st.caption(f"{percent(token.probability or 0.0)}, {rank}")
     most = max((other.probability for other in token.top), default=1.0)
     for number, other in enumerate(token.top):
@@ -113,7 +113,7 @@ def draw(backend: Backend) -> None:
     if begin:
         st.caption(f"Only the last {len(part.split()):,} words fit into the model's context.")
     try:
-        tokens = scored(backend, backend.name, state.stamp(backend.place), part)
+        tokens = scored(backend, backend.name, state.last_modified(backend.place), part)
     except BackendError as error:
         st.error("The model cannot score this text.")
         st.text(str(error))
@@ -129,7 +129,7 @@ def draw(backend: Backend) -> None:
             help="The model was as uncertain as if it chose among this many equally likely tokens",
         )
         columns[1].metric(
-            "First choices", f"{first / len(known):.0%}", help="Tokens that were the model's likeliest choice"
+            "First choices", f"{first / len(known):.0%}", help="Tokens that were the model's most likely choice"
         )
         columns[2].metric("Tokens", f"{len(tokens):,}")
     numbers = st.toggle("Show percentages", key="inside_numbers")

@@ -9,18 +9,18 @@ import streamlit as st
 
 from checkpoint import model_title
 from ui import state
-from ui.backends import Backend, LocalBackend, Place
+from ui.backends import Backend, BackendLocation, LocalBackend
 
 DTYPES = ["auto", "float32", "bfloat16", "int8"]
 LOCAL, SERVER, GATEWAY = "On this machine", "A server", "A gateway"
 KINDS = {"local": LOCAL, "server": SERVER, "gateway": GATEWAY}
 
 
-def choose(place: Place) -> None:
+def choose(place: BackendLocation) -> None:
     state.choose_place(place)
 
 
-def draw_choice(now: Place | None) -> None:
+def draw_choice(now: BackendLocation | None) -> None:
     """Choose where the model runs."""
     kind = st.segmented_control(
         "Where it runs",
@@ -43,11 +43,11 @@ def draw_choice(now: Place | None) -> None:
         )
         key = st.text_input("API key (if the server needs one)", value=now.key if now and same else "", type="password")
         if st.form_submit_button("Use it", type="primary"):
-            choose(Place("gateway" if gateway else "server", url.strip(), key.strip()))
+            choose(BackendLocation("gateway" if gateway else "server", url.strip(), key.strip()))
             st.rerun()
 
 
-def draw_folders(now: Place | None) -> None:
+def draw_folders(now: BackendLocation | None) -> None:
     models = state.found_models()
     if not models:
         st.info("There is no model folder under runs/ or models/ yet.", icon=":material/deployed_code:")
@@ -71,7 +71,7 @@ def draw_folders(now: Place | None) -> None:
             help="auto: the fastest on this processor; int8 takes half the memory of bfloat16",
             width=180,
         )
-        wanted = Place("local", str(path), dtype=str(dtype))
+        wanted = BackendLocation("local", str(path), dtype=str(dtype))
         st.button("Use it", type="primary", key="use_model", disabled=wanted == now, on_click=choose, args=(wanted,))
 
 
@@ -110,8 +110,8 @@ def draw_parts(backend: Backend) -> None:
     )
 
 
-def draw_exports(place: Place, backend: Backend) -> None:
-    """The model in a form that other programs run, made when it is asked for."""
+def draw_exports(place: BackendLocation, backend: Backend) -> None:
+    """Downloads of the model in other programs' formats, made on request."""
     if not isinstance(backend, LocalBackend):
         return
     from storage.web_page import MOST
@@ -146,7 +146,7 @@ def exported(folder: str, to: str) -> bytes:
     return as_bytes(Path(folder), to)
 
 
-def draw_card(place: Place) -> None:
+def draw_card(place: BackendLocation) -> None:
     """The model card, without its YAML header."""
     card = Path(place.where) / "README.md"
     if place.kind != "local" or not card.is_file():
@@ -171,7 +171,7 @@ def draw() -> None:
             backend = state.backend()
         if backend is None:
             st.error("This model cannot be used:", icon=":material/error:")
-            st.text(state.fault())
+            st.text(state.model_error())
             return
         st.subheader(state.plain(backend.name), anchor=False)
         st.caption(state.plain(now.where if now.kind == "local" else now.where.partition("?")[0]))

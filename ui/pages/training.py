@@ -20,7 +20,7 @@ def found_runs() -> list[Run]:
     return training_runs.runs(state.flags().runs)
 
 
-def act(action: str, run: Run) -> None:
+def run_action(action: str, run: Run) -> None:
     """Stop or resume a run; the page shows why it cannot."""
     try:
         getattr(training_runs, action)(run)
@@ -38,10 +38,12 @@ def draw_head(run: Run, running: bool) -> None:
         st.subheader(run.name, anchor=False, width="content")
         if running:
             st.badge("training", icon=":material/model_training:", color="green")
-            st.button("Stop and save", icon=":material/stop:", key="stop_run", on_click=act, args=("stop", run))
+            st.button("Stop and save", icon=":material/stop:", key="stop_run", on_click=run_action, args=("stop", run))
         elif run.resumable():
             st.badge("stopped", color="orange")
-            st.button("Resume", icon=":material/play_arrow:", key="resume_run", on_click=act, args=("resume", run))
+            st.button(
+                "Resume", icon=":material/play_arrow:", key="resume_run", on_click=run_action, args=("resume", run)
+            )
         elif rows:
             st.badge("finished", icon=":material/check:", color="gray")
     if description := run.config().get("description"):
@@ -157,7 +159,7 @@ def begin(name: str, texts: dict[str, bytes] | None, **choice: Any) -> None:
 
 
 def choose_limits(preset: str) -> tuple[str, dict[str, Any]]:
-    """(the run's name, what `training_runs.start` versions) for a preset, shortened if wanted."""
+    """(the run's name, the arguments of `training_runs.start`) for a preset, shortened if wanted."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.text_input("Name", value=preset, max_chars=60)
         steps = st.number_input("Steps (0: the preset's)", 0, 10_000_000, 0, step=100)
@@ -208,7 +210,7 @@ def draw() -> None:
     runs = found_runs()
     draw_start(not runs)
     if not runs:
-        st.info("No model has been trained yet. The sample preset versions about three minutes on two cores.")
+        st.info("No model has been trained yet. The sample preset takes about three minutes on two cores.")
         return
     names = [run.name for run in runs]
     if st.session_state.get("run_shown") not in names:

@@ -43,10 +43,10 @@ def take_title() -> None:
 def take_command() -> None:
     command = (st.session_state.get(KEY) or {}).get("command")
     if command:
-        act(command)
+        editor_command(command)
 
 
-def act(command: str, *values: Any) -> None:
+def editor_command(command: str, *values: Any) -> None:
     """One of the writer's commands, from the keyboard or a button."""
     take_edit()
     opened = state.open_story()
@@ -109,9 +109,9 @@ def draw_empty() -> None:
     with st.container(key="page_write"):
         st.title("A place to write")
         st.html('<p class="lead">You begin a story, and a language model continues it.</p>')
-        if state.fault():
+        if state.model_error():
             st.error("The model cannot be opened.", icon=":material/error:")
-            st.text(state.fault())
+            st.text(state.model_error())
             st.button("Try again", icon=":material/refresh:", key="try_again")
             st.page_link("ui/pages/model.py", label="Choose another model", icon=":material/deployed_code:")
             return
@@ -198,7 +198,13 @@ def draw_generate_buttons(story: Story, running: bool) -> None:
     """Continue or Stop, and Retry."""
     if running:
         st.button(
-            "Stop", key="stop", type="primary", icon=":material/stop:", shortcut="Esc", on_click=act, args=("stop",)
+            "Stop",
+            key="stop",
+            type="primary",
+            icon=":material/stop:",
+            shortcut="Esc",
+            on_click=editor_command,
+            args=("stop",),
         )
     else:
         st.button(
@@ -207,7 +213,7 @@ def draw_generate_buttons(story: Story, running: bool) -> None:
             type="primary",
             icon=":material/edit_note:",
             shortcut="Mod+Enter",
-            on_click=act,
+            on_click=editor_command,
             args=("continue",),
             help="Let the model continue from the end of the text",
         )
@@ -216,7 +222,7 @@ def draw_generate_buttons(story: Story, running: bool) -> None:
         key="retry",
         icon=":material/autorenew:",
         disabled=running or not story.versions,
-        on_click=act,
+        on_click=editor_command,
         args=("retry",),
         shortcut="Alt+Enter",
         help="Another version of the newest passage; the current one is kept (Alt+Enter)",
@@ -229,7 +235,7 @@ def draw_undo_buttons(story: Story, running: bool) -> None:
         key="undo",
         icon=":material/undo:",
         disabled=running or not story.past,
-        on_click=act,
+        on_click=editor_command,
         args=("undo",),
         help="One step back (Ctrl+Z in the text)",
     )
@@ -238,7 +244,7 @@ def draw_undo_buttons(story: Story, running: bool) -> None:
         key="redo",
         icon=":material/redo:",
         disabled=running or not story.future,
-        on_click=act,
+        on_click=editor_command,
         args=("redo",),
         help="One step forward (Ctrl+Shift+Z in the text)",
     )
@@ -254,7 +260,7 @@ def draw_version_buttons(story: Story, running: bool) -> None:
             key="previous",
             type="tertiary",
             disabled=running or story.at == 0,
-            on_click=act,
+            on_click=editor_command,
             args=("choose", story.at - 1),
         )
         st.html(
@@ -267,7 +273,7 @@ def draw_version_buttons(story: Story, running: bool) -> None:
             key="next",
             type="tertiary",
             disabled=running or story.at == last,
-            on_click=act,
+            on_click=editor_command,
             args=("choose", story.at + 1),
         )
 
@@ -276,7 +282,9 @@ def draw_menu(opened: OpenStory) -> None:
     """New story, export, permalink."""
     story = opened.story
     with st.popover("More", icon=":material/more_horiz:", key="more"):
-        st.button("New story", icon=":material/note_add:", key="new", on_click=act, args=("new",), width="stretch")
+        st.button(
+            "New story", icon=":material/note_add:", key="new", on_click=editor_command, args=("new",), width="stretch"
+        )
         for suffix, (label, mime) in FORMATS.items():
             st.download_button(
                 f"Save as {label}",
@@ -352,7 +360,7 @@ def draw_versions(opened: OpenStory, running: bool) -> None:
                 st.button(
                     "Use this",
                     key=f"use_{at}",
-                    on_click=act,
+                    on_click=editor_command,
                     args=("choose", at),
                     disabled=chosen,
                     icon=":material/check:" if chosen else None,
@@ -377,7 +385,7 @@ def draw_openings() -> None:
             st.button(
                 state.plain(text),
                 key=f"opening_{number}",
-                on_click=act,
+                on_click=editor_command,
                 args=("opening", text),
                 width="stretch",
                 wrap=True,

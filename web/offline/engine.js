@@ -496,7 +496,7 @@ function promptWindow(ids, context, settings) {
 }
 
 /**
- * Write on from `prompt`: yields {id, text, probability, likeliest} a token, then {text, reason} at the end.
+ * Continue `prompt`: yields {id, text, probability, likeliest} a token, then {text, reason} at the end.
  * pause(): awaited after each token read or written, so that the page stays alive. stopped(): whether to end.
  */
 async function* write(model, tokenizer, prompt, settings, pause = async () => {}, stopped = () => false) {
@@ -529,7 +529,7 @@ async function* write(model, tokenizer, prompt, settings, pause = async () => {}
     yield { id, text: stream.feed(id), ...likelihoods(logits, id, 5, tokenizer) };
     unread = [id];
     if (model.held.length >= context) {
-      unread = front.concat(ids.slice(-(((context * 3) >> 2) - front.length))); // the context is full: read the newest anew
+      unread = front.concat(ids.slice(-(((context * 3) >> 2) - front.length))); // the context is full: read the newest part again
       model.held.length = 0;
     }
   }

@@ -99,7 +99,7 @@ function showCard(index) {
     share.append(bar);
     rows.append(make("dt", visible(text), text === chosen ? "chosen" : ""), share, make("dd", percent(probability)));
   }
-  card.replaceChildren(make("p", `chosen with ${percent(token.probability)}; likeliest:`), rows);
+  card.replaceChildren(make("p", `chosen with ${percent(token.probability)}; most likely:`), rows);
   card.hidden = false;
   const place = span.getBoundingClientRect(), width = document.documentElement.clientWidth;
   card.style.left = `${Math.max(8, Math.min(place.left, width - card.offsetWidth - 8)) + scrollX}px`;
