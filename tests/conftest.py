@@ -35,15 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", default="0", help="seconds of killing and resuming in tests/test_resume.py")
 
 
+def controls(config: pytest.Config) -> bool:
+    """Whether this process starts the others (pytest -n), or runs the tests itself."""
+    return not hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # this process starts the others, or runs the tests itself
+    if controls(config):
         folder = tempfile.mkdtemp(prefix="vlg-tests-")
         os.environ |= {forked.ADDRESS: f"{folder}/forks", forked.OWNER: str(os.getpid())}
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if seconds := forked.stop_server(os.environ[forked.ADDRESS]):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if controls(config) and (seconds := forked.stop_server(os.environ[forked.ADDRESS])):
         terminalreporter.write_line(f"{seconds:.0f} s of processor time in forked commands, not counted by `time`")
 
 

@@ -95,7 +95,6 @@ def serve(path: str) -> None:
     for name in PRELOAD:
         importlib.import_module(name)
     draw_once()
-    owner = int(os.environ.get(OWNER, 0))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
@@ -103,7 +102,7 @@ def serve(path: str) -> None:
         print("listening", flush=True)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
-        while not owner or alive(owner):
+        while owner_runs():
             reap()
             try:
                 connection, _ = listener.accept()
@@ -151,16 +150,13 @@ def stop_server(path: str) -> float:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def owner_runs() -> bool:
+    owner = int(os.environ.get(OWNER, 0))
+    return not owner or os.path.exists(f"/proc/{owner}")
 
 
 def keep(connection: object) -> int:
-    """Fork the command, tell its process id and then its wait status; kill it when the other side is gone."""
+    """Fork the command, tell its process id and then its wait status; kill it when the other side or pytest is gone."""
     import contextlib
     import json
     import select
@@ -188,7 +184,9 @@ def keep(connection: object) -> int:
         os.close(stream)
     connection.sendall(f"{child}\n".encode())
     ended = os.pidfd_open(child)
-    if connection in select.select([ended, connection], [], [])[0]:
+    while not (ready := select.select([ended, connection], [], [], 2.0)[0]) and owner_runs():
+        pass
+    if ended not in ready:
         os.killpg(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(OSError):

@@ -7,6 +7,7 @@ pytest tests/test_app_browser.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -74,14 +75,17 @@ class Process:
                 time.sleep(0.1)
         raise AssertionError(self.log.read_text()[-3000:])
 
+    def listens(self) -> bool:
+        with contextlib.closing(socket.socket()) as asking:
+            return asking.connect_ex(("127.0.0.1", self.port)) != errno.ECONNREFUSED
+
     def stop(self, how: int = signal.SIGKILL) -> None:
         if self.child is not None:
             self.child.send_signal(how)
             self.child.wait(20)
             self.child = None
-            with contextlib.suppress(ConnectionRefusedError):
-                while True:  # until the port is free
-                    socket.create_connection(("127.0.0.1", self.port), 2).close()
+            while self.listens():
+                time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
