@@ -80,8 +80,9 @@ class Process:
             self.child.wait(20)
             self.child = None
             with contextlib.suppress(ConnectionRefusedError):
-                while True:  # until the port is free
-                    socket.create_connection(("127.0.0.1", self.port), 2).close()
+                while True:  # until the port is free; a dying server may still accept, and reset
+                    with contextlib.suppress(ConnectionResetError):
+                        socket.create_connection(("127.0.0.1", self.port), 2).close()
 
 
 @pytest.fixture(scope="module")
