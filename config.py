@@ -385,6 +385,11 @@ LogitBias = Annotated[
 ]
 
 
+def openai_penalty(label: str, name: str) -> Setting:
+    """A penalty as OpenAI defines it, which has the same name everywhere: -2 to 2, off at 0."""
+    return Setting(label, (-2, 2), 0.05, off=0.0, hf=name, openai=name, at_zero=True, rare=True)
+
+
 class GenerationParams(FrozenSettings):
     """Sampling settings, with the bounds of REST bodies, flags and sliders.
 
@@ -441,33 +446,13 @@ class GenerationParams(FrozenSettings):
         Phrases, Setting("DRY sequence breakers", hf="dry_sequence_breakers", at_zero=True, rare=True)
     ] = ("\n", ":", '"', "*")
     """Strings at which DRY's repeated passages end."""
-    presence_penalty: Annotated[
-        float,
-        Setting(
-            "Presence penalty",
-            (-2, 2),
-            0.05,
-            off=0.0,
-            hf="presence_penalty",
-            openai="presence_penalty",
-            at_zero=True,
-            rare=True,
-        ),
-    ] = Field(0.0, ge=-2.0, le=2.0)
+    presence_penalty: Annotated[float, openai_penalty("Presence penalty", "presence_penalty")] = Field(
+        0.0, ge=-2.0, le=2.0
+    )
     """Taken off the logits of tokens that have been written (OpenAI's); the prompt does not count; 0: none."""
-    frequency_penalty: Annotated[
-        float,
-        Setting(
-            "Frequency penalty",
-            (-2, 2),
-            0.05,
-            off=0.0,
-            hf="frequency_penalty",
-            openai="frequency_penalty",
-            at_zero=True,
-            rare=True,
-        ),
-    ] = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Annotated[float, openai_penalty("Frequency penalty", "frequency_penalty")] = Field(
+        0.0, ge=-2.0, le=2.0
+    )
     """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
     penalty_last_n: Annotated[
         int, Setting("Penalty window", (0, 1024), 16, hf="penalty_last_n", at_zero=True, rare=True)
