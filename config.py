@@ -329,7 +329,7 @@ class Setting:
     """Name in requests to OpenAI and vLLM; empty: neither has it."""
     at_zero: bool = False
     """Changes the choice at temperature 0 as well."""
-    manner: bool = True
+    in_presets: bool = True
     """It affects how tokens are chosen, so it is part of named presets; False: it belongs to one request."""
     rare: bool = False
     """Shown with the rarely used settings."""
@@ -385,6 +385,11 @@ LogitBias = Annotated[
 ]
 
 
+def openai_penalty(label: str, name: str) -> Setting:
+    """A penalty as OpenAI defines it, which has the same name everywhere: -2 to 2, off at 0."""
+    return Setting(label, (-2, 2), 0.05, off=0.0, hf=name, openai=name, at_zero=True, rare=True)
+
+
 class GenerationParams(FrozenSettings):
     """Sampling settings, with the bounds of REST bodies, flags and sliders.
 
@@ -392,7 +397,7 @@ class GenerationParams(FrozenSettings):
     """
 
     max_tokens: Annotated[
-        int, Setting("Length", (10, 1000), 10, hf="max_new_tokens", openai="max_tokens", manner=False)
+        int, Setting("Length", (10, 1000), 10, hf="max_new_tokens", openai="max_tokens", in_presets=False)
     ] = Field(200, ge=0, le=100_000)
     """New tokens at most."""
     temperature: Annotated[
@@ -441,40 +446,20 @@ class GenerationParams(FrozenSettings):
         Phrases, Setting("DRY sequence breakers", hf="dry_sequence_breakers", at_zero=True, rare=True)
     ] = ("\n", ":", '"', "*")
     """Strings at which DRY's repeated passages end."""
-    presence_penalty: Annotated[
-        float,
-        Setting(
-            "Presence penalty",
-            (-2, 2),
-            0.05,
-            off=0.0,
-            hf="presence_penalty",
-            openai="presence_penalty",
-            at_zero=True,
-            rare=True,
-        ),
-    ] = Field(0.0, ge=-2.0, le=2.0)
+    presence_penalty: Annotated[float, openai_penalty("Presence penalty", "presence_penalty")] = Field(
+        0.0, ge=-2.0, le=2.0
+    )
     """Taken off the logits of tokens that have been written (OpenAI's); the prompt does not count; 0: none."""
-    frequency_penalty: Annotated[
-        float,
-        Setting(
-            "Frequency penalty",
-            (-2, 2),
-            0.05,
-            off=0.0,
-            hf="frequency_penalty",
-            openai="frequency_penalty",
-            at_zero=True,
-            rare=True,
-        ),
-    ] = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Annotated[float, openai_penalty("Frequency penalty", "frequency_penalty")] = Field(
+        0.0, ge=-2.0, le=2.0
+    )
     """Taken off a token's logit for each time it has been written (OpenAI's); the prompt does not count; 0: none."""
     penalty_last_n: Annotated[
         int, Setting("Penalty window", (0, 1024), 16, hf="penalty_last_n", at_zero=True, rare=True)
     ] = Field(0, ge=0, le=1_000_000)
     """Newest tokens that repetition, presence, frequency penalty and DRY look at (llama.cpp's); 0: all of the text."""
     logit_bias: Annotated[
-        LogitBias, Setting("Logit bias", off={}, openai="logit_bias", at_zero=True, manner=False, rare=True)
+        LogitBias, Setting("Logit bias", off={}, openai="logit_bias", at_zero=True, in_presets=False, rare=True)
     ] = Field({}, max_length=BIASES)
     """Added to the logits of token ids: -100 forbids one, 100 all others. Ids that the model lacks change nothing."""
     repetition_penalty: Annotated[
@@ -490,15 +475,15 @@ class GenerationParams(FrozenSettings):
         ),
     ] = Field(1.2, ge=0.01, le=10.0)
     """Divide (or multiply, below zero) the logits of tokens already seen (Keskar et al. 2019); 1: none."""
-    n: Annotated[int, Setting("Versions at once", (1, 6), openai="n", manner=False)] = Field(1, ge=1, le=128)
+    n: Annotated[int, Setting("Versions at once", (1, 6), openai="n", in_presets=False)] = Field(1, ge=1, le=128)
     """Samples of the same prompt."""
-    seed: Annotated[int | None, Setting("Seed", openai="seed", manner=False)] = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int | None, Setting("Seed", openai="seed", in_presets=False)] = Field(None, ge=0, lt=2**63)
     """Makes the text reproducible; default: a random one each time."""
-    stop: Annotated[Phrases, Setting("End before", openai="stop", manner=False)] = ()
+    stop: Annotated[Phrases, Setting("End before", openai="stop", in_presets=False)] = ()
     """Strings that end the text; they are not part of it."""
-    keep: Annotated[int, Setting("Keep in view", (0, 256), manner=False)] = Field(0, ge=0)
+    keep: Annotated[int, Setting("Keep in view", (0, 256), in_presets=False)] = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
-    style: Annotated[StyleText, Setting("Style", manner=False)] = Field("", max_length=200)
+    style: Annotated[StyleText, Setting("Style", in_presets=False)] = Field("", max_length=200)
     """Style of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; default: no style."""
 
 

@@ -179,7 +179,7 @@ def generation_config(
     for name, setting in SETTINGS.items():
         default = GenerationParams.model_fields[name].default
         usual = getattr(params, name) == default and setting.off in (None, default)
-        if setting.hf and setting.manner and not usual and (params.temperature > 0 or setting.at_zero):
+        if setting.hf and setting.in_presets and not usual and (params.temperature > 0 or setting.at_zero):
             values[setting.hf] = given[name]
     values |= {"suppress_tokens": sorted(controls)} if controls else {}
     values[OURS] = {"max_tokens": params.max_tokens}

@@ -26,7 +26,7 @@ LONGEST = (
     "test_clients",
     "test_prepare_data",
     "test_resume",
-    "test_dial",
+    "test_autotune",
 )
 
 

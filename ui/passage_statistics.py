@@ -49,7 +49,7 @@ def passage_frame(rows: Sequence[PassageRow]) -> pd.DataFrame:
                 **{
                     name: row.params.get(name)
                     for name, setting in SETTINGS.items()
-                    if setting.manner and setting.slider
+                    if setting.in_presets and setting.slider
                 },
                 "n": row.params.get("n", 1),
                 "ended": row.finish_reason,

@@ -21,7 +21,7 @@ DEFAULTS = GenerationParams()
 OWN = "This model's own"
 # What a named preset holds, with the usual values.
 SAMPLING_DEFAULTS: dict[str, Any] = {
-    name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.manner
+    name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.in_presets
 }
 SLIDERS = tuple(name for name, setting in SETTINGS.items() if setting.slider)
 FIRST = ("max_tokens", "temperature")  # sliders that are always in view
@@ -178,7 +178,7 @@ def sidebar(place: BackendLocation | None, history: History, styles: Sequence[st
     found = matching(current(), known)
     options = [*known, ADJUSTED] if found == ADJUSTED else list(known)
     st.session_state.preset = found
-    st.selectbox("Manner", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
+    st.selectbox("Settings", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
     choose_style(styles)
     for name in FIRST:
         number(name)
@@ -209,7 +209,7 @@ def sidebar(place: BackendLocation | None, history: History, styles: Sequence[st
         own = history.presets()
         with st.form("preset_form", border=False):
             st.text_input("Keep these values as", key="preset_name", placeholder="a name of your own", max_chars=40)
-            st.form_submit_button("Save the manner", on_click=_save, args=(history,))
+            st.form_submit_button("Save these settings", on_click=_save, args=(history,))
         if fault := st.session_state.pop("preset_fault", ""):
             st.warning(fault)
         if found in own:

@@ -233,13 +233,14 @@ function onMessage(message) {
     buildSliders(message.settings);
     return;
   }
-  if (asking && message.type === "error" && message.request_id == null) {
+  // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
+  const fromGateway = !message.type && message.connectionId;
+  if (asking && !story && (fromGateway || (message.type === "error" && message.request_id == null))) {
     asking = false; // a server that does not describe its settings
     $("undescribed").hidden = parameters.length > 0;
     return;
   }
-  if (!message.type && message.connectionId) {
-    // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
+  if (fromGateway) {
     showError(`The gateway answered: ${message.message}`);
     if (story && !story.started) {
       finish(() => "An error ended this text.");

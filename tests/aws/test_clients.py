@@ -85,15 +85,17 @@ def test_web_page_in_chromium(stack: Stack, container: FakeContainer) -> None:
         page.wait_for_function("document.querySelector('.page .text')?.textContent.trim()")
         page.click("#stop")
         page.wait_for_selector("#stop:disabled")
-        assert not page.is_visible("#fault")
+        assert not page.is_visible("#error-box")
     wait_for(lambda: container.running == 0)
 
 
 def test_the_web_page_tells_what_the_gateway_itself_refuses(container: FakeContainer) -> None:
     with Stack(container.url, quotas=Quotas(rate=0.001, burst=1)) as stack, opened(stack.url) as page:
+        page.wait_for_selector("#undescribed:visible")  # the question for its settings was refused, too
+        assert not page.is_visible("#error-box")
         page.click("#write")
-        page.wait_for_selector("#fault:visible")
-        assert "Too Many Requests" in page.inner_text("#fault")
+        page.wait_for_selector("#error-box:visible")
+        assert "Too Many Requests" in page.inner_text("#error-box")
         page.wait_for_selector("#write:enabled")
     assert not container.requests
 

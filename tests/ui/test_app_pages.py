@@ -150,7 +150,7 @@ def test_presets_and_saved_presets(page: Page) -> None:
     page.run()
     assert page.at.selectbox(key="preset").value == settings.ADJUSTED
     page.at.text_input(key="preset_name").set_value("Mine")
-    next(button for button in page.at.button if button.label == "Save the manner").click()
+    next(button for button in page.at.button if button.label == "Save these settings").click()
     page.run()
     assert page.at.selectbox(key="preset").value == "Mine"
     assert state.history().presets()["Mine"]["temperature"] == 0.75
