@@ -27,6 +27,7 @@ def test_the_notebook_is_whole_and_holds_no_outputs() -> None:
         assert any(f"import {module}" in cell.source or f"from {module} import" in cell.source for cell in code)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WALKTHROUGH_STEPS", "6")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")

@@ -509,6 +509,7 @@ def test_without_a_model_one_button_trains_the_sample_preset(chromium: Any, tmp_
         end_training(tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_a_text_continues_after_the_server_died_midway(model: Path, chromium: Any, tmp_path: Path) -> None:
     port = free_port()
     api = Process(["api", "--model", str(model), "--port", str(port)], port, "/health", tmp_path / "api.log").start()
