@@ -130,7 +130,8 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512)
         (other_archive(), "not a Word document (it holds no word/document.xml)"),
         (word_file("<w:p><w:r>"), "not a Word document that can be read"),
     ],
-)
+    ids=["text", "rtf", "encrypted", "doc", "locked zip", "cut", "cut short", "another zip", "broken xml"],  # no bytes:
+)  # an archive holds the time, and each process of the tests must collect the same names
 def test_what_cannot_be_read_is_named_with_its_remedy_and_the_rest_is_prepared(
     data: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
