@@ -21,8 +21,9 @@ most one chunk of one prompt, so a long prompt delays the others by one chunk at
 
 Rows are independent of each other. One seed gives one text, bit for bit, whether it is written alone or beside others:
 - A prompt is prefilled alone, in chunks counted from the start of its window.
-- In the decode step the matrices multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for
-  bit, with rows of padding if need be; attention goes row by row over each row's own slot.
+- On CPUs a step is `compiled.CompiledStep`, in which each row is summed on its own in a fixed order. On GPUs the matrices
+  multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for bit, with rows of padding if need
+  be. Attention goes row by row over each row's own slot.
 - Each sequence draws from its own generator, on the CPU in float32, one number a token.
 - When the context is full, what is read again follows from the sequence's own ids alone (`Sequence.shift_context`).
 
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor
 
 from config import GenerationParams
+from inference.compiled import CompiledStep
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
@@ -247,9 +249,13 @@ class BatchDecoder:
     """Sequences written side by side with one model and one cache. Not safe for several threads at once."""
 
     def __init__(self, model: GPT, slots: int):
-        self.model, self.row_counts = model, row_counts(model)
-        cuda = model.wte.weight.is_cuda
-        self.cache = model.new_cache(slots + cuda)  # one more slot for rows of padding in a CUDA graph
+        self.model, self.compiled = model, CompiledStep.of(model)
+        device = model.wte.weight.device
+        cuda = device.type == "cuda"
+        # without kernels each row goes alone on a CPU: torch's sums depend on how many there are
+        self.row_counts = (slots,) if self.compiled else (1,) if device.type == "cpu" else row_counts(model)
+        # one more slot for rows of padding in a CUDA graph
+        self.cache = model.new_cache(slots + cuda, torch.float32 if self.compiled else None)
         self.graphs = record_graphs(model, self.cache, self.row_counts)
         self.prefix_cache = [PrefixCacheEntry() for _ in range(slots)]
         self.free_slots = list(range(slots))
@@ -360,19 +366,28 @@ class BatchDecoder:
         if state.pending:
             chunk = state.pending[:CHUNK]
             entry.logits = None
-            logits = self.model.prefill(chunk, self.cache, state.slot)
+            logits = self._read(chunk, state.slot)
             entry.ids = entry.ids + chunk
             state.pending = state.pending[CHUNK:]
             if state.pending:
                 return
-            entry.logits = logits.float().cpu()
+            entry.logits = logits.float().cpu().clone()
         state.prefilling, state.logits = False, entry.logits
+
+    def _read(self, chunk: list[int], slot: int) -> Tensor:
+        """Read a chunk of a prompt; the logits [N] after it."""
+        if self.compiled is not None and len(chunk) <= self.compiled.longest:
+            return torch.from_numpy(self.compiled(self.cache, chunk, [slot] * len(chunk), last=1)[0])
+        return self.model.prefill(chunk, self.cache, slot)
 
     def _decode(self, states: list[SequenceState]) -> None:
         """Read the newest token of each state in one batch, padded to a safe number of rows; all get logits."""
         rows = next(count for count in self.row_counts if count >= len(states))
         ids, slots = [state.pending[0] for state in states], [state.slot for state in states]
-        if self.graphs is not None:
+        if self.compiled is not None:
+            logits = torch.from_numpy(self.compiled(self.cache, ids, slots))
+            logits = logits.clone() if len(states) == 1 else logits  # the next call may come before they are used
+        elif self.graphs is not None:
             logits = self.graphs(ids, slots, rows)
         else:
             logits = self.model.decode(ids, self.cache, slots, rows)
