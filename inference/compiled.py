@@ -125,12 +125,12 @@ class CompiledStep:
         for fields, block in zip(table, cast(Sequence[Block], model.h), strict=False):
             parts = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             for at, layer in enumerate(parts):
-                fields[kernels.ATTN + at], fields[kernels.ATTN_SCALE + at] = matrix(layer)
-                fields[kernels.ATTN_BIAS + at] = vector(layer.bias)
+                fields[kernels.ATTN + at], fields[kernels.SCALE + at] = matrix(layer)
+                fields[kernels.BIAS + at] = vector(layer.bias)
             norms = (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)
             fields[kernels.LN_1 : kernels.LN_2_BIAS + 1] = [vector(values) for values in norms]
         table[-1, kernels.LN_1], table[-1, kernels.LN_1_BIAS] = vector(model.ln_f.weight), vector(model.ln_f.bias)
-        table[-1, kernels.ATTN], table[-1, kernels.ATTN_SCALE] = matrix(model.lm_head, c.tokens)
+        table[-1, kernels.ATTN], table[-1, kernels.SCALE] = matrix(model.lm_head, c.tokens)
         embedding, scales = matrix(model.wte)
         positions = model._positions(0, c.block_size).detach().float().contiguous()
         self.held.append(positions)

@@ -19,8 +19,8 @@ from numba import njit, types
 
 from inference.vectors import VNNI, exponent, make_dots, read, weighted_sum, write
 
-ONE, PAIR, FOUR, SINGLE = make_dots(1, 8), make_dots(2, 4), make_dots(4, 4), make_dots(1, 1)
 OUTPUTS = 8  # computed at a time, so that a row's numbers are loaded once for all of them
+ONE, PAIR, FOUR, SINGLE = make_dots(1, 8, OUTPUTS), make_dots(2, 4, OUTPUTS), make_dots(4, 4, OUTPUTS), make_dots(1, 1)
 
 F = np.float32
 LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504088896341), F(0.693359375), F(-2.12194440e-4)
@@ -35,8 +35,8 @@ NONE = -1
 
 # Columns of the table of a layer: addresses of matrices, then places in `vectors` (NONE: the model has no such bias).
 ATTN, PROJ, FC, MLP = 0, 1, 2, 3
-ATTN_BIAS, PROJ_BIAS, FC_BIAS, MLP_BIAS = 4, 5, 6, 7
-ATTN_SCALE, PROJ_SCALE, FC_SCALE, MLP_SCALE = 8, 9, 10, 11  # int8: a scale for each output, then the sum of its weights
+BIAS = 4  # after each matrix
+SCALE = 8  # after each int8 matrix: a scale for each output, then the sum of its weights
 LN_1, LN_1_BIAS, LN_2, LN_2_BIAS = 12, 13, 14, 15
 FIELDS = 16
 
@@ -153,19 +153,19 @@ def finish(size, work, place, stride, rows, first, count, vectors, bias, scale, 
 
 
 @compiled
-def linear(
-    token, size, w, vectors, bias, scale, outputs, first, last, work, x, inside, rows, y, stride, numbers, scales
-):
-    """Outputs `first` to `last` of a linear layer. x [rows, inside] and y [rows, stride] are places in `work`.
+def linear(state, t, which, outputs, first, last, x, inside, rows, y, stride):
+    """Outputs `first` to `last` of a layer's matrix `which`. x [rows, inside] and y [rows, stride] are places in `work`.
 
-    y holds output `first` in its first column. With int8 weights `numbers` and `scales` hold the rounded rows.
+    y holds output `first` in its first column. state: what is the same for all calls, see `forward`. With int8 weights
+    its `numbers` and `scales` hold the rounded rows.
     """
-    base = work.ctypes.data
+    token, size, vectors, work, numbers, scales = state
+    base, count = work.ctypes.data, last - first
     source, x_size = (numbers.ctypes.data, 1) if size == 1 else (base + x * 4, 4)
-    multiply(
-        token, w + first * inside * size, size, inside, last - first, source, inside, x_size, rows, base + y * 4, stride
-    )
-    finish(size, work, y, stride, rows, first, last - first, vectors, bias, scale, outputs, scales)
+    w = t[which] + first * inside * size
+    multiply(token, w, size, inside, count, source, inside, x_size, rows, base + y * 4, stride)
+    bias, scale = t[which + BIAS], t[which + SCALE]
+    finish(size, work, y, stride, rows, first, count, vectors, bias, scale, outputs, scales)
 
 
 @compiled
@@ -243,9 +243,10 @@ def embed(token, work, C, ids, positions, vectors, tables):
 
 
 @compiled
-def attend_all(kv, kv_size, cache, slots, positions, first, last, heads, head_size, context, work, qkv, scores, mixed):
+def attend_all(kv, kv_size, cache, slots, positions, first, last, heads, head_size, context, work, places):
     """Heads `first` to `last` of all rows: their keys and values into the cache, then a mean of values for each."""
     C, block = heads * head_size, context * head_size * kv_size  # bytes of one head's keys
+    qkv, scores, mixed = places
     for row in range(len(slots)):
         slot = cache + slots[row] * 2 * heads * block
         for part in range(1, 3):
@@ -264,8 +265,24 @@ def attend_all(kv, kv_size, cache, slots, positions, first, last, heads, head_si
 
 @compiled
 def forward(
-    token, kv, shape, table, vectors, tables, caches, ids, slots, positions, logits, work, numbers, scales, thread, threads, team
-):  # fmt: skip
+    token,
+    kv,
+    shape,
+    table,
+    vectors,
+    tables,
+    caches,
+    ids,
+    slots,
+    positions,
+    logits,
+    work,
+    numbers,
+    scales,
+    thread,
+    threads,
+    team,
+):
     """`threads` calls at once, with numbers 0 to threads - 1, read one token in each row and write the last rows' logits.
 
     token, kv: numbers of the types that stand for the formats of the weights and of the cache (see `vectors`).
@@ -279,9 +296,10 @@ def forward(
     x, qkv, mixed, inner = 0, R * C, 4 * R * C, 5 * R * C  # places in `work`
     ones = inner + 4 * R * C
     h = ones + C + thread * (R * C + context)
+    state = (token, size, vectors, work, numbers, scales)
     work[ones : ones + C] = UNIT
     embed(token, work, C, ids, positions, vectors, tables)
-    first_head, last_head = share(heads, thread, threads, 1)
+    first, last = share(heads, thread, threads, 1)
     lo, hi = share(C, thread, threads, OUTPUTS)
     lo_inner, hi_inner = share(4 * C, thread, threads, OUTPUTS)
     meet(team, threads)
@@ -291,62 +309,24 @@ def forward(
         normalise(work, x, h, C, R, vectors, t[LN_1], t[LN_1_BIAS], ones)
         prepare(size, work, h, C, R, numbers, scales)
         for part in range(3):
-            first, last = part * C + first_head * head_size, part * C + last_head * head_size
-            linear(token, size, t[ATTN], vectors, t[ATTN_BIAS], t[ATTN_SCALE], 3 * C, first, last, work, h, C, R,
-                   qkv + first, 3 * C, numbers, scales)  # fmt: skip
-        attend_all(kv, kv_size, caches[layer], slots, positions, first_head, last_head, heads, head_size, context, work,
-                   qkv, h + R * C, mixed)  # fmt: skip
+            lowest, highest = part * C + first * head_size, part * C + last * head_size
+            linear(state, t, ATTN, 3 * C, lowest, highest, h, C, R, qkv + lowest, 3 * C)
+        places = (qkv, h + R * C, mixed)
+        attend_all(kv, kv_size, caches[layer], slots, positions, first, last, heads, head_size, context, work, places)
         meet(team, threads)
         # 2. The projection, added to the stream.
         prepare(size, work, mixed, C, R, numbers, scales)
-        linear(
-            token,
-            size,
-            t[PROJ],
-            vectors,
-            t[PROJ_BIAS],
-            t[PROJ_SCALE],
-            C,
-            lo,
-            hi,
-            work,
-            mixed,
-            C,
-            R,
-            h,
-            C,
-            numbers,
-            scales,
-        )
+        linear(state, t, PROJ, C, lo, hi, mixed, C, R, h, C)
         add_rows(work, h, x + lo, C, hi - lo, R)
         meet(team, threads)
         # 3. The MLP.
         normalise(work, x, h, C, R, vectors, t[LN_2], t[LN_2_BIAS], ones)
         prepare(size, work, h, C, R, numbers, scales)
-        linear(token, size, t[FC], vectors, t[FC_BIAS], t[FC_SCALE], 4 * C, lo_inner, hi_inner, work, h, C, R,
-               inner + lo_inner, 4 * C, numbers, scales)  # fmt: skip
+        linear(state, t, FC, 4 * C, lo_inner, hi_inner, h, C, R, inner + lo_inner, 4 * C)
         gelu(work, inner + lo_inner, 4 * C, hi_inner - lo_inner, R)
         meet(team, threads)
         prepare(size, work, inner, 4 * C, R, numbers, scales)
-        linear(
-            token,
-            size,
-            t[MLP],
-            vectors,
-            t[MLP_BIAS],
-            t[MLP_SCALE],
-            C,
-            lo,
-            hi,
-            work,
-            inner,
-            4 * C,
-            R,
-            h,
-            C,
-            numbers,
-            scales,
-        )
+        linear(state, t, MLP, C, lo, hi, inner, 4 * C, R, h, C)
         add_rows(work, h, x + lo, C, hi - lo, R)
         meet(team, threads)
     # 4. The head, for the last rows.
@@ -357,5 +337,5 @@ def forward(
     lo, hi = share(tokens, thread, threads, OUTPUTS)
     source, x_size = (numbers.ctypes.data, 1) if size == 1 else (work.ctypes.data + h * 4, 4)
     multiply(token, t[ATTN] + lo * C * size, size, C, hi - lo, source, C, x_size, M, flat.ctypes.data + lo * 4, tokens)
-    finish(size, flat, lo, tokens, M, lo, hi - lo, vectors, NONE, t[ATTN_SCALE], tokens, scales)
+    finish(size, flat, lo, tokens, M, lo, hi - lo, vectors, NONE, t[ATTN + SCALE], tokens, scales)
     meet(team, threads)

@@ -128,11 +128,20 @@ def _integer_step(builder: Any, weights: Any, x: Any, total: Any) -> Any:
     return builder.add(total, builder.add(even, odd))
 
 
-def make_dots(rows: int, outputs: int) -> Any:
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a line of memory that will be read soon."""
+    pointer, number = I8.as_pointer(), I32
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
+def make_dots(rows: int, outputs: int, ahead: int = 0) -> Any:
     """`dots(token, w, w_stride, x, x_stride, count, y, y_stride)`: y[r, o] = sum of w[o, k] x[r, k] over k < count.
 
     For `rows` rows and `outputs` outputs. w, x and y are addresses, strides in numbers; x is float32 and y float32, with
-    int8 weights x int8 (plus 128 as uint8 where VNNI is set) and y int32.
+    int8 weights x int8 (plus 128 as uint8 where VNNI is set) and y int32. ahead: how many outputs further on memory is
+    asked for: rows of weights that are read side by side are too many short streams for the processor to foresee.
     """
     pairs = [(row, output) for row in range(rows) for output in range(outputs)]
 
@@ -152,7 +161,12 @@ def make_dots(rows: int, outputs: int) -> Any:
         sources = [at(w, w_stride, output, size[stored]) for output in range(outputs)]
         inputs = [at(x, x_stride, row, size[given]) for row in range(rows)]
 
+        later = builder.add(w, builder.mul(w_stride, I64(ahead * size[stored])))
+
         def vectors(index: Any, totals: list[Any]) -> list[Any]:
+            step_bytes = outputs * size[stored]  # for each number of a row
+            for line in range(0, step_bytes * width if ahead and size[stored] < 4 else 0, 64):
+                _prefetch(builder, builder.add(later, builder.add(builder.mul(index, I64(step_bytes)), I64(line))))
             numbers = [_load(builder, base, index, given, width) for base in inputs]
             new = list(totals)
             for output, base in enumerate(sources):
