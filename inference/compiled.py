@@ -136,7 +136,8 @@ class CompiledStep:
         self.held.append(positions)
         self.tables = np.array([embedding, scales, positions.data_ptr()], dtype=np.int64)
         self.table, self.vectors = table, np.concatenate(vectors)
-        self.dtype = model.wte.weight.dtype
+        self.dtype, self.token = model.wte.weight.dtype, TOKENS[model.wte.weight.dtype]
+        self.shape = (c.n_layer, c.n_head, c.head_size, c.block_size, c.tokens, model.wte.weight.element_size())
         self.threads = threads if kernels.COMPILED_BARRIER else 1
         self.team = np.zeros(34, dtype=np.int64)
         if self.threads > 1:
@@ -145,6 +146,7 @@ class CompiledStep:
             library.pthread_mutex_init(ctypes.c_void_p(address + 16), None)
             library.pthread_cond_init(ctypes.c_void_p(address + 16 + 128), None)
         self.rows = self.outputs = 0
+        self._known: tuple[KVCache, np.ndarray] | None = None
         # Tokens of a prompt read at once; torch reads more of them faster where it multiplies matrices in bfloat16.
         fast = (
             self.dtype != torch.float32 and model.num_parameters() >= MIN_THREADED and native_bf16(torch.device("cpu"))
@@ -191,6 +193,12 @@ class CompiledStep:
             self.outputs = last
             self.logits = np.empty((last, c.tokens), dtype=np.float32)
 
+    def _addresses(self, cache: KVCache) -> np.ndarray:
+        """Where the cache's layers are."""
+        if self._known is None or self._known[0] is not cache:
+            self._known = (cache, np.array([layer.data_ptr() for layer in cache.layers], dtype=np.int64))
+        return self._known[1]
+
     def __call__(
         self,
         cache: KVCache,
@@ -211,23 +219,20 @@ class CompiledStep:
         if max(positions) >= self.config.block_size:
             raise ValueError(f"a slot is full at {self.config.block_size} tokens: prefill the end of its text again")
         self._room(len(ids), last)
-        c = self.config
-        size = torch.empty(0, dtype=self.dtype).element_size()
         shared = (
-            TOKENS[self.dtype],
+            self.token,
             TOKENS[cache.layers[0].dtype],
-            (c.n_layer, c.n_head, c.head_size, c.block_size, c.tokens, size, cache.layers[0].element_size()),
+            (*self.shape, cache.layers[0].element_size()),
             self.table,
             self.vectors,
             self.tables,
-            np.array([layer.data_ptr() for layer in cache.layers], dtype=np.int64),
+            self._addresses(cache),
             np.array(ids, dtype=np.int64),
             np.array(slots, dtype=np.int64),
             np.array(positions, dtype=np.int64),
             self.logits[:last],
             self.work,
         )
-
         if threads == 1:
             self._part(shared, 0, 1)
         else:  # never by the main thread: Ctrl-C must not leave the others waiting for it

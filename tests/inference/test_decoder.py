@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,14 +114,14 @@ def test_logits_do_not_depend_on_the_batch(model: GPT) -> None:
     for state in states:
         batch._prefill([state])
 
-    def step(slots: list[int]) -> list[torch.Tensor]:
+    def step(slots: list[int]) -> list[np.ndarray]:
         for slot in slots:
             states[slot].pending = [ids[slot]]
         for first in range(0, len(slots), batch.row_counts[-1]):
             batch._decode([states[slot] for slot in slots[first : first + batch.row_counts[-1]]])
         for slot in slots:
             batch.cache.length[slot] -= 1
-        return [states[slot].logits for slot in slots]
+        return [states[slot].logits.copy() for slot in slots]
 
     alone = [step([slot])[0] for slot in range(16)]
     for size in range(1, 17):
@@ -128,7 +129,7 @@ def test_logits_do_not_depend_on_the_batch(model: GPT) -> None:
             slots = list(range(first, first + size))
             for order in (slots, slots[::-1]):
                 for slot, logits in zip(order, step(order), strict=True):
-                    assert torch.equal(logits, alone[slot])
+                    assert np.array_equal(logits, alone[slot])
 
 
 def greedy(model: GPT, ids: list[int], tokens: int, keep: int, allowed: float = 1e-3) -> list[int]:
@@ -250,8 +251,11 @@ def test_a_failure_ends_only_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(batch.free_slots) == [0, 1, 2, 3]
 
 
-def test_a_prompt_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of one prompt share its prefill, and so does a later sequence that begins with the same chunks."""
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_prompt_is_prefilled_once(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one prompt share its prefill, and so does a later sequence that begins alike."""
+    if not kernels:
+        monkeypatch.setattr(compiled, "load_kernels", lambda: None)
     monkeypatch.setattr(decoder, "CHUNK", 4)
     model = random_model(shape(tiny_tokenizer(), block_size=48, n_embd=64), seed=2)
     read: list[int] = []
@@ -272,9 +276,17 @@ def test_a_prompt_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == prompt
     run(prompt, 1)
     assert read == prompt
+    written = Sequence(tokenizer, prompt, wanted, seed=1, index=0, context=48)
+    batch.add(written)
+    while batch.sequences:
+        batch.step()
+    assert read == prompt and len(written.output_ids) == 5
     read.clear()
     run([*prompt[:9], 99, 98, 97], 1)
-    assert read == [prompt[8], 99, 98, 97]  # two whole chunks of four were known
+    assert read == ([99, 98, 97] if kernels else [prompt[8], 99, 98, 97])  # or two whole chunks of four
+    read.clear()
+    run([*written.ids[:-1], 96, 95], 1)  # goes on where a text ended, but for its last token, which was never read
+    assert read == ([96, 95] if kernels else [*written.ids[12:-1], 96, 95])
 
 
 def test_a_long_prompt_delays_the_others_by_one_chunk_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
