@@ -137,7 +137,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
         # write the new keys and values behind the past ones, then attend to both
         store[0, :, past : past + T], store[1, :, past : past + T] = k, v
-        read = store[:, None, :, : past + T]  # [2, 1, H, past + T, D]
+        read = store[:, None, :, : past + T].to(q.dtype)  # [2, 1, H, past + T, D]
         y = F.scaled_dot_product_attention(q[None], read[0], read[1], attn_mask=mask, is_causal=mask is None)
         return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
 
@@ -278,8 +278,8 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> float32 logits [..., N]: ids that only pad the vocabulary do not appear at all."""
-        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # int8, by inference/quantize.py
-            return cast(Tensor, self.lm_head(x)).float()
+        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # rounded, by inference/quantize.py
+            return cast(Tensor, self.lm_head(x))[..., : self.config.tokens].float()
         weight = self.lm_head.weight
         rows = weight if weight.is_cuda else weight[: self.config.tokens]  # GPUs multiply the padded matrix faster
         return F.linear(x, rows)[..., : self.config.tokens].float()
@@ -312,7 +312,7 @@ class GPT(nn.Module):
 
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `slots` sequences: 2 * n_layer * slots * block_size * n_embd numbers."""
-        return KVCache(self.config, slots, self.wte.weight.device, dtype or self.wte.weight.dtype)
+        return KVCache(self.config, slots, self.wte.weight.device, dtype or self.ln_f.weight.dtype)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int, every: bool = False) -> Tensor:
