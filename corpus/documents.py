@@ -38,6 +38,14 @@ class DocumentError(ValueError):
     """A text that cannot be read; the message names the file, the place and the fix."""
 
 
+class LockedError(DocumentError):
+    """A book whose content is encrypted and for which there is no remedy."""
+
+
+class Locked(str):
+    """Why a file cannot be read, where there is no remedy: a folder is read without it."""
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """How texts are read, and which cleaning steps are on. Those from `strip_notes` to `strip_italics` clean books only."""
@@ -48,6 +56,8 @@ class ReadOptions:
     strip_illustrations: bool = True
     strip_italics: bool = True
     fix_mojibake: bool = False
+    footnotes: bool = True
+    """Footnotes and endnotes are kept, at the end of the text; of formats that tell them from it."""
     books: bool = False
     """All texts are books. If false, only texts with Project Gutenberg's licence or hard-wrapped lines count as books."""
     skip_bad: bool = False
@@ -131,6 +141,10 @@ class SourceFile(Protocol):
     @property
     def counts(self) -> dict[str, int]:
         """What cleaning already did, for the manifest."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the file tells about its only document: `author`, `title`, `language`, `year`."""
 
     @property
     def split(self) -> str:

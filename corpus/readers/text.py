@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, ClassVar
@@ -41,6 +41,7 @@ class TextFile:
     counts: dict[str, int]
     documents: int = 1
     split: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> TextFile | str:
