@@ -1,5 +1,5 @@
-"""Cleaning of plain texts: line ends, Project Gutenberg's licences and markup, hard-wrapped lines, broken encodings, and
-where a long text may be cut.
+"""Cleaning of plain texts: line ends, Project Gutenberg's markup, hard-wrapped lines, broken encodings, and where a long text
+may be cut. The licences: gutenberg.py.
 
 Every function works on a chunk of a text at a time, at several hundred MB/s. Those that remove the markup of e-texts
 (notes, illustrations, italics) are for texts whose `Layout` says `book`: elsewhere brackets and underscores may mean
@@ -20,27 +20,20 @@ import numpy as np
 TAB, NEWLINE, SPACE, QUOTE, APOSTROPHE, DASH, SMALL_A, SMALL_Z = b"\t\n \"'-az"
 BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 CHUNK_BYTES = 1 << 20  # bytes of one chunk of a long text, and what one process holds of it at a time
-LICENCE_WINDOW = 65536  # bytes at either end of a file that may hold licence text
 LONGEST_WORD = 24  # characters; longer words count as this long
 LAYOUT_SAMPLE = 1 << 17  # bytes at the start of a text from which its layout is found
 
-HEADER = re.compile(
-    rb"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT).{0,400}?\*\*\*[^\n]*\n", re.DOTALL | re.IGNORECASE
-)
-SMALL_PRINT_END = re.compile(rb"\*END ?\*? ?THE SMALL PRINT![^\n]*\n")
-FOOTER = re.compile(
-    rb"^(?:\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG E(?:BOOK|TEXT)"
-    rb"|End of (?:the |this )?Project Gutenberg(?:'s|\xe2\x80\x99s| E))",
-    re.MULTILINE | re.IGNORECASE,
-)
 PARAGRAPH_END = re.compile(rb"\r?\n[ \t]*\r?\n")
 WORD_END = re.compile(rb"[\r\n ]")
 BODY = rb"(?:[^\[\]]++|\[[^\[\]]*+\])*+\]"  # up to the closing bracket, with one level of brackets inside
 ILLUSTRATION = re.compile(rb"\[(?:Illustration|ILLUSTRATION)(?=[\]:.,;\s-])" + BODY)
-BRACKET_NOTE = re.compile(rb"\[(?:Transcriber|TRANSCRIBER)(?=['\xe2:sS\s])" + BODY)
+BRACKET_NOTE = re.compile(
+    rb"\[(?:(?:Transcriber|TRANSCRIBER)(?=['\xe2:sS\s])|(?:Transcription|TRANSCRIPTION)[sS]? (?:[Nn]ote|NOTE)|TN:)"
+    + BODY
+)
 NOTE = re.compile(
     rb"^(?:[ \t]*[+*=-]{3,}[+*= -]*\n(?:[ \t]*\|?[ \t]*\n)?)?"  # the upper edge of a box
-    rb"[ \t|*_=]*(?:Transcriber|TRANSCRIBER)(?:'|\xe2\x80\x99)?[sS]?(?:'|\xe2\x80\x99)? (?:[Nn]ote|NOTE)[sS]?(?![a-zA-Z])[^\n]*",
+    rb"[ \t|*_=]*(?:Transcri(?:ber|ption)|TRANSCRI(?:BER|PTION))(?:'|\xe2\x80\x99)?[sS]?(?:'|\xe2\x80\x99)? (?:[Nn]ote|NOTE)[sS]?(?![a-zA-Z])[^\n]*",
     re.MULTILINE,
 )
 NOTE_END = re.compile(rb"\n[ \t]*[+*=-]{3,}[+*= -]*(?=\n|\Z)|\n[ \t]*\n[ \t]*(?=\n)")  # a box's lower edge; a wide gap
@@ -71,33 +64,6 @@ class Layout:
 def normalise_newlines(data: bytes) -> bytes:
     """CRLF and lone CR as LF."""
     return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
-
-
-def licence_bounds(head: bytes, tail: bytes, size: int) -> tuple[int, int]:
-    """Start and stop of a text of `size` bytes without Project Gutenberg's header and licence; (0, size) where it has none.
-
-    `head` and `tail` are its first and last LICENCE_WINDOW bytes. Recognises the START and END OF THE PROJECT GUTENBERG
-    EBOOK lines (since 2003) and the SMALL PRINT of the older e-texts.
-    """
-    small = (head.lower(), tail.lower())
-    if not any(word in end for end in small for word in (b"gutenberg", b"small print")):
-        return 0, size
-    offset = size - len(tail)
-    lines = {tail.rfind(b"\n", 0, found.start()) + 1 for found in re.finditer(b"gutenberg", small[1])}
-    footers = [offset + line for line in sorted(lines) if FOOTER.match(tail, line)]
-    headers = [found.end() for found in HEADER.finditer(head)] if b"start of th" in small[0] else []
-    if b"small print" in small[0]:
-        ends = [found for found in SMALL_PRINT_END.finditer(head) if not any(f < found.start() for f in footers)]
-        headers += [found.end() for found in ends]
-    start = max(headers, default=0)
-    stop = min((footer for footer in footers if footer >= start), default=size)
-    if start:
-        text = head[start:]
-        start += len(text) - len(text.lstrip())
-    if stop < size:
-        text = tail[: stop - offset]
-        stop -= len(text) - len(text.rstrip())
-    return min(start, stop), stop
 
 
 def find_layout(sample: bytes) -> Layout:
@@ -176,10 +142,10 @@ def strip_notes(data: bytes, last: bool = True) -> tuple[bytes, int]:
     the end of the text, to the end. Where none of these is near, only the paragraph that the line begins is removed.
     """
     count = 0
-    if b"[" in data and (b"[Transcriber" in data or b"[TRANSCRIBER" in data):
+    if b"[" in data and any(word in data for word in (b"[Transcri", b"[TRANSCRI", b"[TN:")):
         data, count = _remove(data, BRACKET_NOTE, NOTE_LIMIT)
     ends = (data[:NOTE_WINDOW], data[-NOTE_WINDOW:])
-    if not any(word in end for end in ends for word in (b"ranscriber", b"TRANSCRIBER")):
+    if not any(word in end for end in ends for word in (b"ranscri", b"TRANSCRI")):
         return data, count
     at = 0
     while found := NOTE.search(data, at):

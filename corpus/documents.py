@@ -8,19 +8,18 @@ gives `Chunk`s, which are sent to the workers, and a `Chunk` gives `Piece`s of c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from corpus import gutenberg
 from corpus.cleaning import (
     BOM,
     LAYOUT_SAMPLE,
-    LICENCE_WINDOW,
     Layout,
     find_layout,
     fix_mojibake,
-    licence_bounds,
     normalise_newlines,
     strip_illustrations,
     strip_italics,
@@ -166,16 +165,24 @@ def clean_document(document: int, data: bytes, options: ReadOptions) -> Piece:
     counts: dict[str, int] = {}
     data = normalise_newlines(data.removeprefix(BOM))
     if options.strip_licence:
-        start, stop = licence_bounds(data[:LICENCE_WINDOW], data[-LICENCE_WINDOW:], len(data))
-        if (start, stop) != (0, len(data)):
-            counts |= {"licence_documents": 1, "licence_bytes": len(data) - (stop - start)}
-            data = data[start:stop]
+        found = gutenberg.spans(data)
+        counts = licence_counts(found, len(data))
+        data = b"\n\n\n".join(data[start:stop] for start, stop in found)
     if not data or data.isspace():
         return Piece(document, "", 0, True, counts | {"empty_documents": 1})
-    layout = layout_of(data[:LAYOUT_SAMPLE], options, bool(counts))
+    layout = layout_of(data[:LAYOUT_SAMPLE], options, "licence_documents" in counts)
     counts |= {"unwrapped_documents": 1} if layout.width else {}
     text, size, steps = clean_part(data, layout, options, True)
     return Piece(document, text, size, True, counts | steps)
+
+
+def licence_counts(books: Sequence[gutenberg.Span], size: int) -> dict[str, int]:
+    """What the manifest counts of a file of `size` bytes in which these books were found."""
+    if books == [gutenberg.Span(0, size)]:
+        return {}
+    kept = sum(stop - start for start, stop in books)
+    several = {"books_in_shared_files": len(books)} if len(books) > 1 else {}
+    return {"licence_documents": max(1, len(books)), "licence_bytes": size - kept} | several
 
 
 def skipped_row(document: int) -> Piece:

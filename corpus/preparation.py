@@ -314,6 +314,7 @@ def _inspect_files(
             else:
                 good.append(file)
                 counts.update(file.counts)
+                _tell_books(file)
     shown = "\n".join(bad[:20] + ([f"… and {len(bad) - 20} more"] if len(bad) > 20 else []))
     if bad and not options.skip_bad:
         raise DocumentError(
@@ -329,6 +330,14 @@ def _inspect_files(
             f"{name}: no text in {'this file' if len(files) == 1 else f'any of these {len(files)} files'}"
         )
     return Corpus(name, good), counts
+
+
+def _tell_books(file: SourceFile) -> None:
+    """Say of a file what its licences did to it, where that is not usual."""
+    if file.counts.get("licences_kept"):
+        print(f"{file.name}: left whole: cutting at its licence marks would leave nearly nothing", file=sys.stderr)
+    elif (books := file.counts.get("books_in_shared_files", 0)) and not file.has_rows:
+        print(f"{file.name}: {books} books", file=sys.stderr)
 
 
 def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags) -> EncodingPlan:

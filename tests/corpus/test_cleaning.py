@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from corpus import cleaning
-from corpus.cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
+from corpus.cleaning import Layout, cut_after, find_layout, normalise_newlines, unwrap
 from corpus.documents import ReadOptions, clean_document
+from corpus.gutenberg import spans
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
@@ -156,14 +157,12 @@ def test_line_ends() -> None:
 def test_licences_are_found(header: str, footer: str, newline: str, length: int) -> None:
     body = "\n\n".join(["CHAPTER I.", *paragraphs(length)]).replace("\n", newline).encode()
     data = header.replace("\n", newline).encode() + body + footer.replace("\n", newline).encode()
-    window = cleaning.LICENCE_WINDOW
-    start, stop = licence_bounds(data[:window], data[-window:], len(data))
-    assert data[start:stop] == body
+    assert [data[start:stop] for start, stop in spans(data)] == [body]
 
 
 def test_texts_without_a_licence_are_left_whole() -> None:
     text = b"He read about Project Gutenberg. END OF STORY\n*** * ***\nThe small print was long.\n"
-    assert licence_bounds(text, text, len(text)) == (0, len(text))
+    assert spans(text) == [(0, len(text))]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +236,9 @@ BOX = b"+-----------+\n|\n| Transcriber's Note: spelling\n| was kept.\n|\n+-----
         (LONG + b"\n\n\nTRANSCRIBER'S NOTES\n\nOne.\n\n\n\nTwo.\n", LONG, 1),
         (LONG + "\n\n_Transcriber’s Notes_:\nOne.\n\nTwo.".encode(), LONG, 1),
         (b"TRANSCRIBER'S NOTE\n\n" + LONG, LONG, 1),
+        (b"A word [TN: sic] here. [Transcription note: so]", b"A word here. ", 2),
+        (LONG + b"\n\n\nTranscription Notes:\n\nOne.\n", LONG, 1),
+        (b"[TN] and [TNT: so] stay, and the [Transcription of a letter] too.", None, 0),
         (b"The transcriber's note was lost.\n\nHe was a Transcriber's Note taker.", None, 0),
         (b"[Transcribed by hand] " + LONG, None, 0),
     ],
