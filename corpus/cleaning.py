@@ -12,7 +12,7 @@ something else.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,14 @@ CHUNK_BYTES = 1 << 20  # bytes of one chunk of a long text, and what one process
 LONGEST_WORD = 24  # characters; longer words count as this long
 LAYOUT_SAMPLE = 1 << 17  # bytes at the start of a text from which its layout is found
 
-PARAGRAPH_END = re.compile(rb"\r?\n[ \t]*\r?\n")
+LINE_END = rb"\r{0,2}\n"
+PARAGRAPH_END = re.compile(LINE_END + rb"[ \t]*" + LINE_END)
+DOUBLE_PARAGRAPH_END = re.compile(
+    LINE_END + rb"(?:[ \t]*" + LINE_END + rb"){2}"
+)  # where each line is followed by a blank one
+BLANK_AFTER_LINE = re.compile(rb"\n[ \t]*\n")
+PAGE_BREAK = re.compile(rb"\x0c+(?=[a-z])")  # within a paragraph
+LEADERS = (b".....", b". . . . .", b"\t", b"|")  # what lines of tables and contents hold, besides wide gaps
 WORD_END = re.compile(rb"[\r\n ]")
 BODY = rb"(?:[^\[\]]++|\[[^\[\]]*+\])*+\]"  # up to the closing bracket, with one level of brackets inside
 ILLUSTRATION = re.compile(rb"\[(?:Illustration|ILLUSTRATION)(?=[\]:.,;\s-])" + BODY)
@@ -59,11 +66,21 @@ class Layout:
     """Blank lines separate the paragraphs; if false, only a short last line does."""
     book: bool = False
     """An e-text with Project Gutenberg's markup."""
+    indent: int = 0
+    """Spaces at the beginning of every line."""
+    double: bool = False
+    """A blank line follows every line."""
 
 
 def normalise_newlines(data: bytes) -> bytes:
-    """CRLF and lone CR as LF."""
-    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
+    """CRLF, CR CR LF and lone CR as LF; form feeds as the end of a paragraph; no DOS end of file and no byte order mark."""
+    if b"\r" in data:
+        data = data.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b"\x0c" in data:
+        data = PAGE_BREAK.sub(b"", data).replace(b"\x0c", b"\n")
+    if b"\x1a" in data:
+        data = data.replace(b"\x1a", b"")
+    return data.replace(BOM, b"") if b"\xef" in data else data  # one byte is found thrice as fast as three
 
 
 def find_layout(sample: bytes) -> Layout:
@@ -75,7 +92,27 @@ def find_layout(sample: bytes) -> Layout:
     if sample.count(b"\n") + sample.count(b"\r") < 20:
         return Layout()
     sample = normalise_newlines(sample)
-    data, starts, _, lengths = _lines(sample[: sample.rfind(b"\n")])
+    sample = sample[: sample.rfind(b"\n")]
+    found = _wrapping(sample)
+    if not found.width and (indent := _common_indent(sample)):
+        found = replace(_wrapping(_without_indent(sample, indent)), indent=indent)
+    if not found.width and 2 * len(BLANK_AFTER_LINE.findall(sample)) > 0.8 * sample.count(b"\n"):
+        found = replace(_wrapping(BLANK_AFTER_LINE.sub(b"\n", sample)), double=True)
+    return found if found.width else Layout()
+
+
+def _common_indent(sample: bytes) -> int:
+    """The spaces with which nearly every line begins."""
+    indents = sorted(len(line) - len(line.lstrip(b" ")) for line in sample.split(b"\n") if line.strip())
+    return indents[len(indents) // 20] if indents else 0
+
+
+def _without_indent(data: bytes, indent: int) -> bytes:
+    return re.sub(rb"^ {1,%d}" % indent, b"", data, flags=re.MULTILINE)
+
+
+def _wrapping(sample: bytes) -> Layout:
+    data, starts, _, lengths = _lines(sample)
     filled = lengths[lengths > 0]
     inner = starts[1:][(lengths[:-1] > 0) & (lengths[1:] > 0)]
     if len(filled) < 20 or len(inner) < 10:
@@ -99,10 +136,17 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
     """
     if not layout.width:
         return data, 0
+    if layout.double:
+        data = BLANK_AFTER_LINE.sub(b"\n", data)
+    if layout.indent:
+        data = _without_indent(data, layout.indent)
     data, starts, stops, lengths = _lines(data)
     buffer = np.frombuffer(data + b"\n\n\n", dtype=np.uint8).copy()
     first, last = buffer[starts[1:]], buffer[np.maximum(stops[:-1] - 1, 0)]
     may_join = (lengths[:-1] > 0) & (lengths[1:] > 0) & (first != SPACE) & (first != TAB)
+    columns = _with_columns(data, buffer, starts)
+    may_join[columns[columns < len(may_join)]] = False
+    may_join[columns[columns > 0] - 1] = False
     if layout.blocks:
         block = np.cumsum(lengths == 0)[:-1]
         breaks = np.bincount(block, weights=may_join)
@@ -125,6 +169,21 @@ def unwrap(data: bytes, layout: Layout) -> tuple[bytes, int]:
     text = buffer[: len(data)].tobytes()
     drop = [-1, *at[dash_before | dash_after].tolist(), len(text)]
     return b"".join([text[a + 1 : b] for a, b in pairwise(drop)]), len(at)
+
+
+def _with_columns(data: bytes, buffer: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Numbers of the lines of tables and contents, int64: lines with columns, of which at least three follow each other."""
+    gaps = np.flatnonzero((buffer[:-2] == SPACE) & (buffer[1:-1] == SPACE) & (buffer[2:] == SPACE))
+    found = gaps.tolist()
+    for mark in LEADERS:
+        at = data.find(mark)
+        while at >= 0:
+            found.append(at)
+            end = data.find(b"\n", at)
+            at = data.find(mark, end) if end >= 0 else -1
+    lines = np.unique(np.searchsorted(starts, found, side="right") - 1).astype(np.int64)
+    middle = np.flatnonzero(lines[2:] - lines[:-2] == 2) + 1
+    return lines[np.unique([middle - 1, middle, middle + 1])]
 
 
 def strip_illustrations(data: bytes) -> tuple[bytes, int]:
@@ -194,7 +253,8 @@ def cut_after(window: bytes, layout: Layout) -> int | None:
     GPT-2's pre-tokenizer always splits before white space; wrapped lines and markup require the end of a paragraph as
     well. None where `window` has no such place.
     """
-    for found in (PARAGRAPH_END if layout.width or layout.book else WORD_END).finditer(window):
+    paragraphs = DOUBLE_PARAGRAPH_END if layout.double else PARAGRAPH_END
+    for found in (paragraphs if layout.width or layout.book else WORD_END).finditer(window):
         before = window[max(0, found.start() - 4) : found.start()].decode("utf-8", "ignore")[-1:]
         if before and not before.isspace():
             return found.start()

@@ -9,7 +9,7 @@ gives `Chunk`s, which are sent to the workers, and a `Chunk` gives `Piece`s of c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -193,8 +193,7 @@ def skipped_row(document: int) -> Piece:
 def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:
     """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
     found = find_layout(sample)
-    width = found.width if options.unwrap else 0
-    return Layout(width, found.blocks, options.books or licence or found.width > 0)
+    return replace(found, width=found.width if options.unwrap else 0, book=options.books or licence or found.width > 0)
 
 
 def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) -> tuple[str, int, dict[str, int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from corpus import cleaning
 from corpus.cleaning import Layout, cut_after, find_layout, normalise_newlines, unwrap
 from corpus.documents import ReadOptions, clean_document
 from corpus.gutenberg import spans
+from corpus.readers.text import TextFile
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
@@ -113,6 +116,57 @@ def test_verse_headings_and_indented_lines_within_wrapped_prose_stay() -> None:
     text = wrapped(made[:30], "\n\n") + "\n" + inner + "\n\n" + wrapped(made[30:], "\n\n")
     assert inner in unwrapped(text)
     assert unwrapped(text).count("\n") == inner.count("\n") + 2 * len(made) + 1
+
+
+@pytest.mark.parametrize("pieces", [None, 3000], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\r\n"),
+        lambda text: "\ufeff" + text.replace("\n\n", "\n\n\x0c", 3) + "\x1a\x1a",
+        lambda text: text.replace("\n\n", "\n\x0c"),
+        lambda text: "".join("     " + line + "\n" for line in text.splitlines()),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: text.replace("\n", "\r\n \r\n"),
+        lambda text: text.replace("\n\n", "\n\ufeff\n", 5) + "\x1a",
+    ],
+    ids=[
+        "cr cr lf",
+        "form feeds",
+        "form feeds alone",
+        "indented",
+        "double-spaced",
+        "double-spaced crlf",
+        "inner marks",
+    ],
+)
+def test_line_layouts_of_whole_books(
+    change: Callable[[str], str], pieces: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = paragraphs(120)
+    (tmp_path / "a.txt").write_text(change(wrapped(made, "\n\n")), encoding="utf-8", newline="")
+    if pieces:
+        monkeypatch.setattr(cleaning, "CHUNK_BYTES", pieces)
+    file = TextFile.inspect(tmp_path / "a.txt", "a", ReadOptions(), "")
+    assert isinstance(file, TextFile)
+    text = "".join(piece.text for chunk in file.chunks(0) for piece in chunk.read(ReadOptions()))
+    assert re.sub("\n{3,}", "\n\n", text).strip() == "\n\n".join(made)
+
+
+def test_a_page_break_within_a_paragraph_does_not_end_it() -> None:
+    assert normalise_newlines(b"and so\n\x0cit went.\n\x0cCHAPTER II") == b"and so\nit went.\n\nCHAPTER II"
+
+
+def test_tables_and_contents_in_wrapped_prose_stay_lines() -> None:
+    made = paragraphs(60)
+    contents = "\n".join(f"chapter the {n}th in which he goes {'.' * 30} {n}" for n in range(9))
+    spaced = "\n".join(f"another long chapter of it all, the {n}th . . . . . . . . . . . . {n}" for n in range(9))
+    table = "\n".join(f"item number {n} of the list         costs      {n} pounds and a penny" for n in range(9))
+    ellipsis = "he was silent.... and then after a while that seemed very long to them\nhe spoke . . . of it"
+    text = "\n\n".join(
+        [wrapped(made[:30], "\n\n").strip(), contents, spaced, table, ellipsis, wrapped(made[30:], "\n\n")]
+    )
+    assert "\n\n".join([contents, spaced, table, ellipsis.replace("\n", " ")]) in unwrapped(text)
 
 
 def test_dashes_at_line_ends() -> None:
