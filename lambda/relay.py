@@ -244,6 +244,13 @@ def _buffered(settings: Settings, body: bytes) -> Iterator[Message]:
 _cannot_stream: dict[str, float] = {}
 
 
+def _refuses_streaming(error: Exception) -> bool:
+    """Whether the service says that this endpoint cannot stream; other validation errors are no reason not to try again."""
+    said = getattr(error, "response", {}).get("Error", {})
+    refused = said.get("Code") in ("ValidationError", "ValidationException")
+    return refused and "stream" in said.get("Message", "").lower()
+
+
 def messages(settings: Settings, request: Message, trace: str, reader: Reader) -> Iterator[Message]:
     """The endpoint's response to `request`, as messages of the WebSocket protocol.
 
@@ -261,8 +268,7 @@ def messages(settings: Settings, request: Message, trace: str, reader: Reader) -
             yield from _streamed(settings, body(True), reader)
             return
         except ClientError as error:
-            refused = error.response.get("Error", {}).get("Code") in ("ValidationError", "ValidationException")
-            if settings.mode != "auto" or not refused or reader.body is not None:
+            if settings.mode != "auto" or not _refuses_streaming(error) or reader.body is not None:
                 raise
             _cannot_stream[settings.endpoint] = time.monotonic()
     yield from _buffered(settings, body(False))

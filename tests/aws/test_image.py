@@ -47,6 +47,50 @@ def test_the_start_passes_serve_on_and_gives_root_up(tmp_path: Path) -> None:
     assert done.stdout == "python api.py serve\n"
 
 
+# Indexes of download.pytorch.org that have this version, by its release's list of wheels (cu128 ended with 2.12).
+TORCH_INDEXES = {"2.13.0": {"cpu", "cu126", "cu130"}}
+
+
+def test_every_torch_index_named_has_this_torch(tmp_path: Path) -> None:
+    """Dockerfiles and documents name only indexes with wheels of the pinned torch; the index is asked where it answers."""
+    version = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    named = set()
+    for path in [*ROOT.rglob("*Dockerfile"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docker-compose.yml"]:
+        named |= set(re.findall(r"download\.pytorch\.org/whl/(\w+)", path.read_text()))
+    assert named and named <= TORCH_INDEXES[version]
+    try:
+        socket.create_connection(("download.pytorch.org", 443), timeout=3).close()
+    except OSError:
+        return  # the table is all there is
+    for index in sorted(named):  # --dry-run: the metadata decides, and a wheel has up to 3 GB
+        asked = [sys.executable, "-m", "pip", "--isolated", "install", "--dry-run", "--no-deps", "--ignore-installed"]
+        asked += [
+            "--index-url",
+            f"https://download.pytorch.org/whl/{index}",
+            f"torch=={version}",
+            "--target",
+            str(tmp_path),
+        ]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{index}: {done.stderr[-500:]}"
+
+
+def test_a_server_told_to_use_a_gpu_does_not_start_without_one(tmp_path: Path) -> None:
+    """The GPU endpoint's container is given VLG_DEVICE=cuda: with a driver too old for torch it must end, not write slowly."""
+    model = save(tmp_path / "model", random_model(shape(tiny_tokenizer())), tiny_tokenizer())
+    variables = {
+        **os.environ,
+        "VLG_DEVICE": "cuda",
+        "VLG_PORT": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / "api.py", "--model", model], capture_output=True, text=True, env=variables, timeout=60
+    )
+    assert done.returncode == 1 and "device cuda: no usable NVIDIA GPU" in done.stderr
+
+
 def test_the_image_needs_no_network_and_no_writable_root() -> None:
     assert "HF_HUB_OFFLINE=1" in DOCKERFILE and "gpt2_tokenizer()" in DOCKERFILE and "HOME=/tmp" in DOCKERFILE
     assert re.search(r'ENTRYPOINT \["', DOCKERFILE), "SIGTERM must reach the server: exec form"

@@ -391,6 +391,16 @@ def test_a_serverless_endpoint_answers_whole(container: FakeContainer) -> None:
     assert [request["stream"] for request in container.requests] == [False]
 
 
+def test_an_endpoint_that_was_missing_once_streams_afterwards(container: FakeContainer) -> None:
+    """InvokeEndpoint answers ValidationError also for an endpoint that is not there yet, or a body that is too long
+    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html, Errors)."""
+    with Stack(container.url) as stack:
+        stack.endpoint.name = "not-made-yet"
+        assert generate(stack, "a", max_tokens=2)[-1]["error"]["code"] == "endpoint_failed"
+        stack.endpoint.name = "victorian"
+        assert generate(stack, "b", max_tokens=2)[-1]["streamed"] is True
+
+
 def test_a_long_whole_answer_fits_its_frames(
     stack: Stack, container: FakeContainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
