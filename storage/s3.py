@@ -191,7 +191,7 @@ def upload_folder(folder: Path | str, url: str, *, keep: Callable[[str], bool] =
     sums = known_checksums(folder)
     with readable_errors(url):
         s3 = client()
-        there = _list_objects(s3, bucket, prefix)
+        there = list_objects(s3, bucket, prefix)
         progress = TransferProgress(f"uploading to {url}:", sum((folder / name).stat().st_size for name in names))
         sent = []
         for name in names:
@@ -217,7 +217,7 @@ def download_folder(url: str, folder: Path | str) -> list[str]:
     bucket, prefix = split(url)
     with readable_errors(url):
         s3 = client()
-        there = _list_objects(s3, bucket, prefix)
+        there = list_objects(s3, bucket, prefix)
         if not there:
             raise S3Error(f"{url}: nothing there: check the prefix with `aws s3 ls {url}/`")
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,8 @@ def _download_file(
     return True
 
 
-def _list_objects(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+def list_objects(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+    """Size in bytes of each object under a prefix, by key."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 
