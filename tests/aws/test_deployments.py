@@ -439,7 +439,7 @@ def test_vllm_requests_and_answers_are_this_projects(formatter: Any) -> None:
         "data: [DONE]\n\n",
     ]
     wire = "".join(formatter.answer(piece) + "\n" for piece in pieces).encode()
-    from relay import lines
+    from endpoint import lines
 
     messages = list(lines([wire]))
     assert [m["type"] for m in messages] == ["started", "token", "token", "complete"]
