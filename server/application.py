@@ -21,6 +21,7 @@ from server.lifecycle import lifespan
 from server.middleware import RequestMiddleware
 from server.openapi import openapi_document
 from server.origins import OriginMiddleware
+from server.proxy import ProxyMiddleware
 from server.routes import generate, kobold, llama_cpp, openai, page, status
 from server.service import Service
 from server.settings import Settings
@@ -42,6 +43,7 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = service
     app.add_middleware(RequestMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(OriginMiddleware, origins=service.origins)
+    app.add_middleware(ProxyMiddleware, trusted=settings.trusted_proxies, root_path=settings.root_path)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnected, on_client_disconnect)

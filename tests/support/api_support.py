@@ -83,7 +83,9 @@ def ending() -> Iterator[tuple[TestClient, GPT, Tokenizer]]:
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The app behind a real socket; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=3))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=3)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
