@@ -39,6 +39,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT:
+    return tiny_model(tokenizer)
+
+
+def tiny_model(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(1)
     size = tokenizer.vocab_size
     return GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=size, vocab_used=size)).eval()
@@ -61,19 +65,23 @@ def client(engine: Engine) -> Iterator[TestClient]:
         yield client
 
 
+def ending_model(tokenizer: Tokenizer, prompt: str) -> GPT:
+    """A tiny model that finds the end of text likeliest after `prompt`."""
+    model = tiny_model(tokenizer)
+    states: list[torch.Tensor] = []
+    hook = model.ln_f.register_forward_hook(lambda module, given, output: states.append(output.detach()))
+    model(torch.tensor([tokenizer.encode(prompt)]))
+    hook.remove()
+    with torch.no_grad():
+        model.wte.weight[tokenizer.eot] = states[-1].reshape(-1, 32)[-1]
+    return model
+
+
 @pytest.fixture(scope="module")
 def ending() -> Iterator[tuple[TestClient, GPT, Tokenizer]]:
     """A client of a model that finds the end of text likeliest after PROMPT."""
     tokenizer = with_styles(train_bpe([TEXT * 20], 300), ["austen", "dickens"])
-    torch.manual_seed(1)
-    size = tokenizer.vocab_size
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=size, vocab_used=size)).eval()
-    states: list[torch.Tensor] = []
-    hook = model.ln_f.register_forward_hook(lambda module, given, output: states.append(output.detach()))
-    model(torch.tensor([tokenizer.encode(PROMPT)]))
-    hook.remove()
-    with torch.no_grad():
-        model.wte.weight[tokenizer.eot] = states[-1].reshape(-1, 32)[-1]
+    model = ending_model(tokenizer, PROMPT)
     engine = Engine(model, tokenizer, name="ending", slots=8)
     with TestClient(api.create_app(settings(), engine)) as client:
         yield client, model, tokenizer
