@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import threading
 from typing import Any
 
@@ -14,10 +13,9 @@ from starlette.testclient import TestClient
 import api
 from inference.engine import Engine
 from model import GPT
-from support.api_support import PARAMS, PROMPT, events, running, settings, until
+from support.api_support import PARAMS, PROMPT, events, kobold_events, running, settings, until
 from tokenizer import END_OF_TEXT, Tokenizer
 
-KOBOLD_EVENT = re.compile(r"^event: (.*)\ndata: (.*)(\r?\n){2}", re.M)  # how Kobold Lite reads a stream
 # every sampling setting under its own name, and under each API's
 ALL: dict[str, Any] = {
     "max_tokens": 30,
@@ -79,8 +77,8 @@ def kobold(client: TestClient, stream: bool = False, **body: Any) -> Any:
         return post(client, "/api/v1/generate", body)["results"][0]
     answer = client.post("/api/extra/generate/stream", json=body)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-    found = [(match[1], json.loads(match[2])) for match in KOBOLD_EVENT.finditer(answer.text)]
-    assert KOBOLD_EVENT.sub("", answer.text) == "" and {name for name, _ in found} == {"message"}
+    found = kobold_events(answer.text)
+    assert {name for name, _ in found} == {"message"}
     return [data for _, data in found]
 
 
@@ -324,7 +322,7 @@ def test_texts_are_found_again_by_their_genkey(engine: Engine) -> None:
                 assert other.post("/api/extra/abort").json() == {"success": False}  # another server
                 assert ask("/api/extra/abort", genkey) == {"success": True}
                 thread.join(30)
-                text = "".join(json.loads(match[2])["token"] for match in KOBOLD_EVENT.finditer(found[0]))
+                text = "".join(data["token"] for _, data in kobold_events(found[0]))
                 assert ask("/api/extra/generate/check", genkey)["results"][0]["text"] == text
                 content = ask("/api/extra/last_logprobs", genkey)["logprobs"]["content"]
                 assert "".join(entry["token"] for entry in content) == text

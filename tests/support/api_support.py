@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,13 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     blocks = [block for block in answer.text.split("\n\n") if block]
     assert all(block.startswith("data: ") for block in blocks)
     return [json.loads(block[6:]) for block in blocks if block != "data: [DONE]"]
+
+
+def kobold_events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, data) of each event of KoboldAI's API, read as Kobold Lite does; nothing may lie between them."""
+    form = re.compile(r"^event: (.*)\ndata: (.*)(\r?\n){2}", re.M)
+    assert form.sub("", text) == ""
+    return [(match[1], json.loads(match[2])) for match in form.finditer(text)]
 
 
 def texts(messages: list[dict[str, Any]], n: int = 1) -> list[str]:
