@@ -373,6 +373,8 @@ class _LlamaOnly(ClientBody):
 
     n_probs: int | None = Field(0, ge=0, le=50)
     """Most likely tokens reported for each token, with their probabilities."""
+    post_sampling_probs: bool | None = False
+    """Report the probabilities that the samplers leave, instead of the model's."""
     return_tokens: bool | None = False
     """Also answer the token ids."""
     samplers: list[str] | str | None = None

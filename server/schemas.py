@@ -248,6 +248,17 @@ class WrittenToken(TokenEntry):
     """The most likely tokens, the likeliest first."""
 
 
+class SampledEntry(Reply):
+    id: int
+    token: str
+    bytes: list[int]
+    prob: float
+
+
+class SampledToken(SampledEntry):
+    top_probs: list[SampledEntry]
+
+
 class KoboldLogprobs(Reply):
     content: list[WrittenToken]
 
@@ -281,7 +292,7 @@ class LlamaSample(Reply):
     stop_type: Literal["eos", "limit", "word"]
     stopping_word: str
     timings: dict[str, float]
-    completion_probabilities: list[WrittenToken] = []
+    completion_probabilities: list[WrittenToken] | list[SampledToken] = []
 
 
 LlamaReply = LlamaSample | list[LlamaSample]

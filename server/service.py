@@ -112,6 +112,7 @@ class Service:
         *,
         request_id: str | None = None,
         logprobs: int | None = None,
+        post_sampling: bool = False,
         param: str = "prompt",
     ) -> Generation:
         """Submit a prompt to the engine. The caller owns the generation and must close it.
@@ -134,6 +135,7 @@ class Service:
             request_id=request_id,
             deadline_s=self.settings.deadline_s,
             logprobs=logprobs,
+            post_sampling=post_sampling,
         )
         try:
             job = await in_thread(submit) if len(prompt) > LONG_PROMPT else submit()

@@ -5,6 +5,7 @@ POST /completion {"prompt": "The fog", "n_predict": 40, "n_probs": 5} -> {"conte
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
         """Continue a prompt. With `n` above 1 the whole answer is a list; a stream's parts have an `index`."""
         params = body.without_end(body.params(service.settings, service.defaults), service.ready().tokenizer.eot)
         generation = await service.start(
-            body.single_prompt(), params, request_id=request.state.request_id, logprobs=body.n_probs or None
+            body.single_prompt(),
+            params,
+            request_id=request.state.request_id,
+            logprobs=body.n_probs or None,
+            post_sampling=bool(body.post_sampling_probs),
         )
         answer = LlamaAnswer(service, generation, body)
         if body.stream:
@@ -149,8 +154,20 @@ class LlamaAnswer:
             },
         }
         if job.logprobs is not None and not stream:
-            found["completion_probabilities"] = token_entries(self.tokenizer, generation.records[sample], text)
+            entries = token_entries(self.tokenizer, generation.records[sample], text)
+            found["completion_probabilities"] = [self.entry(entry) for entry in entries]
         return found
+
+    def entry(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """With `post_sampling_probs`, probabilities in place of their logarithms."""
+        if not self.generation.job.post_sampling:
+            return entry
+
+        def plain(one: dict[str, Any]) -> dict[str, Any]:
+            kept = {name: one[name] for name in ("id", "token", "bytes")}
+            return {**kept, "prob": math.exp(one["logprob"])}
+
+        return {**plain(entry), "top_probs": [plain(one) for one in entry["top_logprobs"]]}
 
     def ids(self, sample: int) -> list[int]:
         return [event.token_id for event in self.generation.records[sample] if event.token_id is not None]
@@ -170,7 +187,7 @@ class LlamaAnswer:
                 "tokens_evaluated": self.generation.job.prompt_tokens,
             }
             if event.logprob is not None:
-                part["completion_probabilities"] = [token_entry(self.tokenizer, event, event.text)]
+                part["completion_probabilities"] = [self.entry(token_entry(self.tokenizer, event, event.text))]
             yield sse(part)
         if event.kind == "done":
             yield sse(self.final(event.index, stream=True))

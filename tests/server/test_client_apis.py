@@ -8,11 +8,14 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 import api
+from config import GenerationParams
 from inference.engine import Engine
 from model import GPT
+from sampling import TokenHistory, filter_logits, sample, sample_seed
 from support.api_support import PARAMS, PROMPT, events, kobold_events, running, settings, until
 from tokenizer import END_OF_TEXT, Tokenizer
 
@@ -160,6 +163,35 @@ def test_probabilities_join_to_the_text_and_agree_with_openais(client: TestClien
     assert len(kobold_parts[0]["top_logprobs"]) == 10
     assert "logprob" not in kobold(client, stream=True, **asked)[0] and kobold(client, **asked)["logprobs"] is None
     assert "completion_probabilities" not in llama(client, **asked)
+
+
+@pytest.mark.parametrize("more", [{}, {"xtc_probability": 0.5, "xtc_threshold": 0.01}, {"temperature": 0}])
+def test_probabilities_after_sampling_are_those_the_filters_leave(
+    client: TestClient, model: GPT, tokenizer: Tokenizer, more: dict[str, Any]
+) -> None:
+    asked = {**PARAMS, "max_tokens": 8, "top_k": 12, "repetition_penalty": 1.3, **more}
+    whole = llama(client, **asked, n_probs=20, post_sampling_probs=True, return_tokens=True)
+    assert whole["content"] == generated(client, **asked)
+    streamed = llama(client, stream=True, **asked, n_probs=20, post_sampling_probs=True)
+    entries = [part["completion_probabilities"][0] for part in streamed if "completion_probabilities" in part]
+    assert [entry["id"] for entry in entries] == whole["tokens"]
+    assert [entry["prob"] for entry in entries] == [entry["prob"] for entry in whole["completion_probabilities"]]
+    params = GenerationParams(**asked)
+    generator = torch.Generator().manual_seed(sample_seed(7, 0))
+    ids = tokenizer.encode(PROMPT)
+    history = TokenHistory(ids, len(ids), tokenizer)
+    for entry in entries:
+        logits = model(torch.tensor([ids]))[0, -1].detach()
+        before = generator.get_state()
+        kept = filter_logits(logits, params, history, generator).softmax(-1)
+        generator.set_state(before)
+        top = {one["id"]: one["prob"] for one in entry["top_probs"]}
+        assert set(top) == set(kept.nonzero().flatten().tolist()) and len(top) <= 12
+        assert sum(top.values()) == pytest.approx(1)
+        assert all(value == pytest.approx(float(kept[id]), abs=1e-4) for id, value in top.items())
+        assert entry["prob"] == top[entry["id"]]
+        assert sample(logits, params, generator, history) == entry["id"]
+        ids.append(entry["id"])
 
 
 def test_end_of_text_has_its_entry_and_can_be_forbidden(ending: tuple[TestClient, GPT, Tokenizer]) -> None:
