@@ -41,7 +41,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "dynatemp_range": (0,),
     "dynamic_temperature": (),
     "smoothing_factor": (0,),
-    "adaptive_target": (-1,),
+    "adaptive_target": (-1,),  # and every other negative value
     "skew": (0,),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
@@ -187,7 +187,8 @@ class ClientBody(Body):
     def _honoured(self) -> ClientBody:
         for name, off in UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
-            if value and value not in off:
+            negative = name == "adaptive_target" and isinstance(value, int | float) and value < 0
+            if value and value not in off and not negative:
                 advice = f"leave it out or set it to {json.dumps(off[0])}" if off else "leave it out"
                 message = f"{name}: this server does not have it, and it would change the text: {advice}"
                 raise bad_value(message, name, "unsupported")

@@ -237,6 +237,7 @@ def test_a_negative_seed_is_a_new_one(client: TestClient, seed: int) -> None:
         ("banned_tokens", ["the"], []),
         ("guidance_scale", 2.0, 1),
         ("min_tokens", 3, 0),
+        ("adaptive_target", 0.5, -0.01),
     ],
 )
 def test_what_would_change_the_text_is_refused_unless_it_is_off(
