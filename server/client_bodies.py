@@ -196,8 +196,9 @@ class ClientBody(Body):
 
     def given(self) -> dict[str, Any]:
         """The sampling settings of the request, without those that are null."""
-        names = set(GenerationParams.model_fields)
-        values = self.model_dump(include=names, exclude_none=True, exclude_unset=True)
+        # fields only: a setting that comes under two names is also an extra, which has not been validated
+        names = self.model_fields_set & set(GenerationParams.model_fields)
+        values = {name: self.__dict__[name] for name in names if self.__dict__[name] is not None}
         if values.get("xtc_threshold", 0.0) > 0.5:
             del values["xtc_threshold"]
             values["xtc_probability"] = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from inference.engine import Engine
 from model import GPT
 from sampling import TokenHistory, filter_logits, sample, sample_seed
 from support.api_support import PARAMS, PROMPT, events, kobold_events, running, settings, until
+from support.malformed import ROUTES, variation
 from tokenizer import END_OF_TEXT, Tokenizer
 
 # every sampling setting under its own name, and under each API's
@@ -99,6 +101,8 @@ def test_every_setting_means_the_same_under_each_clients_names(client: TestClien
     assert llama(client, **renamed(ALL, LLAMA))["content"] == expected
     asked = {"prompt": PROMPT, **renamed(ALL, OPENAI)}
     assert post(client, "/v1/completions", asked)["choices"][0]["text"] == expected
+    twice = {"seed": 3, "max_tokens": 2, "typical_p": "none", "repetition_penalty": []}  # the client's own name wins
+    assert kobold(client, **{**renamed(ALL, KOBOLD), **twice})["text"] == expected
     pairs = [[40, 2.0], [41, False]]
     assert llama(client, **renamed({**ALL, "logit_bias": pairs}, LLAMA))["content"] == expected
     breakers = json.dumps(ALL["dry_sequence_breakers"])
@@ -460,6 +464,22 @@ def test_a_stream_that_fails_midway_says_so(engine: Engine) -> None:
             assert "shutting down" in last[1] and "error" in last[1]
             assert (last[0] == "event: error") is (path != "/completion")
         assert until(lambda: engine.stats()["running"] == 0)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_malformed_requests_are_refused_or_answered(engine: Engine, path: str) -> None:
+    limits = settings(max_tokens=4, max_n=2, max_prompt_chars=400)
+    with TestClient(api.create_app(limits, engine), raise_server_exceptions=False) as client:
+        rng, statuses = Random(path), set()
+        for _ in range(60):
+            data, headers = variation(rng, ROUTES[path])
+            answer = client.post(path, content=data, headers=headers)
+            statuses.add(answer.status_code)
+            assert answer.status_code in (200, 400), (answer.text, data)
+            assert answer.status_code == 200 or answer.json()["error"]["message"]
+        assert statuses == {200, 400}
+        assert not client.app.state.service.generations  # type: ignore[attr-defined]
+    assert until(lambda: engine.stats()["running"] == engine.stats()["waiting"] == 0)
 
 
 def test_logprobs_are_natural_logarithms(client: TestClient) -> None:
