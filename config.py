@@ -413,7 +413,7 @@ class GenerationParams(FrozenSettings):
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)
     """Below 1 safer, above 1 more surprising; 0 always takes the most likely token."""
-    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
+    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=1_000_000)
     """Keep only the k most likely tokens; 0: all."""
     top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
         0.95, gt=0.0, le=1.0
