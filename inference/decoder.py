@@ -51,7 +51,7 @@ from inference.compiled import CompiledStep
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import StopStringMatcher, TokenHistory, likelihoods, sample, sample_seed
+from sampling import StopStringMatcher, TokenHistory, filter_logits, likelihoods, sample, sample_seed
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -124,13 +124,14 @@ class Sequence:
         index: int,
         context: int,
         logprobs: int | None = None,
+        post_sampling: bool = False,
     ):
         """prompt: ids as `writing.prompt_window` returns them, empty only with a style. context: the model's, in tokens.
-        logprobs: number of alternatives reported with each token. Raises StyleError for a style that the tokenizer does
-        not know.
+        logprobs: number of alternatives reported with each token. post_sampling: with the probabilities that the filters
+        leave, instead of the model's. Raises StyleError for a style that the tokenizer does not know.
         """
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
-        self.logprobs = logprobs
+        self.logprobs, self.post_sampling = logprobs, post_sampling
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(sample_seed(seed, index))
         self.history = TokenHistory(self.ids, len(prompt), tokenizer)
@@ -192,11 +193,12 @@ class Sequence:
 
     def sample_next(self, logits: np.ndarray) -> list[Event]:
         """Draw the next token from logits [N]; returns its event, followed by `done` if the text ends with it."""
+        shown = self._filtered(logits) if self.post_sampling else logits
         token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
             event = self.finish("stop")
             if self.logprobs is not None:
-                event.logprob, event.top = self._likelihoods(logits, token)
+                event.logprob, event.top = self._likelihoods(shown, token)
             return [event]
         self.ids.append(token)
         for state in self.states:
@@ -204,7 +206,7 @@ class Sequence:
         text, stopped = self.stopper.feed(self.detokenizer.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
-            event.logprob, event.top = self._likelihoods(logits, token)
+            event.logprob, event.top = self._likelihoods(shown, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
         if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
@@ -214,7 +216,13 @@ class Sequence:
     def _likelihoods(self, logits: np.ndarray, token: int) -> tuple[float, list[tuple[int, str, float]]]:
         """Log-probability of `token`, and the requested alternatives as (id, text, log-probability)."""
         logprob, others = likelihoods(logits, token, self.logprobs or 0)
-        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
+        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others if value > float("-inf")]
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        """The logits [N] from which the next token is drawn, by a copy of the generator."""
+        copy = torch.Generator()
+        copy.set_state(self.generator.get_state())
+        return filter_logits(logits, self.params, self.history, copy)
 
     def finish(self, reason: str, flush: bool = True) -> Event:
         """The `done` event, with text that was held back because it could have begun a stop string or a character."""

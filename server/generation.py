@@ -19,6 +19,7 @@ from server.logs import LOG
 if TYPE_CHECKING:
     from config import GenerationParams
     from inference.engine import Event, GenerationRequest
+    from tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
@@ -85,6 +86,14 @@ class Generation:
     def text(self, index: int) -> str:
         """What sample `index` has written so far."""
         return "".join(self.pieces[index])
+
+    def stop_string(self, index: int, tokenizer: Tokenizer) -> str:
+        """The stop string that ended sample `index`, which is not part of its text; empty if none did."""
+        if self.reasons[index] != "stop":
+            return ""
+        whole = tokenizer.decode(event.token_id for event in self.records[index] if event.token_id is not None)
+        length = len(self.text(index))
+        return max((stop for stop in self.params.stop if whole.startswith(stop, length)), key=len, default="")
 
     def usage(self) -> dict[str, int]:
         return usage(self.job.prompt_tokens, self.tokens)
