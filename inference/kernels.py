@@ -17,9 +17,10 @@ import os
 import numpy as np
 from numba import njit, types
 
-from inference.vectors import VNNI, exponent, make_dots, read, weighted_sum, write
+from inference.vectors import VNNI, WIDTH, exponent, make_dots, read, weighted_sum, write
 
 OUTPUTS = 8  # computed at a time, so that a row's numbers are loaded once for all of them
+WIDE = WIDTH == 16  # sixteen sums of vectors fit the registers of AVX-512, eight those of AVX2 and NEON
 ONE, PAIR, FOUR, SINGLE = make_dots(1, 8, OUTPUTS), make_dots(2, 4, OUTPUTS), make_dots(4, 4, OUTPUTS), make_dots(1, 1)
 
 F = np.float32
@@ -99,12 +100,12 @@ def multiply(token, w, size, inside, outputs, x, x_stride, x_size, rows, y, y_st
         block, to = w + n * inside * size, y + n * 4
         half = block + OUTPUTS // 2 * inside * size
         row = 0
-        while row + 4 <= rows:
+        while WIDE and row + 4 <= rows:
             source, target = x + row * x_stride * x_size, to + row * y_stride * 4
             FOUR(token, block, inside, source, x_stride, inside, target, y_stride)
             FOUR(token, half, inside, source, x_stride, inside, target + OUTPUTS // 2 * 4, y_stride)
             row += 4
-        if row + 2 <= rows:
+        while row + 2 <= rows:
             source, target = x + row * x_stride * x_size, to + row * y_stride * 4
             PAIR(token, block, inside, source, x_stride, inside, target, y_stride)
             PAIR(token, half, inside, source, x_stride, inside, target + OUTPUTS // 2 * 4, y_stride)
