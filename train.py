@@ -330,7 +330,10 @@ def _main(words: list[str]) -> int:
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish
+    from training.run_folder import unread_texts
 
+    if not any(flag_given(words, name) for name in ("preset", "config", "data", "input", "resume", "init-from")):
+        print(unread_texts(), end="", file=sys.stderr)
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_memory()  # saves a tenth of each step's time

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import SUMMARY
 from config import Config, ModelConfig, TrainConfig, to_toml
 from dataset import TokenData, WindowSampler, training_batches
 from devices import DistributedContext, device_name, gpu_memory
@@ -152,7 +154,10 @@ class TrainState:
 
 
 def announce(state: TrainState, start: InitialState, warnings: list[str]) -> None:
-    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings."""
+    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings.
+
+    A summary.json of before is removed: until the run ends again it counts as unfinished.
+    """
     data, log, sizes = state.data, state.log, state.sizes
     if start.checkpoint is not None:
         world = start.state["world"]
@@ -160,6 +165,8 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
         if world != sizes.world:
             log.say(f"note: {world} processes before, {sizes.world} now: sums are formed in another order from here on")
     write_config(state)
+    if state.distributed.leader:
+        (state.run / SUMMARY).unlink(missing_ok=True)
     for warning in filter(None, warnings):
         log.say(f"warning: {warning}")
     parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
@@ -302,9 +309,9 @@ def checkpoint(state: TrainState) -> None:
 
 
 def summary(state: TrainState, reason: str) -> dict[str, Any]:
-    """What is printed when a run ends, as `metrics.finish` takes it."""
+    """What is printed when a run ends, as `metrics.finish` takes it; also written to summary.json."""
     progress, speed = state.progress, state.meter.overall()
-    return {
+    found = {
         "reason": reason,
         "run": str(state.run),
         "steps": progress.step,
@@ -319,3 +326,6 @@ def summary(state: TrainState, reason: str) -> dict[str, Any]:
         "folders_written": state.save.folders,
         "done": not state.stopped,
     }
+    if state.distributed.leader:
+        atomic_write_text(state.run / SUMMARY, json.dumps(found, indent=2) + "\n")
+    return found
