@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.yardstick import yardstick_line
 from storage.atomic import atomic_write_text
 
 METRICS = "metrics.jsonl"
@@ -264,8 +265,9 @@ def draw_losses(folder: Path) -> Path | None:
 
 def finish(summary: dict[str, Any]) -> None:
     """Print the summary on standard error, with the commands to use next."""
-    done = summary.pop("done")
+    done, yardstick = summary.pop("done"), summary.pop("yardstick")
     print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
+    print(yardstick_line(yardstick), file=sys.stderr)
     run = Path(summary["run"])
     where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     if done:

@@ -37,12 +37,12 @@ def tallied(keys: np.ndarray, counts: np.ndarray | None = None) -> tuple[np.ndar
 
 
 def packed(ids: np.ndarray, order: int, bits: int) -> np.ndarray:
-    """Every n-gram in `ids` as one integer, the newest id in its lowest bits; int64 [len(ids) - order + 1]."""
+    """Every n-gram in `ids` [..., L] as one integer, the newest id in its lowest bits; int64 [..., L - order + 1]."""
     ids = ids.astype(np.int64)
-    count = max(0, len(ids) - order + 1)
-    keys = np.zeros(count, dtype=np.int64)
+    count = max(0, ids.shape[-1] - order + 1)
+    keys = np.zeros((*ids.shape[:-1], count), dtype=np.int64)
     for at in range(order):
-        keys = (keys << bits) | ids[at : at + count]
+        keys = (keys << bits) | ids[..., at : at + count]
     return keys
 
 
@@ -185,21 +185,21 @@ class NgramModel:
         return self.of_counts(*tallied(short[place], top.counts[place]), self.vocab, order)
 
     def probabilities(self, ids: np.ndarray, start: int = 1) -> np.ndarray:
-        """Probability of each of ids[start:] after the ids before it, float64."""
+        """Probability of each of ids[..., start:] after the ids before it in its row, float64."""
         ids = ids.astype(np.int64)
-        found: np.ndarray = self.unigram[ids[start:]]
+        found: np.ndarray = self.unigram[ids[..., start:]]
         for n, level in enumerate(self.levels, 2):
             if not len(level.keys):
                 break
             first = max(start, n - 1)  # before it, there is no context of n - 1 ids
-            keys = packed(ids[first - n + 1 :], n, self.bits)
+            keys = packed(ids[..., first - n + 1 :], n, self.bits)
             context, known = level.find(level.contexts, keys >> self.bits)
             entry, seen = level.find(level.keys, keys)
             counts = np.where(seen, level.counts[entry], 0)
             kept = counts - level.discounts[np.minimum(counts, 3)]
-            below = found[first - start :]
+            below = found[..., first - start :]
             here = (kept + level.held_back[context] * below) / level.totals[context]
-            found[first - start :] = np.where(known, here, below)
+            found[..., first - start :] = np.where(known, here, below)
         return found
 
     def distribution(self, context: np.ndarray) -> np.ndarray:

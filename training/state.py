@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ from storage.atomic import atomic_write_text
 from tokenizer import Tokenizer
 from training import plan
 from training.checkpointing import CheckpointWriter, InitialState, Progress, bits_per_byte
+from training.counting import Counting, compare, counted_columns
 from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
+from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
 from training.run_folder import Stop
 from training.schedule import time_limited_end_step
@@ -80,6 +83,7 @@ class TrainState:
     precision: str
     data: TokenData
     tokenizer: Tokenizer
+    counting: Counting
     distributed: DistributedContext
     model: GPT
     module: torch.nn.Module  # the model compiled and distributed: what a step calls
@@ -99,13 +103,30 @@ class TrainState:
     energy_before: float = field(init=False)  # joules of earlier sessions
     saved_s: float = field(init=False)  # the meter's time at the last checkpoint
 
+    teacher: Teacher | None = field(init=False, default=None)  # set as long as it has a share in the targets
+
     def __post_init__(self) -> None:
+        if self.teacher_weight:
+            self.teacher = Teacher(self.counting.model, self.distributed.device)
         self.energy_before, self.saved_s = self.progress.energy_j, self.meter.elapsed_s()
 
     @property
     def epoch(self) -> int:
         """Complete passes over the training text so far."""
         return self.progress.windows // self.sampler.per_epoch
+
+    @property
+    def teacher_weight(self) -> float:
+        """Share of the counted n-grams in the targets of the next step; it depends on the tokens seen alone."""
+        return teacher_weight(self.progress.windows * self.sizes.block_size, self.train.ngram_teacher)
+
+    def soft_targets(self) -> Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None:
+        """What makes the soft targets of a micro-batch in the next step; None if the n-grams no longer teach."""
+        weight = self.teacher_weight
+        if self.teacher is None or not weight:
+            self.teacher = None  # gives its memory back
+            return None
+        return functools.partial(self.teacher.targets, weight=weight)
 
     @property
     def is_time_limited(self) -> bool:
@@ -254,6 +275,7 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
         progress.best_val, progress.best_step = loss, progress.step
         state.save(progress, best=True)
     row = {"val_loss": loss, "val_bpb": bits_per_byte(loss, state.data), "best_val_loss": progress.best_val}
+    row |= counted_columns(state)
     if epoch_end and progress.epoch_steps:
         mean = progress.epoch_loss / progress.epoch_steps
         progress.best_epoch_loss = min(progress.best_epoch_loss, mean)
@@ -301,5 +323,6 @@ def summary(state: TrainState, reason: str) -> dict[str, Any]:
         "energy_kwh": progress.energy_j / 3.6e6 if state.energy else None,
         "checkpoint_s": round(state.save.seconds, 2),
         "folders_written": state.save.folders,
+        "yardstick": compare(state),
         "done": not state.stopped,
     }

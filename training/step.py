@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from config import ConfigError, TrainConfig
 from dataset import TokenStream, validation_batches
 from devices import DistributedContext, autocast
 from inference.writing import eval_mode
+from loss import SoftTargets
 
 if TYPE_CHECKING:
     from training.checkpointing import Progress
@@ -87,11 +88,14 @@ def take_step(
     train: TrainConfig,
     precision: str,
     distributed: DistributedContext,
+    soft: Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None = None,
 ) -> tuple[float, float, bool]:
     """One optimizer step over `grad_accum_steps` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
 
     Order: scale, backward, unscale, clip, check, step, update, zero. If the loss or the gradient is not finite, no
     parameter changes; with fp16 that is the scaler's normal reaction to an overflow. All ranks decide alike.
+
+    soft: makes the soft targets of a micro-batch (x, y), if a teacher has a share in them.
     """
     # 1 gradients: forward and backward for each micro-batch. backward() adds to .grad, so the result is the gradient of
     # one large batch, while only one micro-batch's activations are in memory.
@@ -104,7 +108,7 @@ def take_step(
         elif distributed.mode == "fsdp":
             module.set_requires_gradient_sync(number == grad_accum_steps - 1)  # type: ignore[operator]
         with autocast(distributed.device, precision):
-            loss = module(x, y)  # mean over B*T targets, in nats per token
+            loss = module(x, y, *([soft(x, y)] if soft else []))  # mean over B*T targets, in nats per token
         # fp16: small gradients would underflow to zero, so the scaler multiplies the loss and thereby every gradient.
         # The division makes the sum over micro-batches a mean.
         scaler.scale(loss / grad_accum_steps).backward()
