@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training.ngram import Level, NgramModel
 
+FREQUENT = 1 << 24  # numbers in the kept distributions after the most frequent ids, 64 MB
 NEGLIGIBLE = 0.02  # weights below this are taken as 0: they would cost time and teach nothing
 
 
@@ -74,6 +75,11 @@ class Teacher:
         self.vocab, self.bits, self.leave_out = model.vocab, model.bits, leave_out
         self.unigram = torch.from_numpy(model.unigram.astype(np.float32)).to(device)
         self.tables = [Table(level, model.bits, device) for level in model.levels]
+        table, kept = self.tables[0], min(model.vocab, max(1, FREQUENT // model.vocab))
+        frequent = table.contexts[table.totals[:-1].argsort(descending=True, stable=True)[:kept]]
+        self.frequent = self._bigrams(frequent)
+        self.row_of = torch.full((model.vocab,), -1, device=device)  # in `frequent`, by id
+        self.row_of[frequent] = torch.arange(len(frequent), device=device)
 
     def targets(self, x: Tensor, y: Tensor, weight: float) -> SoftTargets:
         """Soft targets for x, y [B, T] in which the n-gram has the share `weight`."""
@@ -82,6 +88,12 @@ class Teacher:
 
     def bigrams(self, ids: Tensor) -> Tensor:
         """The distributions after each of `ids` alone, [len(ids), vocab]."""
+        place = self.row_of[ids]
+        rows = self.frequent.index_select(0, place.clamp(min=0))
+        rare = (place < 0).nonzero()[:, 0]
+        return rows.index_copy_(0, rare, self._bigrams(ids[rare])) if len(rare) else rows
+
+    def _bigrams(self, ids: Tensor) -> Tensor:
         table = self.tables[0]
         place = found_in(table.contexts, ids)
         total, held_back = table.totals[place], table.held_back[place]
@@ -134,8 +146,7 @@ class SoftTargets:
     def subtract(self, probs: Tensor, start: int) -> None:
         """probs [m, vocab], of positions start .. start+m-1: take weight times the n-gram's distribution off, in place."""
         teacher, rows = self.teacher, slice(start, start + len(probs))
-        different, which = torch.unique(self.ids[rows], return_inverse=True)
-        bigrams = teacher.bigrams(different).index_select(0, which)  # [m, vocab]
+        bigrams = teacher.bigrams(self.ids[rows])  # [m, vocab]
         if len(teacher.tables) == 1:
             probs.sub_(bigrams, alpha=self.weight)
             return

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loss import LinearCrossEntropy
 from support.ngrams import VOCAB, some_ids, stream_of
+from training import ngram_teacher
 from training.ngram import NgramModel
 from training.ngram_teacher import Teacher, teacher_weight
 
@@ -38,7 +39,12 @@ def windows(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def test_without_leaving_out_the_teacher_says_what_was_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [1, 4 * VOCAB, 1 << 24])
+def test_without_leaving_out_the_teacher_says_what_was_counted(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether few or all of the distributions after single ids are kept in memory."""
+    monkeypatch.setattr(ngram_teacher, "FREQUENT", kept)
     ids, model = counted(tmp_path)
     x, y = windows(ids)
     found = distributions(Teacher(model, CPU, leave_out=False), x, y)
@@ -104,7 +110,9 @@ def test_gradients_are_those_of_autograd(weight: float, leave_out: bool, tmp_pat
     kept = (flat >= 0)[:, None]
     soft = -(distributions(teacher, x, y) * logits.log_softmax(-1) * kept).sum() / 26
     expected = torch.autograd.grad((1 - weight) * hard + weight * soft, [hidden, head])
-    assert float(loss) / 26 == pytest.approx(float(hard), abs=1e-5)  # the value is that of the one-hot targets
+    assert float(loss.detach()) / 26 == pytest.approx(
+        float(hard.detach()), abs=1e-5
+    )  # the value is that of the one-hot targets
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
