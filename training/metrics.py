@@ -254,6 +254,9 @@ def draw_losses(folder: Path) -> Path | None:
         axes.plot(*zip(*train, strict=True), color="#9c8b73", linewidth=1, label="training")
     if val:
         axes.plot(*zip(*val, strict=True), color="#7a1f2b", linewidth=2, marker="o", markersize=3, label="validation")
+    counted = [r["counted_loss"] for r in rows if "counted_loss" in r]
+    if counted:
+        axes.axhline(counted[-1], color="#555555", linewidth=1, linestyle="--", label="counting alone")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -150,8 +150,10 @@ def look_back(model: GPT, angles: Tensor, places: Tensor, tokens: Tensor, amplit
     """
     attention = cast("Block", model.h[0]).attn
     D, C, T = attention.head_size, model.config.n_embd, model.config.block_size
-    kept = min(D, POSITIONS)
-    gap = POSITIONS / 2 - float((torch.arange(1, T, dtype=torch.float64)[:, None] * angles).cos().sum(1).max())
+    pairs = min(D, POSITIONS) // 2  # of sine and cosine that fit into a head
+    kept = 2 * pairs
+    offsets = torch.arange(1, max(2, T), dtype=torch.float64)[:, None]
+    gap = pairs - float((offsets * angles[:pairs]).cos().sum(1).max())
     # of query and key each; the scores of positions are amplitude^2 / (POSITIONS / 2) times the cosines
     gain = math.sqrt(SHARPNESS * math.sqrt(D) * (POSITIONS / 2) / gap) / amplitude
     weight = attention.c_attn.weight.view(3, attention.n_head, D, C)
