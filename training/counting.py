@@ -7,20 +7,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dataset import TokenData, TokenStream, validation_batches
+from config import TrainConfig
+from dataset import TokenData, TokenStream, WindowSampler, training_batches, validation_batches
 from devices import autocast
 from evaluation.yardstick import YardstickSums
 from inference.writing import eval_mode
 from training.checkpointing import bits_per_byte
 from training.ngram import NgramModel
+from training.ngram_teacher import SoftTargets, Teacher
 
 if TYPE_CHECKING:
+    from model import GPT
     from training.state import TrainState
 
 COMPARED_TOKENS = 50_000  # tokens at most that the model and counting are compared on at the end of a run
@@ -55,6 +61,24 @@ class Counting:
             nats, count = nats - float(np.log(found).sum()), count + found.size
         self.val_loss = nats / count
         return self.val_loss
+
+
+def counted_trial(
+    folder: Path, batch: int, model: GPT, train: TrainConfig
+) -> tuple[Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """For `--plan`: start `model` from the prepared texts in `folder` if `train` says so, and make what its steps need.
+
+    Returns what makes the soft targets of a micro-batch (None without teacher), and endless micro-batches.
+    """
+    from training.ngram_start import counted_start
+
+    data, device = TokenData.open(folder), model.wte.weight.device
+    counts = Counting.of(data).model
+    if train.ngram_start:
+        counted_start(model, counts, train.seed)
+    sampler = WindowSampler(len(data.train), model.config.block_size, train.seed)
+    batches = training_batches(data.train, sampler, batch_size=batch, grad_accum_steps=1, device=device)
+    return functools.partial(Teacher(counts, device).targets, weight=0.5) if train.ngram_teacher else None, batches
 
 
 @torch.no_grad()
