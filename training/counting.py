@@ -1,8 +1,7 @@
 """What a run counts in its training text before the first step: for its start, as its teacher, and as its yardstick.
 
->>> counting = Counting.of(data, vocab)
+>>> counting = Counting.of(data)
 >>> counting.validation_loss(data.val, block_size=256, limit=100_000)     # nats a token, of counting alone
->>> compare(state)                                                        # beside the model's, at the end of a run
 """
 
 from __future__ import annotations
@@ -18,19 +17,11 @@ import torch
 
 from config import TrainConfig
 from dataset import TokenData, TokenStream, WindowSampler, training_batches, validation_batches
-from devices import autocast
-from evaluation.yardstick import YardstickSums
-from inference.writing import eval_mode
-from training.checkpointing import bits_per_byte
 from training.ngram import NgramModel
 from training.ngram_teacher import SoftTargets, Teacher
 
 if TYPE_CHECKING:
     from model import GPT
-    from training.state import TrainState
-
-COMPARED_TOKENS = 50_000  # tokens at most that the model and counting are compared on at the end of a run
-MAX_LOGITS = 1 << 26  # numbers of logits in memory at once
 
 
 def rows_of(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
@@ -79,33 +70,3 @@ def counted_trial(
     sampler = WindowSampler(len(data.train), model.config.block_size, train.seed)
     batches = training_batches(data.train, sampler, batch_size=batch, grad_accum_steps=1, device=device)
     return functools.partial(Teacher(counts, device).targets, weight=0.5) if train.ngram_teacher else None, batches
-
-
-@torch.no_grad()
-def compare(state: TrainState) -> dict[str, float]:
-    """Bits a byte of counting, of the model, and of the best mixture, over the first tokens of the validation pass.
-
-    A joint call of all ranks.
-    """
-    config, distributed, sums = state.model.config, state.distributed, YardstickSums()
-    # as in `validate`: under FSDP all ranks must run the same batches
-    rank, world = (0, 1) if distributed.mode == "fsdp" else (distributed.rank, distributed.size)
-    batch = max(1, MAX_LOGITS // (config.block_size * config.vocab_size))
-    limit = min(state.train.eval_tokens or COMPARED_TOKENS, COMPARED_TOKENS)
-    with eval_mode(state.module), autocast(distributed.device, state.precision):
-        for x, y in validation_batches(state.data.val, config.block_size, batch, limit, rank, world):
-            logits = state.module(x.to(distributed.device)).float()
-            found = logits.log_softmax(dim=-1).gather(-1, y.to(distributed.device)[:, :, None])[:, :, 0].exp()
-            counted = state.counting.model.probabilities(rows_of(x, y))
-            sums.add(found.flatten().cpu().double().numpy(), counted.ravel())
-    tokens, *nats = distributed.sum_over_ranks([float(sums.tokens), *sums.nats.tolist()])
-    total = YardstickSums(int(tokens), np.array(nats))
-    split = state.data.manifest.splits.val
-    return total.figures(size=tokens * split.bytes / split.tokens)
-
-
-def counted_columns(state: TrainState) -> dict[str, float]:
-    """Columns of a row of metrics with a validation loss: the loss of counting alone, the same in every row."""
-    limit = state.train.eval_tokens
-    loss = state.counting.validation_loss(state.data.val, state.sizes.block_size, limit)
-    return {"counted_loss": loss, "counted_bpb": bits_per_byte(loss, state.data)}

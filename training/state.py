@@ -14,25 +14,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from config import Config, ModelConfig, TrainConfig, to_toml
-from dataset import TokenData, WindowSampler, training_batches
-from devices import DistributedContext, device_name, gpu_memory
-from inference.writing import generate
+from dataset import TokenData, WindowSampler, training_batches, validation_batches
+from devices import DistributedContext, autocast, device_name, gpu_memory
+from evaluation.yardstick import YardstickSums
+from inference.writing import eval_mode, generate
 from model import GPT
 from storage.atomic import atomic_write_text
 from tokenizer import Tokenizer
 from training import plan
 from training.checkpointing import CheckpointWriter, InitialState, Progress, bits_per_byte
-from training.counting import Counting, compare, counted_columns
+from training.counting import Counting, rows_of
 from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
 from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
 from training.run_folder import Stop
 from training.schedule import time_limited_end_step
+from training.split import with_parts
 from training.step import grad_accum_steps, validate
+
+COMPARED_TOKENS = 50_000  # tokens at most that the model and counting are compared on at the end of a run
+MAX_LOGITS = 1 << 26  # numbers of logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,20 @@ def batch_sizes(
         train = train.model_copy(update={"tokens_per_step": saved.get("tokens_per_step", 0)})
         batch = dividing_batch(train.tokens_per_step, batch, block, distributed.size)
     return train, BatchSizes(batch, grad_accum_steps(train, batch, block, distributed.size), distributed.size, block)
+
+
+def step_settings(
+    config: Config, model: ModelConfig, saved: dict[str, Any], distributed: DistributedContext, precision: str
+) -> tuple[Config, TrainConfig, BatchSizes, str]:
+    """(settings for config.toml, settings of the steps, their sizes, a warning or ""), with what is chosen filled in.
+
+    config.toml keeps the shape of `model` and the parts of a step, which a resumed run must not choose anew; saved: see
+    `batch_sizes`. Raises ConfigError as that does.
+    """
+    train, sizes = batch_sizes(config.train, model, saved, distributed, precision)
+    train, warning = with_parts(train, model, sizes.batch_size, distributed)
+    kept = config.train.model_copy(update={"parts": train.parts})
+    return config.model_copy(update={"model": model, "train": kept}), train, sizes, warning
 
 
 @dataclass
@@ -168,10 +188,11 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
     write_config(state)
     for warning in filter(None, warnings):
         log.say(f"warning: {warning}")
+    parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
     splits, steps = data.manifest.splits, f"{state.total_steps:,}" if state.total_steps else "unlimited"
     log.say(
         f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device_name(state.distributed.device)}, {state.precision}   {sizes.tokens_per_step:,} tokens a step, {steps} "
+        f"device {device_name(state.distributed.device)}, {state.precision}, {parts}   {sizes.tokens_per_step:,} tokens a step, {steps} "
         f"steps, context {sizes.block_size}"
     )
     for name, count, size in state.model.report():
@@ -284,6 +305,36 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
         row |= {"epoch": epoch, "epoch_loss": mean, "best_epoch_loss": progress.best_epoch_loss}
     state.eval_s = state.meter.elapsed_s() - began
     return row
+
+
+def counted_columns(state: TrainState) -> dict[str, float]:
+    """Columns of a row of metrics with a validation loss: the loss of counting alone, the same in every row."""
+    limit = state.train.eval_tokens
+    loss = state.counting.validation_loss(state.data.val, state.sizes.block_size, limit)
+    return {"counted_loss": loss, "counted_bpb": bits_per_byte(loss, state.data)}
+
+
+@torch.no_grad()
+def compare(state: TrainState) -> dict[str, float]:
+    """Bits a byte of counting, of the model, and of the best mixture, over the first tokens of the validation pass.
+
+    A joint call of all ranks.
+    """
+    config, distributed, sums = state.model.config, state.distributed, YardstickSums()
+    # as in `validate`: under FSDP all ranks must run the same batches
+    rank, world = (0, 1) if distributed.mode == "fsdp" else (distributed.rank, distributed.size)
+    batch = max(1, MAX_LOGITS // (config.block_size * config.vocab_size))
+    limit = min(state.train.eval_tokens or COMPARED_TOKENS, COMPARED_TOKENS)
+    with eval_mode(state.model), autocast(distributed.device, state.precision):
+        for x, y in validation_batches(state.data.val, config.block_size, batch, limit, rank, world):
+            logits = state.model(x.to(distributed.device)).float()
+            found = logits.log_softmax(dim=-1).gather(-1, y.to(distributed.device)[:, :, None])[:, :, 0].exp()
+            counted = state.counting.model.probabilities(rows_of(x, y))
+            sums.add(found.flatten().cpu().double().numpy(), counted.ravel())
+    tokens, *nats = distributed.sum_over_ranks([float(sums.tokens), *sums.nats.tolist()])
+    total = YardstickSums(int(tokens), np.array(nats))
+    split = state.data.manifest.splits.val
+    return total.figures(size=tokens * split.bytes / split.tokens)
 
 
 def log_sample(state: TrainState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from config import ModelConfig
 from loss import LinearCrossEntropy
+from model import GPT
 from support.ngrams import VOCAB, some_ids, stream_of
 from training import ngram_teacher
 from training.ngram import NgramModel
 from training.ngram_teacher import Teacher, teacher_weight
+from training.split import SplitModel
 
 CPU = torch.device("cpu")
 
@@ -115,6 +119,23 @@ def test_gradients_are_those_of_autograd(weight: float, leave_out: bool, tmp_pat
     )  # the value is that of the one-hot targets
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_a_split_step_is_taught_the_same(tmp_path: Path) -> None:
+    ids, counts = counted(tmp_path)
+    soft = functools.partial(Teacher(counts, CPU).targets, weight=0.7)
+    x, y = windows(ids)
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=9, vocab_size=VOCAB))
+    model(x, y, soft(x, y)).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    split = SplitModel(model, parts=2)
+    with split.threads():
+        split.backward(x, y, share=1.0, soft=soft)
+        split.sum_gradients()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_the_weight_falls_with_the_tokens() -> None:
