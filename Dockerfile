@@ -1,4 +1,4 @@
-# The server and the app in one image, on the CPU build of torch (for a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128)
+# The server and the app in one image, on the CPU build of torch (for a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126)
 #
 #   docker build -t victorian .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/app/runs:ro" victorian

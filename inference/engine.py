@@ -365,14 +365,8 @@ class Engine:
 
     def _round(self) -> bool:
         """One round of the four stages named at the top; False when closed and nothing is left to do."""
-        now = time.monotonic()
-        with self._changed:
-            self._woken = False
-            requests, close_at = list(self._requests), self._close_at
-        if close_at is not None and not requests and not self._scorings:
+        if self._end_what_is_due() and not self._scorings:
             return False
-        for request in requests:
-            self._enforce_limits(request, now, closing=close_at is not None and now >= close_at)
         self._admit()
         if self._scorings:
             self._score_next_chunk()
@@ -383,6 +377,18 @@ class Engine:
                 if not self._woken:
                     self._changed.wait(self._sleep_s())
         return True
+
+    def _end_what_is_due(self) -> bool:
+        """Stage 1; True when closed and no request is left. In a function of its own, as a round may sleep for long, and
+        its variables would keep requests that have ended.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._woken = False
+            requests, close_at = list(self._requests), self._close_at
+        for request in requests:
+            self._enforce_limits(request, now, closing=close_at is not None and now >= close_at)
+        return close_at is not None and not requests
 
     def _sleep_s(self) -> float | None:
         """Seconds to the next timeout; None if there is none."""

@@ -148,7 +148,12 @@ class Service:
         except ValueError as error:
             raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from None
         generation = Generation(
-            job, params, request_id, on_first=self.metrics.first.observe, on_end=self._on_generation_end
+            job,
+            params,
+            request_id,
+            on_first=self.metrics.first.observe,
+            on_gap=self.metrics.gap.observe,
+            on_end=self._on_generation_end,
         )
         self.generations.add(generation)
         return generation
