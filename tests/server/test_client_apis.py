@@ -267,6 +267,11 @@ def test_ranges_of_other_servers(client: TestClient) -> None:
         completed = post(client, "/v1/completions", body)["choices"][0]["text"]
         assert completed == llama(client, **PARAMS | {"top_k": top_k})["content"] == kobold(client, **body)["text"]
         assert top_k == 101 or completed == expected
+    likeliest = generated(client, **PARAMS | {"temperature": 0})
+    for end in ({"top_p": 0}, {"typical_p": 0}, {"min_p": 1}):
+        narrow = llama(client, **PARAMS | end)["content"]
+        assert "typical_p" in end or narrow == likeliest
+        assert narrow == kobold(client, **PARAMS | end)["text"]
     off = {"top_n_sigma": -1, "xtc_probability": 1.0, "xtc_threshold": 0.6, "stop": [""]}
     assert llama(client, **PARAMS, **off)["content"] == generated(client, **PARAMS)
     assert llama(client, n_predict=-1, stop=["e"])["stop_type"] == "word"
