@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, ConfigError
 from training.model_setup import full_state_dict
+from training.resume import check_texts, content_of, thread_notes
 
 if TYPE_CHECKING:
     from dataset import TokenData
@@ -86,19 +87,39 @@ class InitialState:
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
+    notes: list[str] = field(default_factory=list)  # what is not as it was before
 
 
-def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> InitialState:
-    """Model, progress and training state of a checkpoint. Raises ConfigError if the data has another tokenizer."""
+def resumed_run(
+    checkpoint: Path, data: TokenData, tokenizer: Tokenizer, device: str, dropout: float, new_texts: bool
+) -> InitialState:
+    """Model, progress and training state of a checkpoint, with this rate of dropout.
+
+    Raises ConfigError if the data has another tokenizer, or, unless they are `new_texts`, other texts.
+    """
+    import torch
+
     from checkpoint import load_model, load_training
 
-    model, kept = load_model(checkpoint)
+    model, kept = load_model(checkpoint, dropout=dropout)
     if kept.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
         )
     state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
-    return InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
+    start = InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
+    start.notes = check_texts(start, data.manifest, data.folder, new_texts)
+    start.notes += thread_notes(state, device, torch.get_num_threads())
+    return start
+
+
+def description(origin: str, texts: str) -> str:
+    """What the model is, for its card: of a run whose texts are not those of its preset."""
+    return (
+        f"A GPT-2 style language model: {origin}, fine-tuned on {texts}."
+        if origin
+        else f"A GPT-2 style language model, trained from scratch on {texts}."
+    )
 
 
 def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
@@ -152,6 +173,8 @@ class CheckpointWriter:
 
     def __call__(self, progress: Progress, *, best: bool) -> None:
         """Save best/ (weights only) or last/ (weights and training state), atomically."""
+        import torch
+
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
@@ -171,6 +194,9 @@ class CheckpointWriter:
                     "world": self.distributed.size,
                     "batch": self.batch,
                     "tokens_per_step": self.tokens_per_step,
+                    "texts": content_of(self.data.manifest),
+                    "train_tokens": self.data.manifest.splits.train.tokens,
+                    "threads": torch.get_num_threads(),
                 }
                 if self.config.train.keep_last > 1:
                     archive_last(self.run)
