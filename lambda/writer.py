@@ -37,7 +37,7 @@ from wire import Access, ConnectionClosed, RelaySettings, RequestTable, TokenTab
 if TYPE_CHECKING:
     from server.service import Service
 
-SLOTS = 16  # samples written at once; Lambda gives an environment one request at a time
+SLOTS = 16  # samples written at once at most; the fewer, the sooner the engine has tried what it may batch
 STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
@@ -59,8 +59,9 @@ def service() -> Service:
     from storage.gpt2_format import folder_defaults
 
     folder = Path(os.environ.get("MODEL_FOLDER", "/opt/model"))
-    settings = read_settings(model=folder, slots=SLOTS, max_tokens=100_000, max_n=128, deadline_s=900.0)
-    engine = Engine.load(folder, device=settings.device, dtype=settings.dtype, slots=SLOTS, max_tokens_limit=100_000)
+    slots = min(SLOTS, RelaySettings.read().max_samples)  # Lambda gives an environment one request at a time
+    settings = read_settings(model=folder, slots=slots, max_tokens=100_000, max_n=128, deadline_s=900.0)
+    engine = Engine.load(folder, device=settings.device, dtype=settings.dtype, slots=slots, max_tokens_limit=100_000)
     made = Service(settings, engine)
     made.defaults = folder_defaults(folder)
     return made

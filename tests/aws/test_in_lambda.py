@@ -16,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from aws_fakes import ask, hear, text, wait_for
+from aws_fakes import RuntimeApi, ask, hear, text, wait_for
 from local_stack import Stack
-from test_lambda_runtime import RuntimeApi
 
 from config import GenerationParams
 from inference.engine import Engine
