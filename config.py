@@ -10,6 +10,7 @@ a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 import unicodedata
@@ -33,6 +34,11 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+# Rounds that an OpenMP thread of torch spins before it sleeps, read when torch is loaded, which comes after this module.
+# By default 300,000: beside another program every operation then waits for the scheduler (docs/experiments.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
@@ -212,6 +218,9 @@ class TrainConfig(FrozenSettings):
     """torch.compile; auto: on for CUDA, off elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps or xla."""
+    parts: int = Field(0, ge=0, le=256)
+    """On CPUs: parts into which a step's sequences are cut, each computed by one thread; they decide the last bits of the
+    weights, the number of threads does not. 0: one for each thread, for small models; 1: threads share each operation."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """auto: ddp under torchrun, none otherwise."""
     log_interval: int = Field(10, ge=1)
@@ -404,7 +413,7 @@ class GenerationParams(FrozenSettings):
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)
     """Below 1 safer, above 1 more surprising; 0 always takes the most likely token."""
-    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
+    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=1_000_000)
     """Keep only the k most likely tokens; 0: all."""
     top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
         0.95, gt=0.0, le=1.0

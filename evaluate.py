@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json as jsonlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, FrozenSettings, GenerationParams
 from corpus.documents import ReadOptions
-from corpus.finder import find, inspect
+from corpus.finder import inspect, search
 from corpus.workers import Progress
 from storage.catalogue import author_of
 
@@ -77,15 +78,16 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
 
     Raises ConfigError for a file that cannot be read.
     """
-    for path, name in find(inputs):
-        file = inspect(path, name, ReadOptions())
-        if isinstance(file, str):
-            raise ConfigError([f"--input {file}"])
-        authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
-        for number, text in _whole(file.chunks(0), ReadOptions()):
-            if text.strip():
-                own = f"{name}, row {number + 1}" if file.has_rows else name
-                yield own, authors[number] if authors else author_of(own, text), text
+    with tempfile.TemporaryDirectory() as folder:  # for what is in archives
+        for path, name in search(inputs, Path(folder)).files:
+            file = inspect(path, name, ReadOptions())
+            if isinstance(file, str):
+                raise ConfigError([f"--input {file}"])
+            authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
+            for number, text in _whole(file.chunks(0), ReadOptions()):
+                if text.strip():
+                    own = f"{name}, row {number + 1}" if file.has_rows else name
+                    yield own, authors[number] if authors else author_of(own, text), text
 
 
 def _whole(chunks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:

@@ -69,5 +69,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Rows of logits held at once: about 64 MB of float32 on a CPU, 1 GB on an accelerator."""
-    return max(128, (1 << 24 if device.type == "cpu" else 1 << 28) // vocab)
+    """Rows of logits held at once: on an accelerator about 1 GB of float32; on a CPU at most 64 MB and 512 rows.
+
+    Softmax reads a chunk several times, from the cache if it fits; products of fewer rows are slower (docs/experiments.md).
+    """
+    if device.type == "cpu":
+        return max(128, min(512, (1 << 24) // vocab))
+    return max(128, (1 << 28) // vocab)

@@ -163,7 +163,8 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from training.optimizer import Optimizer
     from training.run_folder import newest_valid_checkpoint
     from training.schedule import clamp_schedule, total_steps
-    from training.state import TrainState, announce, batch_sizes
+    from training.split import step_threads
+    from training.state import TrainState, announce, step_settings
 
     # 1 data: the shards and the tokenizer they were encoded with; a checkpoint holds the position in them.
     device, tokenizer = distributed.device, load_tokenizer(data.folder)
@@ -178,8 +179,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     else:
         start = resumed_run(checkpoint, data, tokenizer)
     model, progress = start.model, start.progress
-    config = config.model_copy(update={"model": model.config})  # with the vocabulary's size filled in
-    train, sizes = batch_sizes(config.train, model.config, start.state, distributed, precision)
+    config, train, sizes, unsplit = step_settings(config, model.config, start.state, distributed, precision)
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
     train, clamped = clamp_schedule(train, total)
@@ -226,18 +226,18 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         peak_flops=peak_flops(device_name(device), precision),
         energy=energy_meter(device),
     )
-    announce(state, start, warnings + clamped)
-    return loop(state, new=checkpoint is None)
+    announce(state, start, [*warnings, *clamped, unsplit])
+    with step_threads(module):
+        return loop(state, new=checkpoint is None)
 
 
 def loop(state: TrainState, new: bool) -> dict[str, Any]:
     """Training loop: steps, with logging, evaluation and checkpoints at their intervals; returns the summary."""
-    from devices import seed_dropout
     from training.run_folder import Stop
     from training.schedule import lr_scale
     from training.state import checkpoint, count_step, evaluate, log_sample, metrics_row, schedule_final_decay, summary
     from training.state import sync_stop_and_checkpoint as sync
-    from training.step import bad_step, step_seed, take_step, training_ends
+    from training.step import bad_step, seed_step, take_step, training_ends
 
     distributed, progress, log, meter = state.distributed, state.progress, state.log, state.meter
     module, optimizer, scaler = state.module, state.optimizer, state.scaler
@@ -265,7 +265,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
             # One step. Dropout is seeded by step and rank: a resumed run draws the masks of an uninterrupted one.
             epoch = state.epoch  # before the step: compared below to detect the end of an epoch
             with meter.step():
-                seed_dropout(distributed.device, step_seed(train.seed, progress.step, distributed.rank))
+                seed_step(module, train, progress.step, distributed)
                 scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: share of each peak rate
                 optimizer.set_lr(scale)
                 module.train()  # dropout on; an evaluation may have switched it off

@@ -8,19 +8,18 @@ gives `Chunk`s, which are sent to the workers, and a `Chunk` gives `Piece`s of c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from corpus import gutenberg
 from corpus.cleaning import (
     BOM,
     LAYOUT_SAMPLE,
-    LICENCE_WINDOW,
     Layout,
     find_layout,
     fix_mojibake,
-    licence_bounds,
     normalise_newlines,
     strip_illustrations,
     strip_italics,
@@ -38,6 +37,14 @@ class DocumentError(ValueError):
     """A text that cannot be read; the message names the file, the place and the fix."""
 
 
+class LockedError(DocumentError):
+    """A book whose content is encrypted and for which there is no remedy."""
+
+
+class Locked(str):
+    """Why a file cannot be read, where there is no remedy: a folder is read without it."""
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """How texts are read, and which cleaning steps are on. Those from `strip_notes` to `strip_italics` clean books only."""
@@ -48,6 +55,8 @@ class ReadOptions:
     strip_illustrations: bool = True
     strip_italics: bool = True
     fix_mojibake: bool = False
+    footnotes: bool = True
+    """Footnotes and endnotes are kept, at the end of the text; of formats that tell them from it."""
     books: bool = False
     """All texts are books. If false, only texts with Project Gutenberg's licence or hard-wrapped lines count as books."""
     skip_bad: bool = False
@@ -133,6 +142,10 @@ class SourceFile(Protocol):
         """What cleaning already did, for the manifest."""
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What the file tells about its only document: `author`, `title`, `language`, `year`."""
+
+    @property
     def split(self) -> str:
         """`train` or `val` where the source itself defines the split, otherwise empty."""
 
@@ -152,16 +165,24 @@ def clean_document(document: int, data: bytes, options: ReadOptions) -> Piece:
     counts: dict[str, int] = {}
     data = normalise_newlines(data.removeprefix(BOM))
     if options.strip_licence:
-        start, stop = licence_bounds(data[:LICENCE_WINDOW], data[-LICENCE_WINDOW:], len(data))
-        if (start, stop) != (0, len(data)):
-            counts |= {"licence_documents": 1, "licence_bytes": len(data) - (stop - start)}
-            data = data[start:stop]
+        found = gutenberg.spans(data)
+        counts = licence_counts(found, len(data))
+        data = b"\n\n\n".join(data[start:stop] for start, stop in found)
     if not data or data.isspace():
         return Piece(document, "", 0, True, counts | {"empty_documents": 1})
-    layout = layout_of(data[:LAYOUT_SAMPLE], options, bool(counts))
+    layout = layout_of(data[:LAYOUT_SAMPLE], options, "licence_documents" in counts)
     counts |= {"unwrapped_documents": 1} if layout.width else {}
     text, size, steps = clean_part(data, layout, options, True)
     return Piece(document, text, size, True, counts | steps)
+
+
+def licence_counts(books: Sequence[gutenberg.Span], size: int) -> dict[str, int]:
+    """What the manifest counts of a file of `size` bytes in which these books were found."""
+    if books == [gutenberg.Span(0, size)]:
+        return {}
+    kept = sum(stop - start for start, stop in books)
+    several = {"books_in_shared_files": len(books)} if len(books) > 1 else {}
+    return {"licence_documents": max(1, len(books)), "licence_bytes": size - kept} | several
 
 
 def skipped_row(document: int) -> Piece:
@@ -172,8 +193,7 @@ def skipped_row(document: int) -> Piece:
 def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:
     """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
     found = find_layout(sample)
-    width = found.width if options.unwrap else 0
-    return Layout(width, found.blocks, options.books or licence or found.width > 0)
+    return replace(found, width=found.width if options.unwrap else 0, book=options.books or licence or found.width > 0)
 
 
 def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) -> tuple[str, int, dict[str, int]]:

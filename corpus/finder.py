@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from config import ConfigError
 from corpus.documents import YEAR_FIELD, Chunk, ReadOptions, SourceFile
+from corpus.readers import archive
+from corpus.readers.content import ABOUT, ARCHIVES, OBJECT, is_text, kind_of, suffix_of
 from corpus.readers.registry import READERS, SUFFIXES, reader_of
+
+SHOWN = 20  # files that a message names
+HIDDEN = "hidden"  # these are counted but not named
+OWN = re.compile(r"\..*\.(?:lock|part|old|stdin|unpacked)")  # what a preparation writes beside its folder
 
 
 @dataclass(frozen=True)
@@ -53,26 +62,89 @@ class Corpus:
         return np.concatenate(keys)
 
 
-def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
-    """Each file of `inputs` (files, folders, globs) once, with the name it is known by: its path inside the folder given.
+class Found(NamedTuple):
+    """The files of some inputs."""
 
-    Folders are searched through, hidden ones left out, and sorted. Raises ConfigError with every input that holds nothing.
+    files: list[tuple[Path, str]]
+    """Each file with the name it is known by: its path inside the folder given."""
+    skipped: list[tuple[str, str]]
+    """Names of the files that are not read, each with the kind of file it is."""
+
+
+def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
+    """The files of `inputs` as `search` finds them, archives as they are."""
+    return search(inputs).files
+
+
+def search(inputs: Iterable[str], unpack_into: Path | None = None) -> Found:
+    """Each file of `inputs` (files, folders, globs) once. Archives and lists of rows are unpacked into `unpack_into`.
+
+    Folders are searched through, and sorted; hidden files, and those that are no texts, are skipped there. Raises
+    ConfigError with every input that holds nothing, DocumentError for an archive that cannot be unpacked.
     """
     found: dict[Path, tuple[Path, str]] = {}
+    skipped: list[tuple[str, str]] = []
     errors = []
     for item in inputs:
         path = Path(item).expanduser()
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             errors.append(f"--input {item}: no such file or folder, and no file matches it")
-        files = [pair for match in matches for pair in (_inside(match) if match.is_dir() else [(match, match.name)])]
-        if matches and not files:
+        files = [
+            pair for match in matches for pair in (_inside(match, skipped) if match.is_dir() else [(match, match.name)])
+        ]
+        chosen = [pair for pair in files if pair[0] in matches or _is_chosen(*pair, skipped)]
+        if matches and not chosen:
             errors.append(f"--input {item}: no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file in this folder")
-        for file, name in files:
+        for file, name in chosen:
             found.setdefault(file.resolve(), (file, name))
     if errors:
         raise ConfigError(errors)
-    return list(found.values())
+    pairs = list(found.values())
+    return Found(_unpacked(pairs, unpack_into, skipped) if unpack_into else pairs, skipped)
+
+
+def _unpacked(files: list[tuple[Path, str]], folder: Path, skipped: list[tuple[str, str]]) -> list[tuple[Path, str]]:
+    """`files` with the members of archives in their place."""
+    result: list[tuple[Path, str]] = []
+    for path, name in files:
+        try:
+            if not archive.is_packed(path):
+                result.append((path, name))
+                continue
+        except OSError:  # named when it is inspected
+            result.append((path, name))
+            continue
+        for member in archive.unpack(path, name, folder):
+            if _is_chosen(member.path, member.name, skipped):
+                result.append((member.path, member.name))
+    return result
+
+
+def _is_chosen(path: Path, name: str, skipped: list[tuple[str, str]]) -> bool:
+    """Whether a file in a folder is read; one that is not is added to `skipped`."""
+    try:
+        suffix = suffix_of(path)
+    except OSError:  # named when it is inspected
+        return path.suffix.lower() in SUFFIXES
+    if any(part.startswith(".") for part in name.split("/")):
+        why = HIDDEN
+    elif ABOUT.fullmatch(path.name):
+        why = "about the folder"
+    elif suffix in SUFFIXES or suffix in ARCHIVES or archive.is_packed(path) or (not path.suffix and is_text(path)):
+        return True
+    else:
+        why = kind_of(path)
+    skipped.append((name, why))
+    return False
+
+
+def skipped_line(read: int, skipped: Sequence[tuple[str, str]]) -> str:
+    """`13 of 15 files read; 2 skipped: cover.jpg (picture), drm.epub (encrypted)`."""
+    named = [f"{name} ({why})" for name, why in skipped if why != HIDDEN]
+    shown = named[:SHOWN] + ([f"{len(skipped) - len(named)} hidden"] if len(named) < len(skipped) else [])
+    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+    return f"{read} of {read + len(skipped)} files read; {len(skipped)} skipped: {', '.join(shown)}{more}"
 
 
 def inspect(path: Path, name: str, options: ReadOptions, split: str = "") -> SourceFile | str:
@@ -80,7 +152,12 @@ def inspect(path: Path, name: str, options: ReadOptions, split: str = "") -> Sou
 
     split: `train` or `val` where the source defines it.
     """
-    reader = reader_of(path)
+    try:
+        if suffix_of(path) == OBJECT:
+            return f"{path}: one JSON object, not a list of rows: write the rows as a list, or one a line (.jsonl)"
+        reader = reader_of(path)
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
     if options.years and not reader.has_years:
         suffixes = ", ".join(suffix for other in READERS if other.has_years for suffix in other.suffixes)
         return f"{path}: --years needs a field '{YEAR_FIELD}', which only {suffixes} files are searched for"
@@ -90,13 +167,26 @@ def inspect(path: Path, name: str, options: ReadOptions, split: str = "") -> Sou
         return f"{path}: {error.strerror or error}"
 
 
-def _inside(folder: Path) -> list[tuple[Path, str]]:
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-    return [
-        (path, name)
-        for name, path in sorted(names.items())
-        if path.is_file() and not any(part.startswith(".") for part in name.split("/"))
-    ]
+def _inside(folder: Path, skipped: list[tuple[str, str]]) -> list[tuple[Path, str]]:
+    """The files in a folder and the folders in it, sorted by name; folders of prepared data are added to `skipped`."""
+    files: dict[str, Path] = {}
+    for where, folders, names in os.walk(folder):
+        inside = Path(where).relative_to(folder)
+        if {"manifest.json", "documents.json"} <= set(names):
+            skipped.append((inside.as_posix(), "prepared data"))
+            folders.clear()
+            continue
+        for name in [name for name in folders if name.startswith(".")]:
+            folders.remove(name)
+            skipped += [] if OWN.fullmatch(name) else [((inside / name).as_posix(), HIDDEN)]
+        names = [name for name in names if not OWN.fullmatch(name)]
+        files |= {(inside / name).as_posix(): Path(where, name) for name in names if Path(where, name).is_file()}
+    return [(path, readable(name)) for name, path in sorted(files.items())]
+
+
+def readable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 become question marks in a box."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:

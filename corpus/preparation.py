@@ -30,7 +30,7 @@ from pydantic import Field
 
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
-from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile
+from corpus.documents import TEXT_FIELD, DocumentError, Locked, ReadOptions, SourceFile
 from corpus.encoding import (
     DROP,
     TRAIN,
@@ -44,7 +44,7 @@ from corpus.encoding import (
     find_duplicates,
     validation_split,
 )
-from corpus.finder import Corpus, find, inspect
+from corpus.finder import Corpus, inspect, readable, search, skipped_line
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
@@ -59,7 +59,7 @@ PREPARED_FILES = re.compile(
     r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|documents\.json|originality|state\.json(\.tmp)?"
 )
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
-RECIPE = 2  # raise it whenever the same texts and settings give other shards
+RECIPE = 3  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
 
@@ -94,6 +94,8 @@ class PrepareFlags(DataConfig):
     """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
     join: tuple[Path, ...] = ()
     """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
+    footnotes: bool = True
+    """Keep footnotes and endnotes, at the end of the text, of formats that tell them from it."""
     skip_bad_files: bool = False
     """Leave out what cannot be read instead of stopping."""
     index: bool = False
@@ -125,7 +127,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
     _refuse_foreign(out)
     with contextlib.ExitStack() as stack:
         # 1 files: which they are, and whether `out` already holds what they give
-        files = _input_files(flags, out, stack)
+        files, skipped = _input_files(flags, out, stack)
         settings = _settings(flags)
         identity = _identity(settings, files)
         if (kept := _up_to_date(out, identity)) is not None:
@@ -138,7 +140,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
 
         # 2 documents: every file is checked before any is encoded
         options = _options(flags)
-        corpus, counts = _inspect_files(pool, files, options, _name(flags))
+        corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped)
 
         # 3 plan: which documents train, validate or are dropped, and the style of each
         plan = _plan(pool, corpus, options, flags)
@@ -188,10 +190,19 @@ def join_parts(folders: Sequence[Path], out: Path) -> Manifest:
 # The files and settings of a preparation
 
 
-def _input_files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) -> list[InputFile]:
-    """The files to read. Standard input is copied to a file that `stack` removes; a hub's data set is fetched to its cache."""
+def _input_files(
+    flags: PrepareFlags, out: Path, stack: contextlib.ExitStack
+) -> tuple[list[InputFile], list[tuple[str, str]]]:
+    """The files to read, and those that are skipped, each with its kind.
+
+    Standard input is copied to a file, and archives are unpacked into a folder, that `stack` removes; a hub's data set is
+    fetched to its cache.
+    """
+    skipped: list[tuple[str, str]] = []
     if flags.input:
-        found = find(item for item in flags.input if item != "-")
+        unpacked = out.with_name(f".{out.name}.{os.getpid()}.unpacked")
+        stack.callback(shutil.rmtree, unpacked, ignore_errors=True)
+        found, skipped = search((item for item in flags.input if item != "-"), unpacked)
         found += [_save_standard_input(out, stack)] if "-" in flags.input else []
     elif flags.source.endswith(SUFFIXES):
         found = [(path, path.name) for path in sorted(ROOT.glob(flags.source))]
@@ -202,13 +213,13 @@ def _input_files(flags: PrepareFlags, out: Path, stack: contextlib.ExitStack) ->
             ["nothing to prepare: give --input PATH… (files, folders or - ), --preset NAME or --hub NAME"]
         )
     elif sources.is_corpus(flags.source):
-        return sources.fetch(
-            flags.source,
-            sources.HubSelection(config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on),
+        selection = sources.HubSelection(
+            config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on
         )
+        return sources.fetch(flags.source, selection), skipped
     else:
         raise ConfigError([f"--source {flags.source}: give {', '.join(sources.NAMED)} or OWNER/NAME, or --input PATH"])
-    return sources.label_splits(found, flags.validate_on)
+    return sources.label_splits(found, flags.validate_on), skipped
 
 
 def _save_standard_input(out: Path, stack: contextlib.ExitStack) -> tuple[Path, str]:
@@ -226,7 +237,7 @@ def _save_standard_input(out: Path, stack: contextlib.ExitStack) -> tuple[Path, 
 
 
 def _name(flags: PrepareFlags) -> str:
-    return ", ".join(Path(item).name or item for item in flags.input) or flags.source
+    return ", ".join(readable(Path(item).name or item) for item in flags.input) or flags.source
 
 
 def _options(flags: PrepareFlags) -> ReadOptions:
@@ -275,9 +286,17 @@ def _identity(settings: dict[str, Any], files: Iterable[InputFile]) -> str:
 
 
 def _inspect_files(
-    pool: Pool, files: Sequence[InputFile], options: ReadOptions, name: str
+    pool: Pool,
+    files: Sequence[InputFile],
+    options: ReadOptions,
+    name: str,
+    skipped: Sequence[tuple[str, str]] = (),
 ) -> tuple[Corpus, Counter[str]]:
-    """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file."""
+    """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file.
+
+    skipped: files that are no texts, with their kind, which are named beside those without text or remedy.
+    """
+    left_out = list(skipped)
     good: list[SourceFile] = []
     bad: list[str] = []
     counts: Counter[str] = Counter()
@@ -285,13 +304,17 @@ def _inspect_files(
     with Progress("checking", sum(item.path.stat().st_size for item in files)) as progress:
         for item, file in zip(files, pool.map(inspect, arguments), strict=True):
             progress.add(item.path.stat().st_size)
-            if isinstance(file, str):
+            if isinstance(file, Locked) and len(files) > 1:
+                left_out.append((item.name, "encrypted"))
+            elif isinstance(file, str):
                 bad.append(file)
             elif not file.documents:
                 counts["empty_files"] += 1
+                left_out.append((item.name, "empty"))
             else:
                 good.append(file)
                 counts.update(file.counts)
+                _tell_books(file)
     shown = "\n".join(bad[:20] + ([f"… and {len(bad) - 20} more"] if len(bad) > 20 else []))
     if bad and not options.skip_bad:
         raise DocumentError(
@@ -300,11 +323,21 @@ def _inspect_files(
     if bad:
         print(f"left out:\n{shown}", file=sys.stderr)
         counts["skipped_files"] = len(bad)
+    if left_out:
+        print(skipped_line(len(good), left_out), file=sys.stderr)
     if not good:
         raise DocumentError(
             f"{name}: no text in {'this file' if len(files) == 1 else f'any of these {len(files)} files'}"
         )
     return Corpus(name, good), counts
+
+
+def _tell_books(file: SourceFile) -> None:
+    """Say of a file what its licences did to it, where that is not usual."""
+    if file.counts.get("licences_kept"):
+        print(f"{file.name}: left whole: cutting at its licence marks would leave nearly nothing", file=sys.stderr)
+    elif (books := file.counts.get("books_in_shared_files", 0)) and not file.has_rows:
+        print(f"{file.name}: {books} books", file=sys.stderr)
 
 
 def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags) -> EncodingPlan:
@@ -473,7 +506,8 @@ def _write_shards(
             )
     if flags.part == "1/1":
         files = [(file.name, file.documents) for file in plan.corpus.files]
-        Catalogue(files, plan.roles == VAL, dropped, shared=bool(plan.cuts)).save(draft)
+        facts = {file.name: file.facts for file in plan.corpus.files if file.facts}
+        Catalogue(files, plan.roles == VAL, dropped, shared=bool(plan.cuts), facts=facts).save(draft)
     return writers, counts
 
 

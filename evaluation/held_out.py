@@ -57,7 +57,8 @@ def prepared_texts(folder: Path) -> Iterator[HeldOutText]:
         ids = stream.read(start, stop).tolist()
         text = tokenizer.decode(ids)
         name = catalogue.name("val", number) if catalogue is not None and named else f"document {number + 1}"
-        yield HeldOutText(name, author_of(name, text), text, style_of_id.get(ids[0], ""))
+        author = catalogue.author(name, text) if catalogue is not None else author_of(name, text)
+        yield HeldOutText(name, author, text, style_of_id.get(ids[0], ""))
 
 
 def file_texts(documents: Iterable[tuple[str, str, str]]) -> Iterator[HeldOutText]:

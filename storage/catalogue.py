@@ -14,8 +14,8 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Catalogue:
     """Numbers of the documents that are in no split: duplicates, and those without text."""
     shared: bool = False
     """The only document is split by position: both splits have a part of it."""
+    facts: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    """By the name of a file of one document, what this tells about itself: `author`, `title`, `language`, `year`."""
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue | None:
@@ -52,7 +54,9 @@ class Catalogue:
             files = [(str(name), int(count)) for name, count in held["files"]]
             bits = np.frombuffer(zlib.decompress(base64.b64decode(held["validating"])), dtype=np.uint8)
             chosen = np.unpackbits(bits, count=sum(count for _, count in files)).astype(bool)
-            return cls(files, chosen, [int(number) for number in held["dropped"]], bool(held["shared"]))
+            return cls(
+                files, chosen, [int(number) for number in held["dropped"]], bool(held["shared"]), held.get("facts", {})
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
@@ -61,6 +65,8 @@ class Catalogue:
     def save(self, folder: Path) -> None:
         bits = base64.b64encode(zlib.compress(np.packbits(self.validating).tobytes())).decode("ascii")
         held = {"files": list(self.files), "validating": bits, "dropped": list(self.dropped), "shared": self.shared}
+        if self.facts:
+            held["facts"] = dict(self.facts)
         atomic_write_text(Path(folder) / FILE, json.dumps(held, ensure_ascii=False) + "\n")
 
     @cached_property
@@ -85,6 +91,10 @@ class Catalogue:
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         name, count = self.files[file]
         return name if count == 1 else f"{name}, row {number - int(self._starts[file]) + 1}"
+
+    def author(self, name: str, head: str = "") -> str:
+        """The author of the document of this name: as its file tells it, otherwise as `author_of` finds it."""
+        return self.facts.get(name, {}).get("author") or author_of(name, head)
 
 
 def names_of(folder: Path, split: str, documents: int) -> Iterable[str] | None:

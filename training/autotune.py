@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, ConfigError, ModelConfig, TrainConfig, build, to_toml
+from config import ROOT, Config, ConfigError, ModelConfig, TrainConfig, build, to_toml
 
 # (layers, width) from small to large; a head has 64 channels, or 32 where 64 do not divide the width
 SIZES = (
@@ -139,7 +139,9 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
 
     from devices import DistributedContext
     from model import GPT
+    from training.model_setup import wrapped
     from training.optimizer import Optimizer
+    from training.split import step_threads, with_parts
     from training.step import take_step
 
     train = TrainConfig(max_steps=1, optimizer="muon")
@@ -153,12 +155,15 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
         while True:
             yield ids[:, :-1], ids[:, 1:]
 
+    train, _ = with_parts(train, guess, rows, distributed)
+    module = wrapped(model, Config(model=guess, train=train), distributed, device)
     source, times = batches(), list[float]()
     end = time.perf_counter() + seconds
-    while len(times) < 4 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        take_step(model, optimizer, scaler, source, 1, train, precision, distributed)  # ends with the loss on the CPU
-        times.append(time.perf_counter() - begin)
+    with step_threads(module):
+        while len(times) < 4 or time.perf_counter() < end:
+            begin = time.perf_counter()
+            take_step(module, optimizer, scaler, source, 1, train, precision, distributed)  # the loss ends on the CPU
+            times.append(time.perf_counter() - begin)
     late = sorted(times[2:])
     return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
 

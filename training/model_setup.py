@@ -100,9 +100,16 @@ def with_rows(model: GPT, tokens: int) -> GPT:
 
 
 def wrapped(model: GPT, config: Config, distributed: DistributedContext, device: torch.device) -> torch.nn.Module:
-    """The model as the loop calls it: compiled and distributed. Saved weights never carry a wrapper's names."""
+    """The model as the loop calls it: split over threads (training/split.py), or compiled and distributed.
+
+    Saved weights never carry a wrapper's names.
+    """
     import torch
 
+    from training.split import SplitModel
+
+    if config.train.parts > 1:
+        return SplitModel(model, config.train.parts)
     module: torch.nn.Module = model
     if distributed.mode == "fsdp":
         from torch.distributed.fsdp import fully_shard

@@ -251,13 +251,15 @@ def benchmark_steps(job: dict[str, Any]) -> dict[str, float]:
     from model import GPT
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
+    from training.split import step_threads, with_parts
     from training.step import take_step
 
     config, precision = build(Config, job["config"]), job["precision"]
     device = pick_device(config.train.device)
     distributed = DistributedContext(0, 1, "none", device)
     model = GPT(config.model).to(device)
-    module = wrapped(model, config, distributed, device)
+    train, _ = with_parts(config.train, config.model, job["batch"], distributed)
+    module = wrapped(model, config.model_copy(update={"train": train}), distributed, device)
     optimizer = Optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batches = random_batches(job["batch"], config.model, device)
@@ -266,15 +268,16 @@ def benchmark_steps(job: dict[str, Any]) -> dict[str, float]:
         take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, distributed)
 
     # steps of one micro-batch and of two in turn: their difference is a micro-batch, what remains is the update
-    step(1)
     timings: dict[int, list[float]] = {1: [], 2: []}
-    began = time.perf_counter()
-    while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
-        for accumulate, found in timings.items():
-            found.append(timed(functools.partial(step, accumulate), device))
+    with step_threads(module):
+        step(1)
+        began = time.perf_counter()
+        while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
+            for accumulate, found in timings.items():
+                found.append(timed(functools.partial(step, accumulate), device))
+        rest = benchmark_non_training(config, model, module, batches, precision, device)
     once, twice = (statistics.median(found) for found in timings.values())
     micro_batch_s = max(twice - once, 0.3 * once)
-    rest = benchmark_non_training(config, model, module, batches, precision, device)
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
     return {
         "micro_batch_s": micro_batch_s,

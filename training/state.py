@@ -29,6 +29,7 @@ from training.model_setup import dividing_batch, unsharded_model
 from training.optimizer import Optimizer
 from training.run_folder import Stop
 from training.schedule import time_limited_end_step
+from training.split import with_parts
 from training.step import grad_accum_steps, validate
 
 
@@ -68,6 +69,20 @@ def batch_sizes(
         train = train.model_copy(update={"tokens_per_step": saved.get("tokens_per_step", 0)})
         batch = dividing_batch(train.tokens_per_step, batch, block, distributed.size)
     return train, BatchSizes(batch, grad_accum_steps(train, batch, block, distributed.size), distributed.size, block)
+
+
+def step_settings(
+    config: Config, model: ModelConfig, saved: dict[str, Any], distributed: DistributedContext, precision: str
+) -> tuple[Config, TrainConfig, BatchSizes, str]:
+    """(settings for config.toml, settings of the steps, their sizes, a warning or ""), with what is chosen filled in.
+
+    config.toml keeps the shape of `model` and the parts of a step, which a resumed run must not choose anew; saved: see
+    `batch_sizes`. Raises ConfigError as that does.
+    """
+    train, sizes = batch_sizes(config.train, model, saved, distributed, precision)
+    train, warning = with_parts(train, model, sizes.batch_size, distributed)
+    kept = config.train.model_copy(update={"parts": train.parts})
+    return config.model_copy(update={"model": model, "train": kept}), train, sizes, warning
 
 
 @dataclass
@@ -147,10 +162,11 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
     write_config(state)
     for warning in filter(None, warnings):
         log.say(f"warning: {warning}")
+    parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
     splits, steps = data.manifest.splits, f"{state.total_steps:,}" if state.total_steps else "unlimited"
     log.say(
         f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device_name(state.distributed.device)}, {state.precision}   {sizes.tokens_per_step:,} tokens a step, {steps} "
+        f"device {device_name(state.distributed.device)}, {state.precision}, {parts}   {sizes.tokens_per_step:,} tokens a step, {steps} "
         f"steps, context {sizes.block_size}"
     )
     for name, count, size in state.model.report():

@@ -6,14 +6,17 @@ any work and once by the worker that encodes it, so that no more than one book i
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
-from corpus.documents import DocumentError, Piece, ReadOptions, clean_document
+from corpus.documents import DocumentError, Locked, LockedError, Piece, ReadOptions, clean_document
 from storage.catalogue import author_of
+
+YEAR = re.compile(r"(?<!\d)\d{4}(?!\d)")
 
 
 class Book(NamedTuple):
@@ -23,6 +26,20 @@ class Book(NamedTuple):
     author: str = ""
     year: str = ""
     """Any text with a year of four digits."""
+    title: str = ""
+    language: str = ""
+    notes: tuple[str, ...] = ()
+    """Footnotes and endnotes, where the format tells them from the text."""
+
+    def whole(self, options: ReadOptions) -> str:
+        """The text with its notes at the end, or without them."""
+        return "\n\n".join(filter(None, [self.text, *self.notes])) if options.footnotes else self.text
+
+    def facts(self) -> dict[str, str]:
+        """What the file tells about itself, for the catalogue."""
+        year = YEAR.search(self.year)
+        told = {"author": self.author, "title": self.title, "language": self.language, "year": year[0] if year else ""}
+        return {name: " ".join(value.split()) for name, value in told.items() if value.strip()}
 
 
 @dataclass(frozen=True)
@@ -39,24 +56,28 @@ class BookFile(ABC):
     size: int
     """UTF-8 bytes of the extracted text."""
     documents: int
-    author: str = ""
-    year: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
 
     @classmethod
     @abstractmethod
     def extract(cls, path: Path) -> Book:
-        """The text of a file: paragraphs separated by blank lines. Raises DocumentError with cause and remedy, OSError."""
+        """The text of a file: paragraphs separated by blank lines.
+
+        Raises DocumentError with cause and remedy, of which LockedError where there is no remedy; OSError.
+        """
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> Self | str:
         try:
             book = cls.extract(path)
+        except LockedError as error:
+            return Locked(f"{path}: {error}")
         except DocumentError as error:
             return f"{path}: {error}"
-        documents = int(bool(book.text.strip()))
-        return cls(name, path, len(book.text.encode()), documents, book.author, book.year, split=split)
+        text = book.whole(options)
+        return cls(name, path, len(text.encode("utf-8", "replace")), int(bool(text.strip())), book.facts(), split=split)
 
     def chunks(self, first: int) -> Iterator[BookChunk]:
         yield BookChunk(type(self), first, self.path, self.size)
@@ -64,9 +85,9 @@ class BookFile(ABC):
     def style_values(self, what: str) -> list[str] | None:
         """The author and the year that the file itself names, else those in its name."""
         if what == "author":
-            return [self.author or author_of(self.name)] * self.documents
+            return [self.facts.get("author") or author_of(self.name)] * self.documents
         if what == "decade":
-            return [self.year or Path(self.name).stem] * self.documents
+            return [self.facts.get("year") or Path(self.name).stem] * self.documents
         return None
 
 
@@ -82,7 +103,7 @@ class BookChunk:
 
     def read(self, options: ReadOptions) -> Iterator[Piece]:
         try:
-            text = self.reader.extract(self.path).text
+            text = self.reader.extract(self.path).whole(options)
         except DocumentError as error:
             raise DocumentError(f"{self.path}: {error}") from None
-        yield clean_document(self.document, text.encode(), options)
+        yield clean_document(self.document, text.encode("utf-8", "replace"), options)

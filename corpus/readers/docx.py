@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from pathlib import Path
 from typing import ClassVar
 
 from corpus.documents import DocumentError
 from corpus.readers.book import Book, BookFile
-from corpus.readers.markup import markup_text, parse_markup
+from corpus.readers.markup import markup_text, parse_markup, take_notes
+from corpus.readers.package import parse_part, read_parts, text_of
 
 OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # how encrypted documents begin, and those of Word before 2007
 WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
-CREATOR = "{http://purl.org/dc/elements/1.1/}creator"
+CORE = "docProps/core.xml"  # the document's metadata
 BREAKS = "br[type='page'] => br\nbr[type='column'] => br"  # mammoth drops these breaks of a line by default
 SAVE_AGAIN = "open it in a word processor and save it as .docx"
 
@@ -44,7 +44,17 @@ class DocxFile(BookFile):
             raise DocumentError(
                 f"not {cls.kind} that can be read ({type(error).__name__}: {error}): {SAVE_AGAIN}"
             ) from None
-        return Book(markup_text(parse_markup(_mark_scene_breaks(html)), keep_spaces=True), _author(parts))
+        root = parse_markup(_mark_scene_breaks(html))
+        notes = take_notes(root)
+        core = parse_part(parts, CORE) if CORE in parts else parse_markup("")
+        return Book(
+            markup_text(root, keep_spaces=True),
+            text_of(core, "creator"),
+            text_of(core, "created"),
+            text_of(core, "title"),
+            text_of(core, "language"),
+            tuple(notes),
+        )
 
 
 def _text_parts(data: bytes) -> dict[str, bytes]:
@@ -55,14 +65,7 @@ def _text_parts(data: bytes) -> dict[str, bytes]:
         raise DocumentError(f"a document of Word before 2007 (.doc): {SAVE_AGAIN}")
     if not data.startswith(b"PK"):
         raise DocumentError(f"not a Word document: {SAVE_AGAIN}, or as .txt")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as package:
-            names = [name for name in package.namelist() if name.endswith((".xml", ".rels"))]
-            parts = {name: package.read(name) for name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DocumentError(f"a damaged or incomplete Word document ({error}): copy or download it again") from None
-    except RuntimeError:  # zipfile's word for a password
-        raise DocumentError("this zip archive is encrypted: unpack it with its password") from None
+    parts = read_parts(data, "a Word document", lambda name: name.endswith((".xml", ".rels")))
     if not any(name.startswith("word/") for name in parts):
         raise DocumentError(f"a zip archive, but not a Word document (it holds no word/document.xml): {SAVE_AGAIN}")
     return parts
@@ -93,13 +96,3 @@ def _mark_scene_breaks(html: str) -> str:
     if 4 * html.count("<p></p>") < html.count("<p>"):
         return html.replace("<p></p>", "<br>")
     return html
-
-
-def _author(parts: dict[str, bytes]) -> str:
-    from lxml import etree
-
-    try:
-        root = etree.fromstring(parts["docProps/core.xml"], etree.XMLParser(resolve_entities=False, no_network=True))
-    except (KeyError, etree.XMLSyntaxError):
-        return ""
-    return (root.findtext(f".//{CREATOR}") or "").strip()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from corpus.readers.book import Book, BookFile
-from corpus.readers.markup import decode_markup, markup_text, parse_markup, tag_of
+from corpus.readers.markup import decode_markup, markup_text, parse_markup, take_notes
+from corpus.readers.package import text_of
 
 AUTHOR_NAMES = ("author", "dc.creator", "dcterms.creator")  # names of `<meta>` that hold the author
+DATE_NAMES = ("dc.date", "dcterms.created", "dcterms.date", "date")
 
 
 class HtmlFile(BookFile):
@@ -18,11 +20,12 @@ class HtmlFile(BookFile):
     @classmethod
     def extract(cls, path: Path) -> Book:
         root = parse_markup(decode_markup(path.read_bytes()))
-        return Book(markup_text(root), _author(root))
-
-
-def _author(root: Any) -> str:
-    for element in root.iter("*"):
-        if tag_of(element) == "meta" and (element.get("name") or "").lower() in AUTHOR_NAMES:
-            return (element.get("content") or "").strip()
-    return ""
+        named = {
+            (element.get("name") or element.get("property") or "").lower(): (element.get("content") or "").strip()
+            for element in root.iter("meta")
+        }
+        notes = take_notes(root)
+        language = root.get("lang") or root.get("xml:lang") or named.get("dc.language", "")
+        year = next((named[name] for name in DATE_NAMES if named.get(name)), "")
+        author = next((named[name] for name in AUTHOR_NAMES if named.get(name)), "")
+        return Book(markup_text(root), author, year, text_of(root, "title"), language, tuple(notes))

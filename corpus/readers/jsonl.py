@@ -38,6 +38,7 @@ class JsonlFile:
     """Start, stop, first line (from 1) and rows of each block."""
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> JsonlFile:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 from html import escape
+from html.entities import html5
 from typing import Any
 
 from corpus.documents import DocumentError
@@ -76,15 +77,25 @@ PARAGRAPHS = frozenset(  # a blank line before and after
 LINES = frozenset(
     ["div", "li", "dt", "dd", "tr", "caption", "figcaption", "address", "summary", "details", "nav", "body", "html"]
 )
-LEFT_OUT = frozenset(
-    ["pagebreak", "doc-pagebreak", "noteref", "doc-noteref", "doc-backlink"]
-)  # page numbers and marks of notes
+LEFT_OUT = frozenset(["pagebreak", "doc-pagebreak", "noteref", "doc-noteref", "doc-backlink", "toc", "doc-toc"])
+LEFT_OUT_CLASSES = frozenset(  # page numbers, and the header and licence of Project Gutenberg's pages
+    ["pagenum", "pageno", "page-number", "pagebreak", "x-ebookmaker-pageno", "pg-boilerplate", "fnanchor", "noteref"]
+)
+NOTES = frozenset(["footnote", "endnote", "rearnote", "note", "doc-footnote", "doc-endnote"])  # by epub:type or role
+NOTE_CLASSES = frozenset(["footnote", "endnote"])
+NOTE_ID = re.compile(r"(foot|end)note-\d+")  # as mammoth names them
+DROP_CAPITAL = re.compile(r"drop-?_?cap|lettrine|dropped", re.IGNORECASE)  # in classes
+WORDS_OF_ONE_LETTER = "AIO"
+NOTE_MARK = re.compile(r"[\[(](?:\d{1,4}|[a-zA-Z]|[*†‡§¶]{1,3})[\])]")  # `[1]`, as the text of a link
+ENTITY = re.compile(r"""<!ENTITY\s+([\w.-]+)\s+(?:"([^"%]{0,200})"|'([^'%]{0,200})')\s*>""")
+DOCTYPE = re.compile(r"<!DOCTYPE[^>\[]*(?:\[[^\]]*\]\s*)?>", re.IGNORECASE)
 BACK_ARROWS = {"↑", "↩", "↩︎", "↵", "^"}
 SCENE_BREAK = "* * *"
 CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 CHARSET = re.compile(
     rb"""<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)|<meta[^>]*?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
 )
+NAMED_CHARACTER = re.compile(r"&(?!(?:amp|lt|gt|quot|apos);)(\w+);")
 HEAD_BYTES = 4096  # in which an encoding may be declared
 
 
@@ -125,11 +136,57 @@ def parse_markup(text: str) -> Any:
     """The root element of an HTML or XHTML page, however broken: libxml2's HTML parser knows all named characters and `<title/>`."""
     from lxml import etree
 
+    text = _without_doctype(text)
     text = CDATA.sub(
         lambda section: escape(section[1]), text
     )  # XHTML's way to write text, which HTML takes for a comment
     root = etree.fromstring(text.encode() or b" ", etree.HTMLParser(encoding="utf-8", huge_tree=True))
     return etree.Element("html") if root is None else root
+
+
+def parse_xml(data: bytes) -> Any:
+    """The root element of an XML file, its named characters (`&nbsp;`) kept although no DTD is read. Raises DocumentError."""
+    from lxml import etree
+
+    text = _without_doctype(decode_markup(data))
+    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
+    text = NAMED_CHARACTER.sub(lambda found: html5.get(f"{found[1]};", found[0]), text)
+    parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
+    root = etree.fromstring(text.encode() or b" ", parser)
+    if root is None:
+        raise DocumentError("no XML in it: copy or download it again")
+    return root
+
+
+def _without_doctype(text: str) -> str:
+    """`text` without its DOCTYPE; the characters that this names itself are put where they are used."""
+    found = DOCTYPE.search(text[:HEAD_BYTES])
+    if not found:
+        return text
+    own = {name: double or single for name, double, single in ENTITY.findall(found[0])}
+    text = text[: found.start()] + text[found.end() :]
+    return re.sub(r"&([\w.-]+);", lambda name: own.get(name[1], name[0]), text) if own else text
+
+
+def take_notes(root: Any) -> list[str]:
+    """The text of each footnote and endnote in `root`, which are removed from it."""
+    found = [element for element in root.iter("*") if _is_note(element)]
+    notes = [markup_text(element) for element in found if not any(_is_note(other) for other in element.iterancestors())]
+    for element in found:
+        if (parent := element.getparent()) is not None:
+            _remove(parent, element)
+    return [note for note in notes if note]
+
+
+def _remove(parent: Any, element: Any) -> None:
+    """Remove an element but not the text after it."""
+    before = element.getprevious()
+    if before is not None:
+        before.tail = (before.tail or "") + (element.tail or "")
+    else:
+        parent.text = (parent.text or "") + (element.tail or "")
+    element.tail = None
+    parent.remove(element)
 
 
 def markup_text(root: Any, keep_spaces: bool = False) -> str:
@@ -148,7 +205,13 @@ def markup_text(root: Any, keep_spaces: bool = False) -> str:
         name = tag_of(element)
         if event == "start":
             writer.newlines(_newlines_around(element, name))
-            if name in WITHOUT_TEXT or LEFT_OUT & roles(element) or _is_note_mark(element, name):
+            if name in WITHOUT_TEXT or _is_left_out(element, name):
+                walk.skip_subtree()
+                continue
+            if _is_drop_capital(element):
+                writer.capital = (element.text or element[0].text).strip()
+                writer.newlines(2 * (name in PARAGRAPHS | LINES))
+                writer.write(writer.capital)
                 walk.skip_subtree()
                 continue
             pre += name == "pre"
@@ -178,6 +241,7 @@ class _TextWriter:
         self.parts: list[str] = []
         self.breaks = 0  # newlines before the next text
         self.space = False  # a space before the next text, if it is on the same line
+        self.capital = ""  # the drop capital that was just written
 
     def newlines(self, count: int) -> None:
         """At least `count` newlines before the next text."""
@@ -206,6 +270,16 @@ class _TextWriter:
                 self._append(line, kept=True)
 
     def _append(self, text: str, kept: bool = False) -> None:
+        first = text.lstrip(" ")[:1]
+        if self.capital and first != self.capital:
+            # a letter of another block or before a space belongs to the next word, unless it is a word itself
+            if (
+                first.isalpha()
+                and (self.breaks or first.islower())
+                and (self.breaks or self.capital not in WORDS_OF_ONE_LETTER or not text.startswith(" "))
+            ):
+                text, self.breaks = text.lstrip(" "), 0
+            self.capital = ""
         if self.breaks or not self.parts:
             text = text if kept else text.lstrip(" ")
             self.parts.append("\n" * self.breaks if self.parts else "")
@@ -221,7 +295,7 @@ class _TextWriter:
 
 def tag_of(element: Any) -> str:
     """The tag in small letters; empty for comments and the like."""
-    return element.tag.lower() if isinstance(element.tag, str) else ""
+    return element.tag.rpartition("}")[2].rpartition(":")[2].lower() if isinstance(element.tag, str) else ""
 
 
 def roles(element: Any) -> set[str]:
@@ -239,10 +313,40 @@ def _newlines_around(element: Any, name: str) -> int:
     return 2 if blocks else 1
 
 
+def classes(element: Any) -> set[str]:
+    return set((element.get("class") or "").lower().split())
+
+
+def _is_left_out(element: Any, name: str) -> bool:
+    if LEFT_OUT & roles(element) or LEFT_OUT_CLASSES & classes(element):
+        return True
+    return _is_note_mark(element, name)
+
+
+def _is_note(element: Any) -> bool:
+    if NOTES & roles(element) or NOTE_CLASSES & classes(element):
+        return tag_of(element) not in ("a", "sup", "span")
+    return tag_of(element) == "li" and NOTE_ID.fullmatch(element.get("id") or "") is not None
+
+
+def _is_drop_capital(element: Any) -> bool:
+    """A letter alone in an element of such a class."""
+    if not DROP_CAPITAL.search(element.get("class") or "") or len(element) > 1:
+        return False
+    inner = element if not len(element) else element[0]
+    if len(inner) or (len(element) and ((element.text or "").strip() or (inner.tail or "").strip())):
+        return False
+    letter = (inner.text or "").strip()
+    return len(letter) == 1 and letter.isalpha()
+
+
 def _is_note_mark(element: Any, name: str) -> bool:
     """`<sup><a href="#note">1</a></sup>`, which refers to a note, or `<a href="#mark">↑</a>`, which leads back from it."""
-    if name == "a":
-        return "#" in (element.get("href") or "") and not len(element) and (element.text or "").strip() in BACK_ARROWS
+    if name == "a" and "#" in (element.get("href") or ""):
+        text = "".join(element.itertext()).strip()
+        if text in BACK_ARROWS or NOTE_MARK.fullmatch(text):
+            return True
+        return len(element) == 1 and tag_of(element[0]) == "sup" and not (element.text or "").strip() and len(text) < 6
     if name != "sup" or len(element) != 1 or tag_of(element[0]) != "a":
         return False
     return "#" in (element[0].get("href") or "") and not (element.text or "").strip()

@@ -48,6 +48,7 @@ class ParquetFile:
     """Which rows are documents, bool [rows]; None: all."""
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> ParquetFile | str:

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from corpus.documents import ReadOptions, SourceFile
+from corpus.readers.content import suffix_of
 from corpus.readers.docx import DocxFile
+from corpus.readers.epub import EpubFile
+from corpus.readers.fb2 import Fb2File
 from corpus.readers.html import HtmlFile
 from corpus.readers.jsonl import JsonlFile
+from corpus.readers.markdown import MarkdownFile
+from corpus.readers.odt import OdtFile
 from corpus.readers.parquet import ParquetFile
+from corpus.readers.rtf import RtfFile
 from corpus.readers.text import TextFile
 
 
@@ -38,11 +44,20 @@ READERS: tuple[type[Reader], ...] = (
     JsonlFile,
     ParquetFile,
     HtmlFile,
+    MarkdownFile,
+    EpubFile,
+    Fb2File,
     DocxFile,
+    OdtFile,
+    RtfFile,
 )
 SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
 
 
 def reader_of(path: Path) -> type[Reader]:
-    """The reader for this file by its ending; any other ending is read as plain text."""
-    return next((reader for reader in READERS if path.suffix.lower() in reader.suffixes), TextFile)
+    """The reader for this file by its content; what no content tells apart (plain text, Markdown, rows) by its ending.
+
+    Raises OSError.
+    """
+    suffix = suffix_of(path)
+    return next((reader for reader in READERS if suffix in reader.suffixes), TextFile)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, NamedTuple
 
-from corpus import cleaning
-from corpus.cleaning import BOM, LAYOUT_SAMPLE, LICENCE_WINDOW, Layout, cut_after, licence_bounds, normalise_newlines
-from corpus.documents import CONVERT, ByteRange, DocumentError, Piece, ReadOptions, clean_part, layout_of
+from corpus import cleaning, gutenberg
+from corpus.cleaning import BOM, LAYOUT_SAMPLE, Layout, cut_after, normalise_newlines
+from corpus.documents import (
+    CONVERT,
+    ByteRange,
+    DocumentError,
+    Piece,
+    ReadOptions,
+    clean_part,
+    layout_of,
+    licence_counts,
+)
 from storage.catalogue import HEAD, author_of
 
 OTHER_FORMATS = {  # how files that are not plain text begin
@@ -24,9 +33,17 @@ OTHER_FORMATS = {  # how files that are not plain text begin
 }
 
 
+class Text(NamedTuple):
+    """A text without licence, and where it may be cut."""
+
+    cuts: tuple[int, ...]
+    """Byte offsets: the start, where it may be cut, the end."""
+    layout: Layout
+
+
 @dataclass(frozen=True)
 class TextFile:
-    """A plain text without its byte order mark and licence, and where it may be cut."""
+    """A plain text without its byte order mark and licence; or several, where Project Gutenberg's books follow each other."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".txt",)
     kind: ClassVar[str] = "plain text"
@@ -35,57 +52,71 @@ class TextFile:
 
     name: str
     path: Path
-    cuts: tuple[int, ...]
-    """Byte offsets: the start, where it may be cut, the end."""
-    layout: Layout
+    texts: tuple[Text, ...]
     counts: dict[str, int]
-    documents: int = 1
     split: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> TextFile | str:
         """The text in a file, which is read through once."""
         with path.open("rb") as file:
-            head = file.read(LICENCE_WINDOW)
+            head = file.read(len(BOM) + 8)
             for beginning, what in OTHER_FORMATS.items():
                 if head.startswith(beginning):
                     return f"{path}: this is {what}"
-            size, blank, problem = _check_encoding(file)
-            if problem:
-                return f"{path}: {problem}"
+            seen = _read_through(file)
+            if seen.problem:
+                return f"{path}: {seen.problem}"
             start = len(BOM) if head.startswith(BOM) else 0
-            if blank or size == start:
-                return cls(name, path, (0,), Layout(), {}, documents=0, split=split)
+            if seen.blank or seen.size == start:
+                return cls(name, path, (), {}, split=split)
             counts: dict[str, int] = {"byte_order_marks": 1} if start else {}
-            stop = size
-            if options.strip_licence:
-                file.seek(max(0, size - LICENCE_WINDOW))
-                begin, stop = licence_bounds(head, file.read(), size)
-                if (begin, stop) != (0, size):
-                    counts |= {"licence_documents": 1, "licence_bytes": size - (stop - begin)}
-                    start = max(start, begin)
-                if start >= stop:
-                    return cls(name, path, (0,), Layout(), counts, documents=0)
-            file.seek(start)
-            sample = file.read(min(LAYOUT_SAMPLE, stop - start))
-            layout = layout_of(sample, options, "licence_documents" in counts)
-            counts |= {"unwrapped_documents": 1} if layout.width else {}
-            return cls(name, path, _cuts(file, start, stop, layout), layout, counts, split=split)
+            books = [gutenberg.Span(0, seen.size)]
+            if options.strip_licence and seen.marks:
+                books = gutenberg.spans_of(seen.marks, lambda begin, stop: _part(file, begin, stop), seen.size)
+                counts |= licence_counts(books, seen.size)
+                if gutenberg.undone(seen.size, books):
+                    counts["licences_kept"] = 1
+            texts = []
+            for begin, stop in books:
+                begin = max(begin, start)
+                sample = _part(file, begin, min(stop, begin + LAYOUT_SAMPLE))
+                layout = layout_of(sample, options, "licence_documents" in counts)
+                if layout.width:
+                    counts["unwrapped_documents"] = counts.get("unwrapped_documents", 0) + 1
+                texts.append(Text(_cuts(file, begin, stop, layout), layout))
+            return cls(name, path, tuple(texts), counts, split)
+
+    @property
+    def documents(self) -> int:
+        return len(self.texts)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where the texts begin, may be cut and end."""
+        return tuple(cut for text in self.texts for cut in text.cuts)
 
     @property
     def size(self) -> int:
-        return self.cuts[-1] - self.cuts[0]
+        return sum(text.cuts[-1] - text.cuts[0] for text in self.texts)
 
     def chunks(self, first: int) -> Iterator[TextChunk]:
-        for start, stop in pairwise(self.cuts):
-            yield TextChunk(first, self.path, start, stop, self.layout, stop == self.cuts[-1])
+        for document, (cuts, layout) in enumerate(self.texts, first):
+            for start, stop in pairwise(cuts):
+                yield TextChunk(document, self.path, start, stop, layout, stop == cuts[-1])
 
     def style_values(self, what: str) -> list[str] | None:
         """The author by an `Author:` line or the file's name, the decade by a year in its name."""
         if what == "author":
+            heads: list[str] = []
             with self.path.open("rb") as file:
-                head = file.read(HEAD).decode("utf-8", "ignore")
-            return [author_of(self.name, head)] * self.documents
+                for text in self.texts:  # each with its header, which comes before it
+                    head = _part(file, max(0, text.cuts[0] - HEAD) if heads else 0, text.cuts[0] + HEAD)
+                    heads.append(
+                        head[-2 * HEAD :].decode("utf-8", "ignore") if heads else head[:HEAD].decode("utf-8", "ignore")
+                    )
+            return [author_of(self.name, head) for head in heads]
         if what == "decade":
             return [Path(self.name).stem] * self.documents
         return None
@@ -108,23 +139,45 @@ class TextChunk(ByteRange):
         yield Piece(self.document, text, size, self.last, counts)
 
 
-def _check_encoding(file: BinaryIO) -> tuple[int, bool, str]:
-    """(size in bytes, whether the file holds white space only, what is wrong with it or "")."""
+class Seen(NamedTuple):
+    """What one reading of a file tells."""
+
+    size: int
+    blank: bool
+    """It holds white space only."""
+    problem: str = ""
+    """Why it is no text that can be read."""
+    marks: tuple[int, ...] = ()
+    """Where it may hold Project Gutenberg's marks."""
+
+
+def _read_through(file: BinaryIO) -> Seen:
     size, blank = file.seek(0, 2), True
     decoder = codecs.getincrementaldecoder("utf-8")()
+    marks: list[int] = []
+    last = b""
     file.seek(0)
     for offset in range(0, size, cleaning.CHUNK_BYTES):
         data = file.read(cleaning.CHUNK_BYTES)
         if (zero := data.find(b"\0")) >= 0:
-            return size, blank, f"a binary file (zero byte at byte offset {offset + zero}): only plain text can be read"
+            return Seen(
+                size, blank, f"a binary file (zero byte at byte offset {offset + zero}): only plain text can be read"
+            )
         pending = len(decoder.getstate()[0])
         try:
             if pending or not data.isascii():
                 decoder.decode(data, offset + len(data) == size)
         except UnicodeDecodeError as error:
-            return size, blank, f"not UTF-8 at byte offset {offset - pending + error.start}; {CONVERT}"
+            return Seen(size, blank, f"not UTF-8 at byte offset {offset - pending + error.start}; {CONVERT}")
+        marks += gutenberg.candidates(last + data, offset - len(last))
+        last = data[-gutenberg.OVERLAP :]
         blank = blank and data.isspace()
-    return size, blank, ""
+    return Seen(size, blank, marks=tuple(marks))
+
+
+def _part(file: BinaryIO, start: int, stop: int) -> bytes:
+    file.seek(start)
+    return file.read(stop - start)
 
 
 def _cuts(file: BinaryIO, start: int, stop: int, layout: Layout) -> tuple[int, ...]:

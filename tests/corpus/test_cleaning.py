@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from corpus import cleaning
-from corpus.cleaning import Layout, cut_after, find_layout, licence_bounds, normalise_newlines, unwrap
+from corpus.cleaning import Layout, cut_after, find_layout, normalise_newlines, unwrap
 from corpus.documents import ReadOptions, clean_document
+from corpus.gutenberg import spans
+from corpus.readers.text import TextFile
 from storage.shards import Manifest
 from support.samples import NEW_FOOTER, NEW_HEADER, OLD_FOOTER, OLD_HEADER, paragraphs, run, told, wrapped
 from tokenizer import gpt2_tokenizer
@@ -114,6 +118,57 @@ def test_verse_headings_and_indented_lines_within_wrapped_prose_stay() -> None:
     assert unwrapped(text).count("\n") == inner.count("\n") + 2 * len(made) + 1
 
 
+@pytest.mark.parametrize("pieces", [None, 3000], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\r\n"),
+        lambda text: "\ufeff" + text.replace("\n\n", "\n\n\x0c", 3) + "\x1a\x1a",
+        lambda text: text.replace("\n\n", "\n\x0c"),
+        lambda text: "".join("     " + line + "\n" for line in text.splitlines()),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: text.replace("\n", "\r\n \r\n"),
+        lambda text: text.replace("\n\n", "\n\ufeff\n", 5) + "\x1a",
+    ],
+    ids=[
+        "cr cr lf",
+        "form feeds",
+        "form feeds alone",
+        "indented",
+        "double-spaced",
+        "double-spaced crlf",
+        "inner marks",
+    ],
+)
+def test_line_layouts_of_whole_books(
+    change: Callable[[str], str], pieces: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = paragraphs(120)
+    (tmp_path / "a.txt").write_text(change(wrapped(made, "\n\n")), encoding="utf-8", newline="")
+    if pieces:
+        monkeypatch.setattr(cleaning, "CHUNK_BYTES", pieces)
+    file = TextFile.inspect(tmp_path / "a.txt", "a", ReadOptions(), "")
+    assert isinstance(file, TextFile)
+    text = "".join(piece.text for chunk in file.chunks(0) for piece in chunk.read(ReadOptions()))
+    assert re.sub("\n{3,}", "\n\n", text).strip() == "\n\n".join(made)
+
+
+def test_a_page_break_within_a_paragraph_does_not_end_it() -> None:
+    assert normalise_newlines(b"and so\n\x0cit went.\n\x0cCHAPTER II") == b"and so\nit went.\n\nCHAPTER II"
+
+
+def test_tables_and_contents_in_wrapped_prose_stay_lines() -> None:
+    made = paragraphs(60)
+    contents = "\n".join(f"chapter the {n}th in which he goes {'.' * 30} {n}" for n in range(9))
+    spaced = "\n".join(f"another long chapter of it all, the {n}th . . . . . . . . . . . . {n}" for n in range(9))
+    table = "\n".join(f"item number {n} of the list         costs      {n} pounds and a penny" for n in range(9))
+    ellipsis = "he was silent.... and then after a while that seemed very long to them\nhe spoke . . . of it"
+    text = "\n\n".join(
+        [wrapped(made[:30], "\n\n").strip(), contents, spaced, table, ellipsis, wrapped(made[30:], "\n\n")]
+    )
+    assert "\n\n".join([contents, spaced, table, ellipsis.replace("\n", " ")]) in unwrapped(text)
+
+
 def test_dashes_at_line_ends() -> None:
     layout = Layout(12)
     cases = {
@@ -156,14 +211,12 @@ def test_line_ends() -> None:
 def test_licences_are_found(header: str, footer: str, newline: str, length: int) -> None:
     body = "\n\n".join(["CHAPTER I.", *paragraphs(length)]).replace("\n", newline).encode()
     data = header.replace("\n", newline).encode() + body + footer.replace("\n", newline).encode()
-    window = cleaning.LICENCE_WINDOW
-    start, stop = licence_bounds(data[:window], data[-window:], len(data))
-    assert data[start:stop] == body
+    assert [data[start:stop] for start, stop in spans(data)] == [body]
 
 
 def test_texts_without_a_licence_are_left_whole() -> None:
     text = b"He read about Project Gutenberg. END OF STORY\n*** * ***\nThe small print was long.\n"
-    assert licence_bounds(text, text, len(text)) == (0, len(text))
+    assert spans(text) == [(0, len(text))]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +290,9 @@ BOX = b"+-----------+\n|\n| Transcriber's Note: spelling\n| was kept.\n|\n+-----
         (LONG + b"\n\n\nTRANSCRIBER'S NOTES\n\nOne.\n\n\n\nTwo.\n", LONG, 1),
         (LONG + "\n\n_Transcriber’s Notes_:\nOne.\n\nTwo.".encode(), LONG, 1),
         (b"TRANSCRIBER'S NOTE\n\n" + LONG, LONG, 1),
+        (b"A word [TN: sic] here. [Transcription note: so]", b"A word here. ", 2),
+        (LONG + b"\n\n\nTranscription Notes:\n\nOne.\n", LONG, 1),
+        (b"[TN] and [TNT: so] stay, and the [Transcription of a letter] too.", None, 0),
         (b"The transcriber's note was lost.\n\nHe was a Transcriber's Note taker.", None, 0),
         (b"[Transcribed by hand] " + LONG, None, 0),
     ],

@@ -90,13 +90,13 @@ def test_marks_and_windows_line_ends_go(tmp_path: Path) -> None:
 
 
 def test_files_are_found_once_sorted_and_by_kind(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (texts / "notes.md").write_text("not looked for", encoding="utf-8")
+    (texts / "notes.py").write_text("not looked for", encoding="utf-8")
     (texts / ".hidden.txt").write_text("not looked for", encoding="utf-8")
     names = [name for _, name in find([str(texts)])]
     assert names == sorted(names) and len(names) == 12 and "more/s01.txt" in names
     assert len(find([str(texts), str(texts / "s00.txt"), str(texts / "*.txt")])) == 12
     assert [name for _, name in find([str(texts / "**" / "s0[13].txt")])] == ["s01.txt", "s03.txt"]
-    assert [name for _, name in find([str(texts / "notes.md")])] == ["notes.md"]
+    assert [name for _, name in find([str(texts / "notes.py")])] == ["notes.py"]
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError) as caught:
         find([str(texts / "*.xyz"), str(tmp_path / "none")])
