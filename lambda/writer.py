@@ -37,7 +37,7 @@ from wire import Access, ConnectionClosed, RelaySettings, RequestTable, TokenTab
 if TYPE_CHECKING:
     from server.service import Service
 
-SLOTS = 16  # samples written at once at most; the fewer, the sooner the engine has tried what it may batch
+SLOTS = 16  # samples written at once at most
 STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
@@ -153,7 +153,7 @@ def cross_origin(origin: str | None) -> dict[str, str]:
 
 def _respond(event: Message, context: Any, start: Start, headers: dict[str, str], shared: dict[str, str]) -> None:
     http = event["requestContext"]["http"]
-    settings, asked = RelaySettings.read(), (http["method"], http["path"].rstrip("/"))
+    settings, asked = RelaySettings.read(), (http["method"], f"/{http['path'].strip('/')}")
     if http["method"] == "OPTIONS":
         start(204, shared)(b"")
         return
