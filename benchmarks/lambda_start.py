@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,8 @@ def in_lambda(stack: Stack, hidden: str, *words: str) -> tuple[float, float]:
 
 def server(model: Path) -> tuple[float, float]:
     """The same for `api.py serve`, over /invocations."""
-    port = 18_080
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     variables = {**os.environ, "VLG_MODEL": str(model), "VLG_PORT": str(port), "VLG_HOST": "127.0.0.1"}
     began = time.perf_counter()
     process = subprocess.Popen(

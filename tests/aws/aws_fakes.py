@@ -223,6 +223,7 @@ class RuntimeApi:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # an environment that is killed while it waits for an event
         self.place = f"127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 

@@ -213,7 +213,7 @@ def test_the_web_page_writes_with_the_model_in_lambda(model: Path) -> None:
         page.fill("#max_tokens", "60")
         page.fill("#seed", "21")
         page.click("#write")
-        page.wait_for_selector("text=/Done: 60 tokens/")
+        page.wait_for_selector("text=/Done: 60 tokens/", timeout=90_000)
         shown = page.text_content(".text")
         stack.tables["requests"].items.clear()
     assert shown == "It was" + written(model, "It was", 21, 60)
