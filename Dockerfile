@@ -20,6 +20,8 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VLG_HOST=0
 WORKDIR /app
 COPY --chown=writer . .
 USER 10001
+# the decoding step, compiled for this processor; on another one the first start compiles it (ten seconds)
+RUN python -m inference.quantize
 EXPOSE 8000
 # runs/ and models/ can be mounted: the newest run's model is served, else one of models/, unless VLG_MODEL names one
 VOLUME ["/app/runs", "/app/models"]

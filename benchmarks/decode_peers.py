@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common import middle, report, table
 from decode import random_folder
@@ -31,7 +31,7 @@ PROMPT = 8
 FIRST = 512
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
 Step = Callable[[int, int], None]  # writes so many tokens of every text after a prompt of so many
-PEER_FORMATS = {"int8": "q8_0", "float16": "f16", "float32": "f32"}
+PEER_FORMATS: dict[str, Literal["q8_0", "f16", "f32"]] = {"int8": "q8_0", "float16": "f16", "float32": "f32"}
 
 
 def ours(folder: Path, dtype: str, streams: int) -> Step:
@@ -48,7 +48,7 @@ def ours(folder: Path, dtype: str, streams: int) -> Step:
         for _ in range(streams):
             count[0] += 1
             ids = [(count[0] * 7919 + at * 31) % model.config.tokens for at in range(prompt)]
-            params = GenerationParams(max_tokens=tokens, repetition_penalty=1.1, **SAMPLING)  # type: ignore[arg-type]
+            params = GenerationParams(max_tokens=tokens, repetition_penalty=1.1, **SAMPLING)
             batch.add(Sequence(tokenizer, ids, params, seed=count[0], index=0, context=context))
         while batch.sequences:
             batch.step()

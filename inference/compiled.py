@@ -11,10 +11,14 @@ code is kept on disk, by Numba, for this version of the kernels and this process
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +50,8 @@ _compiled: set[tuple[type, type]] = set()  # formats of weights and cache for wh
 def code_folder() -> Path | None:
     """Where compiled code is kept: a folder for this version of the kernels, None where nothing can be written.
 
-    Numba itself takes the processor into account. $NUMBA_CACHE_DIR comes before the user's cache folder.
+    Numba itself takes the processor into account. $NUMBA_CACHE_DIR comes before the user's cache folder. Code that lies
+    there in a read-only installation is copied for this process, as Numba only reads folders that it can write.
     """
     import numba
     from platformdirs import user_cache_path
@@ -56,14 +61,19 @@ def code_folder() -> Path | None:
     for name in ("kernels.py", "vectors.py"):
         version.update((here / name).read_bytes())
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    for folder in [Path(chosen)] if chosen else [user_cache_path("victorian-kernels")]:
-        try:
-            made = folder / version.hexdigest()[:16]
-            made.mkdir(parents=True, exist_ok=True)
-            (made / ".writable").touch()
-            return made
-        except OSError:
-            continue
+    folder = (Path(chosen) if chosen else user_cache_path("victorian-kernels")) / version.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        return folder
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        if any(folder.iterdir()):
+            copy = tempfile.mkdtemp(prefix="victorian-kernels-")
+            atexit.register(shutil.rmtree, copy, ignore_errors=True)
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            return Path(copy)
     return None
 
 
@@ -169,9 +179,9 @@ class CompiledStep:
         with _loading:
             if formats in _compiled:
                 return
-            slow = threading.Timer(
-                1.5, _say, ["compiling the model's code for this processor (once, about ten seconds) ..."]
-            )
+            kept = "once" if self.kernels.forward.stats.cache_path else "at each start: set NUMBA_CACHE_DIR to keep it"
+            text = f"compiling the model's code for this processor (about ten seconds, {kept}) ..."
+            slow = threading.Timer(1.5, _say, [text])
             slow.daemon = True
             slow.start()
             try:

@@ -218,11 +218,11 @@ class Sequence:
         logprob, others = likelihoods(logits, token, self.logprobs or 0)
         return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others if value > float("-inf")]
 
-    def _filtered(self, logits: Tensor) -> Tensor:
+    def _filtered(self, logits: np.ndarray) -> np.ndarray:
         """The logits [N] from which the next token is drawn, by a copy of the generator."""
         copy = torch.Generator()
         copy.set_state(self.generator.get_state())
-        return filter_logits(logits, self.params, self.history, copy)
+        return filter_logits(torch.from_numpy(logits), self.params, self.history, copy).numpy()
 
     def finish(self, reason: str, flush: bool = True) -> Event:
         """The `done` event, with text that was held back because it could have begun a stop string or a character."""

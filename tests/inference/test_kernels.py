@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ def read_in_parts(model: GPT, ids: list[int], parts: list[int], threads: int = 1
     return np.concatenate(found)
 
 
+ROOT = Path(compiled.__file__).parent.parent
 FORMS: list[dict[str, Any]] = [
     {},
     {"tied_head": False, "bias": False, "positions": "sinusoidal"},
@@ -154,6 +157,26 @@ def test_compiled_code_is_kept_where_that_is_possible(tmp_path: Path, monkeypatc
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kept"))
     folder = compiled.code_folder()
     assert folder is not None and folder.parent == tmp_path / "kept" and folder == compiled.code_folder()
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    (folder / "code").write_text("compiled")
+    monkeypatch.setattr(Path, "touch", read_only)
+    copy = compiled.code_folder()
+    assert copy is not None and tmp_path not in copy.parents and (copy / "code").read_text() == "compiled"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "empty"))
     assert compiled.code_folder() is None
+
+
+def test_a_new_process_takes_the_code_that_is_kept() -> None:
+    """What this process compiled, the next one finds on disk; Numba counts that."""
+    step_of(random_model(shape(tiny_tokenizer())))
+    script = (
+        "from inference import compiled; from config import ModelConfig; from model import GPT;"
+        "model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8, vocab_used=8));"
+        "compiled.CompiledStep.of(model); stats = compiled.load_kernels().forward.stats;"
+        "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))"
+    )
+    made = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.split() == ["1", "0"]

@@ -278,7 +278,7 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
     ):
         assert name in metrics, name
     assert float(re.search(r"^vlg_between_tokens_seconds_count (\S+)", metrics, re.M)[1]) >= 3  # type: ignore[index]
-    assert float(re.search(r"^vlg_tokens_total (\S+)", metrics, re.M)[1]) > 4  # type: ignore[index]
+    assert float(re.search(r"^vlg_tokens_total (\S+)", metrics, re.M)[1]) >= 4  # type: ignore[index]
 
 
 def test_log_lines_are_json_and_hide_keys() -> None:
