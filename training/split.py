@@ -146,11 +146,16 @@ class SplitModel(nn.Module):
             losses = self.each(lambda model, x, y: model(x, y), self._models, ids.chunk(len(self.twins)), parts)
         return torch.stack([loss * share for loss, share in zip(losses, shares, strict=True)]).sum()
 
-    def backward(self, x: Tensor, y: Tensor, share: float) -> Tensor:
-        """Add the gradient of `share` times the mean loss of a micro-batch x, y [B, T] to the parts'; returns that loss."""
+    def backward(
+        self, x: Tensor, y: Tensor, share: float, soft: Callable[[Tensor, Tensor], Any] | None = None
+    ) -> Tensor:
+        """Add the gradient of `share` times the mean loss of a micro-batch x, y [B, T] to the parts'; returns that loss.
+
+        soft: makes the soft targets of some rows, as for `training.step.take_step`.
+        """
 
         def work(model: GPT, x: Tensor, y: Tensor, weight: float) -> Tensor:
-            loss = model(x, y) * weight
+            loss = model(x, y, *([soft(x, y)] if soft else [])) * weight
             loss.backward()
             return cast(Tensor, loss.detach())
 

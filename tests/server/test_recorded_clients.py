@@ -1,6 +1,6 @@
 """What real clients send, as recorded when they were run: each is answered as that client needs it.
 
-client_requests.json holds the requests with their version; long prompts are shortened. Lengths are cut here, to write little.
+client_requests.json holds the requests with their version; prompts of prose are other prose of that length. Lengths are cut here, to write little.
 """
 
 from __future__ import annotations
