@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     from devices import native_bf16, pick_device
 
     device = pick_device(args.device)
-    usual = "bfloat16" if native_bf16(device) else "float16"
+    usual = "bfloat16" if device.type != "cpu" and native_bf16(device) else "float16"
     kinds = ["float32", usual] + (["int8"] if device.type == "cpu" else [])
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or random_folder(Path(scratch) / "model")
