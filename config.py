@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
 GPT2_TOKENS = 50257  # ids of the GPT-2 tokenizer, end-of-text included
 GPT2_ROWS = 50304  # its vocabulary padded to a multiple of 128: the ids between are free for styles
+NGRAM_CHANNELS = 48  # the fewest that a start from counts can be made of
 BLEND = 4  # styles that one text can blend
 
 
@@ -212,6 +213,10 @@ class TrainConfig(FrozenSettings):
     """Gradients are clipped to this norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 if the hardware multiplies it, otherwise fp16 on NVIDIA GPUs, otherwise fp32."""
+    ngram_start: bool = False
+    """Start a new model from counted bigrams of the training text: embedding, an untied head, two heads that look back."""
+    ngram_teacher: float = Field(0.0, ge=0.0)
+    """Training tokens after which a counted 3-gram's share of the targets has fallen from 1 to one half; 0: no teacher."""
     seed: int = Field(1337, ge=0)
     """Seed of initialisation, data order and dropout."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -515,6 +520,27 @@ class Config(FrozenSettings):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)
     generation: GenerationParams = GenerationParams()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        return raise_faults(self)
+
+    def faults(self) -> list[str]:
+        """Every error between the tables; each names the flag, the value and the fix."""
+        found: list[str] = []
+        if not self.train.ngram_start:
+            return found
+        if self.model.tied_head:
+            found.append(
+                "--train.ngram-start needs a head with weights of its own: add --model.no-tied-head, or leave the start out"
+            )
+        if not self.model.bias:
+            found.append("--train.ngram-start needs the biases: leave out --model.no-bias, or the start")
+        if self.model.n_embd < NGRAM_CHANNELS:
+            found.append(
+                f"--train.ngram-start needs {NGRAM_CHANNELS} channels: --model.n-embd {self.model.n_embd} are too few"
+            )
+        return found
 
 
 def preset_names() -> list[str]:

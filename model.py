@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from loss import IGNORE, LinearCrossEntropy, chunk_rows
+from loss import IGNORE, LinearCrossEntropy, SoftTargets, chunk_rows
 
 # On CPUs torch has no fused attention with dropout, so the [T, T] weights exist. From this context on they are computed
 # again in the backward pass instead of being kept, this many numbers at a time.
@@ -284,10 +284,11 @@ class GPT(nn.Module):
         rows = weight if weight.is_cuda else weight[: self.config.tokens]  # GPUs multiply the padded matrix faster
         return F.linear(x, rows)[..., : self.config.tokens].float()
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, soft: SoftTargets | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, N]; with targets [B, T] the mean loss in nats a token, float32.
 
-        Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError.
+        Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError. soft: distributions
+        beside the targets, for the gradients alone.
         """
         B, T = ids.shape
         if T > self.config.block_size:
@@ -306,9 +307,29 @@ class GPT(nn.Module):
         flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
         weight = cast(Tensor, self.lm_head.weight)
         total = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows
+            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows, soft
         )
         return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """ids [B, T] with `max_new_tokens` more drawn behind them, [B, T + max_new_tokens]: the whole idea in six lines.
+
+        For notebooks: it computes the last block_size ids anew at every token, in the mode the model is in, and draws from
+        torch's generator. Temperature 0 takes the likeliest. The commands write with `inference/`, which remembers.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature:g} is negative: give 0 for the likeliest token, or more")
+        for _ in range(max_new_tokens):
+            logits = self(ids[:, -self.config.block_size :])[:, -1]  # [B, N], after the last token
+            if top_k:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            if temperature:
+                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            else:
+                new = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, new), dim=1)
+        return ids
 
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `slots` sequences: 2 * n_layer * slots * block_size * n_embd numbers."""

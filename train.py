@@ -138,10 +138,10 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         print(choice.described(), file=sys.stderr)
         tables = merge(choice.tables, read_toml(args.config)) if args.config else choice.tables
         args = with_flags(argv, choice.data.name, tables).model_copy(update={"data": choice.data})
-    if base.origin:  # no flag may change the shape that the weights have
+    if base.origin:  # no flag may change the shape that the weights have, or the weights
         from training.model_setup import shape_faults
 
-        if faults := shape_faults(base.origin, base.origin_shape, args.model):
+        if faults := shape_faults(base.origin, base.origin_shape, args.model, args.train.ngram_start):
             raise ConfigError(faults)
     if args.train.wandb and not find_spec("wandb"):
         raise ConfigError(["--train.wandb: the package is not installed: pip install wandb, or leave the flag out"])
@@ -158,6 +158,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from devices import device_name, energy_meter, peak_flops, pick_precision
     from tokenizer import load_tokenizer
     from training.checkpointing import CheckpointWriter, InitialState, resumed_run
+    from training.counting import Counting
     from training.metrics import RunLog, Throughput
     from training.model_setup import start_model, wrapped
     from training.optimizer import Optimizer
@@ -166,15 +167,15 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from training.split import step_threads
     from training.state import TrainState, announce, step_settings
 
-    # 1 data: the shards and the tokenizer they were encoded with; a checkpoint holds the position in them.
-    device, tokenizer = distributed.device, load_tokenizer(data.folder)
+    # 1 data: the shards, the tokenizer they were encoded with, and the n-grams in them, which every rank counts alike
+    device, tokenizer, counting = distributed.device, load_tokenizer(data.folder), Counting.of(data)
     precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
     checkpoint = newest_valid_checkpoint(run) if args.resume or restarted() else None
 
     # 2 model: new, from --init-from, or from the checkpoint; the batch is sized while the device's memory is still free
     if checkpoint is None:
         config = config.model_copy(update={"init_from": args.init_from or config.init_from})
-        start = InitialState(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
+        start = InitialState(start_model(config, data, tokenizer, counting))  # random weights: by --train.seed alone
         warnings += [f"no checkpoint in {run} yet: starting from the beginning"] if args.resume else []
     else:
         start = resumed_run(checkpoint, data, tokenizer)
@@ -196,9 +197,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         wandb=run.name if train.wandb else "",
         done=progress.step if checkpoint else -1,  # rows of later steps, from before a crash, are dropped
     )
-    if checkpoint is not None:  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
-        optimizer.load_state_dict(start.state["optimizer"])
-        scaler.load_state_dict(start.state["scaler"])
+    start.restore(optimizer, scaler)  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
 
     # 4 loop: collect its state in one object, then train step by step
     per_step = (sizes.batch_size, sizes.tokens_per_step)
@@ -211,6 +210,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         precision=precision,
         data=data,
         tokenizer=tokenizer,
+        counting=counting,
         distributed=distributed,
         model=model,
         module=module,
@@ -278,6 +278,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
                     train,
                     state.precision,
                     distributed,
+                    state.soft_targets(),  # None unless counted n-grams teach
                 )
                 if not finite:  # no weight has changed: skip the step, or raise TrainingFailed after too many
                     bad_step(progress, scaler, train, loss, norm, state.run, log)
@@ -330,7 +331,10 @@ def _main(words: list[str]) -> int:
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish
+    from training.run_folder import unread_texts
 
+    if not any(flag_given(words, name) for name in ("preset", "config", "data", "input", "resume", "init-from")):
+        print(unread_texts(), end="", file=sys.stderr)
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_memory()  # saves a tenth of each step's time

@@ -87,6 +87,12 @@ class InitialState:
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
 
+    def restore(self, optimizer: Optimizer, scaler: Any) -> None:
+        """Give optimizer and loss scaler the checkpoint's state, if there is one."""
+        if self.checkpoint is not None:
+            optimizer.load_state_dict(self.state["optimizer"])
+            scaler.load_state_dict(self.state["scaler"])
+
 
 def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> InitialState:
     """Model, progress and training state of a checkpoint. Raises ConfigError if the data has another tokenizer."""
