@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import websockets
-from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
+from aws_fakes import FakeContainer, ask, generate, hear, talk, text, wait_for, words
 from deploy_relay import FILES
 from local_stack import Quotas, Stack, load_handlers
 from pydantic import ValidationError
@@ -19,24 +19,6 @@ from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
 from support.helpers import ROOT
-
-
-def talk(stack: Stack, conversation: Any) -> Any:
-    """Run `conversation(socket)` on one connection, for a minute at most."""
-
-    async def run() -> Any:
-        async with asyncio.timeout(60), websockets.connect(stack.url) as socket:
-            return await conversation(socket)
-
-    return asyncio.run(run())
-
-
-def generate(stack: Stack, request_id: str = "r", **fields: Any) -> list[dict[str, Any]]:
-    async def conversation(socket: Any) -> list[dict[str, Any]]:
-        await ask(socket, request_id, **fields)
-        return await hear(socket, request_id)
-
-    return talk(stack, conversation)
 
 
 def outcomes(stack: Stack) -> list[Any]:
