@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from checkpoint import SUMMARY
-from config import Config, ModelConfig, TrainConfig, to_toml
+from config import Config, ModelConfig, TrainConfig, read_toml, to_toml
 from dataset import TokenData, WindowSampler, training_batches, validation_batches
 from devices import DistributedContext, autocast, device_name, gpu_memory
 from evaluation.yardstick import YardstickSums
@@ -34,8 +34,9 @@ from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
 from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
+from training.resume import schedule_notes
 from training.run_folder import Stop
-from training.schedule import time_limited_end_step
+from training.schedule import clamp_schedule, time_limited_end_step, total_steps
 from training.split import with_parts
 from training.step import grad_accum_steps, validate
 
@@ -51,6 +52,11 @@ class BatchSizes:
     grad_accum_steps: int  # micro-batches per device in one step
     world: int  # devices
     block_size: int
+
+    @property
+    def per_step(self) -> tuple[int, int]:
+        """batch_size and tokens_per_step, which a checkpoint keeps."""
+        return self.batch_size, self.tokens_per_step
 
     @property
     def windows_per_step(self) -> int:
@@ -190,6 +196,8 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
         log.say(f"resumed at step {state.progress.step} from {start.checkpoint}")
         if world != sizes.world:
             log.say(f"note: {world} processes before, {sizes.world} now: sums are formed in another order from here on")
+        for note in [*start.notes, *_schedule_notes(state)]:
+            log.say(f"note: {note}")
     write_config(state)
     if state.distributed.leader:
         (state.run / SUMMARY).unlink(missing_ok=True)
@@ -204,6 +212,15 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
     )
     for name, count, size in state.model.report():
         log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+
+
+def _schedule_notes(state: TrainState) -> list[str]:
+    """What becomes of the learning rate, compared with the settings that the run had before this session."""
+    path = state.run / "config.toml"
+    before = TrainConfig(**read_toml(path)["train"]) if path.is_file() else state.train
+    sizes = (state.sampler.per_epoch, state.sizes.windows_per_step, state.sizes.block_size)
+    total = total_steps(before, *sizes)
+    return schedule_notes(clamp_schedule(before, total)[0], state.train, state.progress.step, total, state.total_steps)
 
 
 def write_config(state: TrainState) -> None:
