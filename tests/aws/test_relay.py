@@ -192,6 +192,18 @@ def test_ping_and_a_refusal_leave_the_connection_usable(stack: Stack, container:
     assert pong["type"] == "pong" and error["type"] == "error" and rest[-1]["type"] == "complete"
 
 
+def test_a_binary_frame_is_refused_and_only_its_kind_is_logged(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:
+    """API Gateway hands a binary frame on in Base64, by $default."""
+
+    async def conversation(socket: Any) -> dict[str, Any]:
+        await socket.send(b"\x00\xffxylophone")
+        return json.loads(await socket.recv())
+
+    assert talk(stack, conversation)["error"]["code"] == "bad_json"
+    printed = "".join(capfd.readouterr())
+    assert "bad_json" in printed and "xylophone" not in printed and "eHlsb3Bob25l" not in printed
+
+
 def test_an_empty_prompt_and_a_missing_id_are_allowed(stack: Stack, container: FakeContainer) -> None:
     async def conversation(socket: Any) -> list[dict[str, Any]]:
         await socket.send('{"action": "generate", "prompt": "", "max_tokens": 2}')
