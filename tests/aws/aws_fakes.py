@@ -153,6 +153,27 @@ async def hear(socket: Any, request_id: str | None, seconds: float = 20) -> list
     return heard
 
 
+def talk(stack: Any, conversation: Any) -> Any:
+    """Run `conversation(socket)` on one connection, for a minute at most."""
+    import websockets
+
+    async def run() -> Any:
+        async with asyncio.timeout(60), websockets.connect(stack.url) as socket:
+            return await conversation(socket)
+
+    return asyncio.run(run())
+
+
+def generate(stack: Any, request_id: str = "r", **fields: Any) -> list[dict[str, Any]]:
+    """One text on a connection of its own: all its messages."""
+
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, request_id, **fields)
+        return await hear(socket, request_id, 30)
+
+    return talk(stack, conversation)
+
+
 def text(messages: list[dict[str, Any]], index: int = 0) -> str:
     return "".join(m["text"] for m in messages if m["type"] == "token" and m["index"] == index)
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from aws_fakes import RuntimeApi, ask, hear, text, wait_for
+from aws_fakes import RuntimeApi, ask, generate, hear, talk, text, wait_for
 from local_stack import Stack
 
 from config import GenerationParams
@@ -51,22 +51,6 @@ def written(model: Path, prompt: str, **settings: Any) -> list[str]:
     """The engine's own texts."""
     with Engine.load(model, device="cpu", dtype="float32") as engine:
         return [result.text for result in engine.submit(prompt, GenerationParams(**settings)).result()]
-
-
-def talk(stack: Stack, conversation: Any) -> Any:
-    async def run() -> Any:
-        async with asyncio.timeout(60), websockets.connect(stack.url) as socket:
-            return await conversation(socket)
-
-    return asyncio.run(run())
-
-
-def generate(stack: Stack, **fields: Any) -> list[dict[str, Any]]:
-    async def conversation(socket: Any) -> list[dict[str, Any]]:
-        await ask(socket, "r", **fields)
-        return await hear(socket, "r", 30)
-
-    return talk(stack, conversation)
 
 
 def test_the_worker_writes_what_the_engine_writes(stack: Stack, model: Path) -> None:
@@ -243,7 +227,7 @@ def test_the_images_runtime_streams_and_posts(stack: Stack, model: Path) -> None
         body = json.dumps({"prompt": "It was", "max_tokens": 20, "seed": 5, **ENDLESS})
         http = {"method": "POST", "path": "/generate"}
         event = {"requestContext": {"http": http}, "headers": {"authorization": "Bearer local"}, "body": body}
-        answer = api.ask(event, 60)
+        answer = api.ask(event, 200)
         assert answer.headers["Lambda-Runtime-Function-Response-Mode"] == "streaming"
         assert answer.headers["Content-Type"] == "application/vnd.awslambda.http-integration-response"
         head, _, sent = answer.body.partition(bytes(8))
@@ -279,6 +263,8 @@ def test_the_worker_runs_under_awslambdaric(stack: Stack, model: Path) -> None:
         return await hear(socket, "r", 30)
 
     try:
+        unknown = {"connection_id": "a" * 15 + "=", "management": f"{stack.aws_url}/prod", "request_id": "never"}
+        assert json.loads(api.ask({**unknown, "request": {"prompt": ""}}, 200).body)["outcome"] == "duplicate"
         assert text(talk(stack, conversation)) == written(model, "It was", max_tokens=20, seed=5)[0]
     finally:
         process.kill()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import websockets
-from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
+from aws_fakes import FakeContainer, ask, generate, hear, talk, text, wait_for, words
 from deploy_relay import FILES
 from local_stack import Quotas, Stack, load_handlers
 from pydantic import ValidationError
@@ -19,24 +19,6 @@ from websockets.exceptions import InvalidStatus
 
 from config import GenerationParams
 from support.helpers import ROOT
-
-
-def talk(stack: Stack, conversation: Any) -> Any:
-    """Run `conversation(socket)` on one connection, for a minute at most."""
-
-    async def run() -> Any:
-        async with asyncio.timeout(60), websockets.connect(stack.url) as socket:
-            return await conversation(socket)
-
-    return asyncio.run(run())
-
-
-def generate(stack: Stack, request_id: str = "r", **fields: Any) -> list[dict[str, Any]]:
-    async def conversation(socket: Any) -> list[dict[str, Any]]:
-        await ask(socket, request_id, **fields)
-        return await hear(socket, request_id)
-
-    return talk(stack, conversation)
 
 
 def outcomes(stack: Stack) -> list[Any]:
@@ -208,6 +190,18 @@ def test_ping_and_a_refusal_leave_the_connection_usable(stack: Stack, container:
 
     pong, error, *rest = talk(stack, conversation)
     assert pong["type"] == "pong" and error["type"] == "error" and rest[-1]["type"] == "complete"
+
+
+def test_a_binary_frame_is_refused_and_only_its_kind_is_logged(stack: Stack, capfd: pytest.CaptureFixture[str]) -> None:
+    """API Gateway hands a binary frame on in Base64, by $default."""
+
+    async def conversation(socket: Any) -> dict[str, Any]:
+        await socket.send(b"\x00\xffxylophone")
+        return json.loads(await socket.recv())
+
+    assert talk(stack, conversation)["error"]["code"] == "bad_json"
+    printed = "".join(capfd.readouterr())
+    assert "bad_json" in printed and "xylophone" not in printed and "eHlsb3Bob25l" not in printed
 
 
 def test_an_empty_prompt_and_a_missing_id_are_allowed(stack: Stack, container: FakeContainer) -> None:
