@@ -69,8 +69,9 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/dev)  ## the GPU's
 	$(GPU_PYTHON) benchmarks/decode.py --device cuda --streams 1 64 --seconds 45 || code=1; \
 	exit $$code
 
+# IN_LAMBDA=1: the worker itself writes, without SageMaker's runtime
 local-aws: $(VENV)/base     ## gateway, Lambda and SageMaker's runtime on this machine
-	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python lambda/local_stack.py $(if $(MODEL),--model $(MODEL)) $(if $(IN_LAMBDA),--in-lambda)
 
 aws-validate: $(VENV)/dev
 	$(BIN)/cfn-lint lambda/template.yaml
@@ -79,8 +80,10 @@ aws-validate: $(VENV)/dev
 aws-package: $(VENV)/base
 	$(BIN)/python lambda/deploy_relay.py --package
 
+# IN_LAMBDA=MODEL_FOLDER: no endpoint, the model writes in Lambda
 aws-deploy: $(VENV)/base
 	$(BIN)/python lambda/deploy_relay.py --bucket $(BUCKET) $(if $(ENDPOINT),--endpoint $(ENDPOINT)) \
+		$(if $(IN_LAMBDA),--in-lambda $(IN_LAMBDA)) \
 		$(if $(MODE),--mode $(MODE)) $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS)) $(if $(TOKEN),--new-token $(TOKEN))
 
 aws-delete: $(VENV)/base

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -79,7 +79,7 @@ def parse_flags(
     checked = build(kind, defaults or {}).model_dump()
     parsed = tyro.cli(
         flags,
-        args=_with_bare_values(kind, sys.argv[1:] if argv is None else argv),
+        args=_gathered(kind, _with_bare_values(kind, sys.argv[1:] if argv is None else argv)),
         default=_filled(flags, checked),
         description=description or kind.__doc__,
         config=(tyro.conf.AvoidSubcommands,),
@@ -96,6 +96,31 @@ def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
             at = words.index(flag) + 1
             if at == len(words) or words[at].startswith("-"):
                 words.insert(at, str(extra["bare"]))
+    return words
+
+
+def _gathered(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """`argv`, in which the values of a flag for several that is given several times (`--input A --input B`) stand together."""
+    words = list(argv)
+    for name, field in kind.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        spellings = (flag, f"--{name}")
+        count = sum(word.split("=")[0] in spellings for word in words)
+        if get_origin(field.annotation) is not tuple or count < 2:
+            continue
+        rest: list[str] = []
+        values: list[str] = []
+        taking = False
+        for word in words:
+            if word.split("=")[0] in spellings:
+                taking, (_, equals, value) = "=" not in word, word.partition("=")
+                values += [value] if equals else []
+            elif taking and not (word.startswith("-") and len(word) > 1):
+                values.append(word)
+            else:
+                taking = False
+                rest.append(word)
+        words = [*rest, flag, *values]
     return words
 
 

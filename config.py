@@ -512,6 +512,8 @@ class Config(FrozenSettings):
 
     description: str = ""
     """One line for tables and --help."""
+    preset: str = ""
+    """In a run's config.toml: the preset that it was begun with."""
     data_folder: str = ""
     """In a run's config.toml: the folder of prepared texts it was trained on."""
     init_from: str = ""

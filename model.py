@@ -311,6 +311,26 @@ class GPT(nn.Module):
         )
         return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
 
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """ids [B, T] with `max_new_tokens` more drawn behind them, [B, T + max_new_tokens]: the whole idea in six lines.
+
+        For notebooks: it computes the last block_size ids anew at every token, in the mode the model is in, and draws from
+        torch's generator. Temperature 0 takes the likeliest. The commands write with `inference/`, which remembers.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature:g} is negative: give 0 for the likeliest token, or more")
+        for _ in range(max_new_tokens):
+            logits = self(ids[:, -self.config.block_size :])[:, -1]  # [B, N], after the last token
+            if top_k:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            if temperature:
+                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            else:
+                new = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, new), dim=1)
+        return ids
+
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `slots` sequences: 2 * n_layer * slots * block_size * n_embd numbers."""
         return KVCache(self.config, slots, self.wte.weight.device, dtype or self.ln_f.weight.dtype)

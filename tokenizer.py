@@ -325,20 +325,27 @@ def gpt2_tokenizer() -> Tokenizer:
     return BytePairTokenizer(vocab, [_pair(line) for line in lines], vocab[END_OF_TEXT])
 
 
+# Eight characters of one kind with 24 more behind them: no English word is as long.
+UNBROKEN = "|".join(rf"{kind}{{8}}(?={kind}{{24}})" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids (257 to 65,536, end-of-text included) learned from `texts`.
 
     The same texts in the same order give the same vocabulary. It is smaller than requested if the texts have too few pairs
-    that occur twice. Memory grows with the number of distinct words, not with the length of the texts.
+    that occur twice. Memory grows with the number of distinct words, not with the length of the texts. Runs without a break, as
+    in Chinese, are cut for learning, whose time would grow with the square of their length.
     """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
 
     if not 257 <= vocab_size <= MAX_BPE:
         raise TokenizerError(f"--vocab-size {vocab_size} is outside 257 to {MAX_BPE}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at every later fork
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(UNBROKEN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,

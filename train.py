@@ -63,6 +63,8 @@ class TrainArgs(FrozenSettings):
     """Run folder; default: runs/PRESET, or runs/PRESET-2, -3 … if that exists."""
     resume: bool = False
     """Continue from the newest complete checkpoint in the run folder."""
+    new_texts: bool = False
+    """With --resume: go on with other texts than before; the position in them, epochs, best/ and patience begin anew."""
     init_from: str = ""
     """Start from the weights and shape of a model: a folder (ours or a GPT-2 of transformers) or a name on the hub."""
     plan: str = Field("", json_schema_extra={"bare": "here"})
@@ -85,6 +87,7 @@ class Base:
     tables: dict[str, Any]  # as in a TOML file
     origin: str = ""  # the model that --init-from names
     origin_shape: dict[str, Any] = field(default_factory=dict)  # its [model] table
+    own: dict[str, Any] = field(default_factory=dict)  # with --resume: the run's config.toml
 
 
 def read_base(argv: list[str]) -> Base:
@@ -95,13 +98,13 @@ def read_base(argv: list[str]) -> Base:
     preset, file, out, origin = (flag_value(argv, name) for name in ("preset", "config", "out", "init-from"))
     resume = flag_given(argv, "resume")
     preset = preset or ("finetune" if origin else "sample")
-    tables, shape = preset_values(preset), {}
+    tables, shape, own = preset_values(preset), {}, {}
     if resume:
         origin = None  # the run has weights of its own by now, and config.toml holds all its settings
         run = Path(out) if out else ROOT / "runs" / Path(preset).stem
         if not (run / "config.toml").is_file():
             raise ConfigError([f"--resume: {run} holds no run: give its folder with --out, or start without --resume"])
-        tables = read_toml(run / "config.toml")
+        tables = own = read_toml(run / "config.toml")
     if origin:
         from training.model_setup import origin_shape
 
@@ -111,7 +114,8 @@ def read_base(argv: list[str]) -> Base:
         tables["model"] = shape | own
     elif "model" not in tables and preset in preset_names():
         raise ConfigError([f"--preset {preset} has no model shape: give --init-from MODEL"])
-    return Base(preset, merge(tables, read_toml(Path(file))) if file else tables, origin or "", shape)
+    tables = merge(tables, read_toml(Path(file))) if file else tables
+    return Base(preset, tables, origin or "", shape, own)
 
 
 def with_flags(argv: list[str], preset: str, tables: dict[str, Any]) -> TrainArgs:
@@ -128,13 +132,13 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
     if args.minutes or args.input:  # the machine, the time and the text choose the preset
         from training.autotune import autotune
 
-        given: dict[str, object] = {
+        others: dict[str, object] = {
             "--preset": flag_value(argv, "preset"),
             "--init-from": base.origin,
             "--plan": args.plan,
         }
-        given |= {"--resume": args.resume, "torchrun": "RANK" in os.environ}
-        choice = autotune(args.minutes, args.input, args.data, began, [name for name, on in given.items() if on])
+        others |= {"--resume": args.resume, "torchrun": "RANK" in os.environ}
+        choice = autotune(args.minutes, args.input, args.data, began, [name for name, on in others.items() if on])
         print(choice.described(), file=sys.stderr)
         tables = merge(choice.tables, read_toml(args.config)) if args.config else choice.tables
         args = with_flags(argv, choice.data.name, tables).model_copy(update={"data": choice.data})
@@ -143,9 +147,18 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
 
         if faults := shape_faults(base.origin, base.origin_shape, args.model, args.train.ngram_start):
             raise ConfigError(faults)
+    if base.own:
+        from training.resume import refused_settings
+
+        given = {name: flag_value(argv, name) for name in ("preset", "init-from")}
+        if faults := refused_settings(base.own, given, args.model, args.train):
+            raise ConfigError(faults)
+    elif args.new_texts:
+        raise ConfigError(["--new-texts goes with --resume"])
     if args.train.wandb and not find_spec("wandb"):
         raise ConfigError(["--train.wandb: the package is not installed: pip install wandb, or leave the flag out"])
     values = merge(tables, {"model": args.model.model_dump(), "train": args.train.model_dump()})
+    values["preset"] = base.own.get("preset", "") if base.own else Path(args.preset).stem
     return args, build(Config, values)
 
 
@@ -157,11 +170,12 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from dataset import WindowSampler
     from devices import device_name, energy_meter, peak_flops, pick_precision
     from tokenizer import load_tokenizer
-    from training.checkpointing import CheckpointWriter, InitialState, resumed_run
+    from training.checkpointing import CheckpointWriter, InitialState
     from training.counting import Counting
     from training.metrics import RunLog, Throughput
     from training.model_setup import start_model, wrapped
     from training.optimizer import Optimizer
+    from training.resume import resumed_run
     from training.run_folder import newest_valid_checkpoint
     from training.schedule import clamp_schedule, total_steps
     from training.split import step_threads
@@ -178,7 +192,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         start = InitialState(start_model(config, data, tokenizer, counting))  # random weights: by --train.seed alone
         warnings += [f"no checkpoint in {run} yet: starting from the beginning"] if args.resume else []
     else:
-        start = resumed_run(checkpoint, data, tokenizer)
+        start = resumed_run(checkpoint, data, tokenizer, device.type, config.model.dropout, args.new_texts)
     model, progress = start.model, start.progress
     config, train, sizes, unsplit = step_settings(config, model.config, start.state, distributed, precision)
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
@@ -200,8 +214,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     start.restore(optimizer, scaler)  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
 
     # 4 loop: collect its state in one object, then train step by step
-    per_step = (sizes.batch_size, sizes.tokens_per_step)
-    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *per_step)
+    save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, *sizes.per_step)
     save.step = start.state.get("step", -1)  # last/ of this step is on the disk already
     state = TrainState(
         run=run,
@@ -331,7 +344,10 @@ def _main(words: list[str]) -> int:
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish
+    from training.run_folder import unread_texts
 
+    if not any(flag_given(words, name) for name in ("preset", "config", "data", "input", "resume", "init-from")):
+        print(unread_texts(), end="", file=sys.stderr)
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_memory()  # saves a tenth of each step's time
@@ -349,6 +365,7 @@ def train_in_folder(args: TrainArgs, config: Config, distributed: DistributedCon
     """Find or prepare the data, choose and lock the run folder, train. Raises ConfigError if it already holds a run."""
     from corpus.preparation import default_out
     from dataset import TokenData
+    from training.checkpointing import description
     from training.run_folder import free_run_folder, locked, prepared
 
     folder = args.data
@@ -365,7 +382,9 @@ def train_in_folder(args: TrainArgs, config: Config, distributed: DistributedCon
     if (run / "config.toml").exists() and not (args.resume or restarted()):
         raise ConfigError([f"--out {run}: already holds a run: add --resume to continue it, or give another --out"])
     distributed.barrier()  # all ranks have looked before the leader writes there
-    config = config.model_copy(update={"data_folder": str(folder)})
+    config = config.model_copy(update={"data_folder": str(folder.absolute())})
+    if not args.resume and folder.absolute() != default_out(args.preset).absolute():  # not the preset's own texts
+        config = config.model_copy(update={"description": description(args.init_from, data.manifest.source.name)})
     with locked(run) if distributed.leader else contextlib.nullcontext():
         return fit(config, data, run, args, distributed)
 

@@ -32,6 +32,8 @@ YEAR_FIELD = "publication_date"  # the field that --years looks at
 STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may hold a style
 CONVERT = "convert it to UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`), or leave it out with --skip-bad-files"
 
+UTF_16 = "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW`"
+
 
 class DocumentError(ValueError):
     """A text that cannot be read; the message names the file, the place and the fix."""
@@ -188,6 +190,11 @@ def licence_counts(books: Sequence[gutenberg.Span], size: int) -> dict[str, int]
 def skipped_row(document: int) -> Piece:
     """In place of a row that cannot be read, where --skip-bad-files leaves it out."""
     return Piece(document, "", 0, True, {"skipped_rows": 1})
+
+
+def null_row(document: int) -> Piece:
+    """In place of a row whose text is null: it has none, and is left out and counted."""
+    return Piece(document, "", 0, True, {"null_rows": 1})
 
 
 def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:

@@ -48,7 +48,7 @@ from corpus.finder import Corpus, inspect, readable, search, skipped_line
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
-from corpus.workers import Pool, Progress
+from corpus.workers import Pool, Progress, run_in_child
 from storage.atomic import atomic_write_text, exclusive_lock
 from storage.catalogue import Catalogue
 from storage.shards import SPLITS, Manifest, ShardWriter, Source, TokenizerIdentity, join
@@ -59,6 +59,7 @@ PREPARED_FILES = re.compile(
     r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|documents\.json|originality|state\.json(\.tmp)?"
 )
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
+CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
 RECIPE = 3  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
@@ -401,7 +402,11 @@ def _make_tokenizer(
         tokenizer = gpt2_tokenizer()
     elif flags.tokenizer == "bpe":
         print(f"learning a vocabulary of {flags.vocab_size:,} ids", file=sys.stderr)
-        tokenizer = train_bpe(plan.training_texts(), flags.vocab_size)
+        if plan.corpus.size > CHILD_BYTES:
+            run_in_child("learning a vocabulary", learn_vocabulary, plan, flags.vocab_size, draft)
+        else:
+            learn_vocabulary(plan, flags.vocab_size, draft)
+        tokenizer = load_tokenizer(draft)
         if tokenizer.vocab_size < flags.vocab_size:
             print(f"the text supports only {tokenizer.vocab_size:,} ids", file=sys.stderr)
     else:
@@ -411,6 +416,11 @@ def _make_tokenizer(
         tokenizer = _with_style_ids(tokenizer, flags, plan, styles)
     tokenizer.save(draft)
     return tokenizer
+
+
+def learn_vocabulary(plan: EncodingPlan, vocab_size: int, folder: Path) -> None:
+    """Learn a vocabulary from the training text and save it in `folder`."""
+    train_bpe(plan.training_texts(), vocab_size).save(folder)
 
 
 def _with_style_ids(tokenizer: Tokenizer, flags: PrepareFlags, plan: EncodingPlan, styles: Sequence[str]) -> Tokenizer:

@@ -4,7 +4,7 @@
     python prepare_data.py --hub OWNER/NAME --text-field story --out data/stories
     python -m corpus.sources --corpus tinystories                     # fetch only; prints the files
 
-Files are fetched whole into the hub's cache (`HF_HOME`), with retries that continue a broken download. With
+Files are fetched whole into the hub's cache (`HF_HOME`), with retries that continue a broken connection. With
 `HF_HUB_OFFLINE=1`, or while the hub cannot be reached, the cached files are used. `HF_ENDPOINT` names another hub.
 """
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 ATTEMPTS = 4
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 TIMEOUT = 30.0  # seconds without a byte
+UNFINISHED_SECONDS = 600.0  # since the last byte of a download that nobody goes on with
 HUB_FORMATS = (ParquetFile, JsonlFile, TextFile)  # what data sets on the hub consist of, best first
 PARQUET_BRANCH = "refs/convert/parquet"  # where the hub keeps its own parquet copy of other formats
 SPLIT_NAME = re.compile(
@@ -153,7 +154,20 @@ def fetch(source: str, selection: HubSelection) -> list[InputFile]:
             path = listing.folder / name if listing.folder else _hub_file(flag, listing, name)
             inputs.append(InputFile(path, name, split, f"{known.repository}@{listing.commit}"))
             progress.add(listing.files[name])
+    _remove_unfinished(known.repository)
     return inputs
+
+
+def _remove_unfinished(repository: str) -> None:
+    """Remove what killed downloads of a data set left in the cache: the hub's client begins them anew under other names."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="dataset") / "blobs"
+    for path in blobs.glob("*.incomplete"):
+        with contextlib.suppress(OSError):  # another process may be fetching it at this moment
+            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
+                path.unlink()
 
 
 def split_of(name: str) -> str:

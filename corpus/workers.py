@@ -76,6 +76,43 @@ class Pool:
                 future.cancel()
 
 
+def run_in_child(what: str, function: Callable[..., None], *arguments: Any) -> None:
+    """function(*arguments) in a process of its own, so that Ctrl-C is heard during long calls into libraries.
+
+    The process is a new one and no fork: libraries with threads of their own do not survive that. A line of progress is
+    printed every LINE_SECONDS. Raises what the function raises, KeyboardInterrupt, RuntimeError if the process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+    child.start()
+    theirs.close()
+    begun = shown = time.monotonic()
+    try:
+        while not ours.poll(0.2):
+            if time.monotonic() - shown >= LINE_SECONDS:
+                shown = time.monotonic()
+                print(f"{what}: {shown - begun:.0f} s", file=sys.stderr, flush=True)
+        error = ours.recv()
+    except EOFError:
+        raise RuntimeError(f"{what}: the process was killed, possibly out of memory") from None
+    finally:
+        child.kill()
+        child.join()
+    if error is not None:
+        raise error
+
+
+def _answer(connection: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    _follow_parent()
+    try:
+        function(*arguments)
+    except Exception as error:
+        connection.send(error)
+    else:
+        connection.send(None)
+
+
 def _follow_parent() -> None:
     """Leave Ctrl-C to the parent process, and end when it ends: a pool's workers would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

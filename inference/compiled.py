@@ -99,6 +99,13 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and load_kernels() is not None
 
 
+def reads_float16() -> bool:
+    """Whether the kernels can read float16 weights on this processor; all with AVX2 can."""
+    from inference import vectors
+
+    return vectors.HALF
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -181,7 +188,7 @@ class CompiledStep:
                 return
             kept = "once" if self.kernels.forward.stats.cache_path else "at each start: set NUMBA_CACHE_DIR to keep it"
             text = f"compiling the model's code for this processor (about ten seconds, {kept}) ..."
-            slow = threading.Timer(1.5, _say, [text])
+            slow = threading.Timer(3.0, _say, [text])
             slow.daemon = True
             slow.start()
             try:

@@ -139,10 +139,15 @@ def int8_missing(device: torch.device) -> str:
         return f"{str(error).splitlines()[0]} (on {device.type}, torch {torch.__version__})"
 
 
-def fits_float16(model: GPT) -> bool:
-    """Whether float16 has a number for every weight."""
+def float16_missing(model: GPT) -> str:
+    """Why this model's weights cannot be kept in float16 on a CPU; empty if they can."""
+    if not compiled.available(model.wte.weight.device):
+        return compiled.MISSING
+    if not compiled.reads_float16():
+        return "this processor cannot read it"
     most = torch.finfo(torch.float16).max
-    return all(bool(parameter.detach().abs().max() <= most) for parameter in model.parameters())
+    fits = all(bool(parameter.detach().abs().max() <= most) for parameter in model.parameters())
+    return "" if fits else "some weights are larger than its numbers"
 
 
 def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
@@ -166,18 +171,12 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     # 1. The format: the requested one, or the nearest this machine has.
     reason = int8_missing(device) if dtype == "int8" else ""
     if dtype == "float16" and device.type == "cpu":
-        reason = (
-            compiled.MISSING
-            if not kernels
-            else ""
-            if fits_float16(model)
-            else "some weights are larger than its numbers"
-        )
+        reason = float16_missing(model)
     if reason:
         remark, dtype = f"{dtype} is not available: {reason}; ", "auto"
     if dtype == "auto":
         if kernels:
-            dtype = "float16" if fits_float16(model) else "bfloat16"
+            dtype = "bfloat16" if float16_missing(model) else "float16"
         else:
             dtype = "bfloat16" if native_bf16(device) else "float32"
         remark = remark and f"{remark}using {dtype}"

@@ -17,13 +17,21 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-FEATURES = {name for name, has in llvm.get_host_cpu_features().items() if has}
+CHOSEN = numba.config.CPU_FEATURES  # type: ignore[attr-defined]  # $NUMBA_CPU_FEATURES: "+avx2,+fma,+f16c"
+FEATURES = (
+    {name for name, has in llvm.get_host_cpu_features().items() if has}
+    if CHOSEN is None
+    else {name[1:] for name in CHOSEN.split(",") if name.startswith("+")}
+)
+X86 = llvm.get_default_triple().startswith(("x86", "i"))
 WIDTH = 16 if "avx512f" in FEATURES else 8
-FMA = "fma" in FEATURES or not llvm.get_default_triple().startswith(("x86", "i"))  # without it a call for each number
+FMA = "fma" in FEATURES or not X86  # without it a call for each number
+HALF = "f16c" in FEATURES or not X86  # float16 is widened by an instruction
 # 8-bit products summed in fours by one instruction: (its name, bytes a vector) or None
 VNNI = ("llvm.x86.avx512.vpdpbusd.512", 64) if "avx512vnni" in FEATURES else None
 

@@ -352,6 +352,8 @@ class Stack:
             relay = sys.modules["relay"]
             self._given = {"authorizer": relay.authorizer, "router": relay.router, "worker": loaded.worker}
             respond = getattr(loaded, "respond", None)
+            if self.in_lambda is not None:
+                loaded.service()  # Lambda loads the model while it makes an environment, before the first request
         self.functions = LambdaRuntime(self._given, self._timeouts, {"worker": self.workers}, "router")
         self._respond = respond
         self.gateway = Gateway(self.functions, self.quotas)

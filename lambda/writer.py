@@ -37,7 +37,7 @@ from wire import Access, ConnectionClosed, RelaySettings, RequestTable, TokenTab
 if TYPE_CHECKING:
     from server.service import Service
 
-SLOTS = 16  # samples written at once; Lambda gives an environment one request at a time
+SLOTS = 16  # samples written at once at most
 STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
@@ -59,8 +59,9 @@ def service() -> Service:
     from storage.gpt2_format import folder_defaults
 
     folder = Path(os.environ.get("MODEL_FOLDER", "/opt/model"))
-    settings = read_settings(model=folder, slots=SLOTS, max_tokens=100_000, max_n=128, deadline_s=900.0)
-    engine = Engine.load(folder, device=settings.device, dtype=settings.dtype, slots=SLOTS, max_tokens_limit=100_000)
+    slots = min(SLOTS, RelaySettings.read().max_samples)  # Lambda gives an environment one request at a time
+    settings = read_settings(model=folder, slots=slots, max_tokens=100_000, max_n=128, deadline_s=900.0)
+    engine = Engine.load(folder, device=settings.device, dtype=settings.dtype, slots=slots, max_tokens_limit=100_000)
     made = Service(settings, engine)
     made.defaults = folder_defaults(folder)
     return made
@@ -152,7 +153,7 @@ def cross_origin(origin: str | None) -> dict[str, str]:
 
 def _respond(event: Message, context: Any, start: Start, headers: dict[str, str], shared: dict[str, str]) -> None:
     http = event["requestContext"]["http"]
-    settings, asked = RelaySettings.read(), (http["method"], http["path"].rstrip("/"))
+    settings, asked = RelaySettings.read(), (http["method"], f"/{http['path'].strip('/')}")
     if http["method"] == "OPTIONS":
         start(204, shared)(b"")
         return

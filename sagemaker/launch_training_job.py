@@ -12,6 +12,7 @@ resumes from the newest complete checkpoint. Needs `pip install -r sagemaker/req
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -39,6 +40,7 @@ DLC = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch-training:2.10.0-gpu-p
 COMMAND = "exec python3 sagemaker/job_entry.py"  # exec: SIGTERM reaches it, see there
 REQUIREMENTS = "sagemaker/job-requirements.txt"
 CHANNEL = "training"
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 CHECKPOINTS, TENSORBOARD = "/opt/ml/checkpoints", "/opt/ml/output/tensorboard"
 LEFT_OUT = [
     ".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".env",
@@ -82,6 +84,14 @@ class Flags(FrozenSettings):
     """Hours in all, waiting for spare capacity included; default: twice --max-hours."""
     image: str = ""
     """Training image; default: AWS's PyTorch image. sagemaker/Dockerfile built with CUDA works as well."""
+    kms_key: str = ""
+    """KMS key that encrypts the machines' disks and the results; default: AWS's own keys."""
+    subnets: str = ""
+    """Subnets of a VPC, separated by commas, in which the machines run; needs --security-groups."""
+    security_groups: str = ""
+    """Security groups of the machines, separated by commas."""
+    log_days: Literal[1, 3, 5, 7, 14, 30, 60, 90, 180, 365] = 30
+    """Days that the account's log of training jobs is kept, where nobody has set it yet."""
     wait: bool = True
     """Follow the job's log to its end."""
     dry_run: bool = False
@@ -103,6 +113,8 @@ def check(flags: Flags) -> None:
         errors.append("--max-wait-hours only means something with --spot")
     if flags.spot and 0 < flags.max_wait_hours < flags.max_hours:
         errors.append(f"--max-wait-hours {flags.max_wait_hours:g} is below --max-hours {flags.max_hours:g}: raise it")
+    if bool(flags.subnets) != bool(flags.security_groups):
+        errors.append("--subnets and --security-groups belong together: give both, or none")
     if len(flags.flags) > 2400:
         errors.append("--flags is longer than SageMaker carries (2,500 characters): put the settings into a preset")
     if errors:
@@ -133,6 +145,12 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
     stopping = {"MaxRuntimeInSeconds": round(flags.max_hours * 3600)}
     if flags.spot:
         stopping["MaxWaitTimeInSeconds"] = round((flags.max_wait_hours or 2 * flags.max_hours) * 3600)
+    key: dict[str, Any] = {"KmsKeyId": flags.kms_key} if flags.kms_key else {}
+    disk = {"VolumeKmsKeyId": flags.kms_key} if flags.kms_key else {}
+    place: dict[str, Any] = {}
+    if flags.subnets:
+        groups = flags.security_groups.split(",")
+        place["VpcConfig"] = {"Subnets": flags.subnets.split(","), "SecurityGroupIds": groups}
     source = {"S3DataType": "S3Prefix", "S3Uri": s3.s3_url(flags.data), "S3DataDistributionType": "FullyReplicated"}
     return {
         "AlgorithmSpecification": {
@@ -144,14 +162,16 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
         "InputDataConfig": [
             {"ChannelName": CHANNEL, "InputMode": flags.input_mode, "DataSource": {"S3DataSource": source}}
         ],
-        "OutputDataConfig": {"S3OutputPath": f"{run}/artifacts"},
+        "OutputDataConfig": {"S3OutputPath": f"{run}/artifacts", **key},
         "CheckpointConfig": {"S3Uri": f"{run}/checkpoints", "LocalPath": CHECKPOINTS},
         "TensorBoardOutputConfig": {"S3OutputPath": f"{run}/tensorboard", "LocalPath": TENSORBOARD},
         "ResourceConfig": {
             "InstanceType": flags.instance_type,
             "InstanceCount": flags.instances,
             "VolumeSizeInGB": flags.volume_gb,
+            **disk,
         },
+        **place,
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": flags.spot,
         "Environment": {
@@ -160,6 +180,18 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
             "PYTHONUNBUFFERED": "1",
         },
     }
+
+
+def keep_logs(flags: Flags, region: str) -> None:
+    """Give the log group that all training jobs of an account share a retention, unless it has one."""
+    import boto3
+
+    logs = boto3.client("logs", region_name=region)
+    with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException):
+        logs.create_log_group(logGroupName=LOG_GROUP)
+    found = logs.describe_log_groups(logGroupNamePrefix=LOG_GROUP)["logGroups"][0]
+    if "retentionInDays" not in found:
+        logs.put_retention_policy(logGroupName=LOG_GROUP, retentionInDays=flags.log_days)
 
 
 def remaining(flags: Flags, minutes: int) -> str:
@@ -192,6 +224,7 @@ def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
         Compute,
         DataSource,
         MetricDefinition,
+        Networking,
         OutputDataConfig,
         S3DataSource,
         SourceCode,
@@ -219,12 +252,20 @@ def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
             instance_count=resources["InstanceCount"],
             volume_size_in_gb=resources["VolumeSizeInGB"],
             enable_managed_spot_training=job_request["EnableManagedSpotTraining"],
+            volume_kms_key_id=flags.kms_key or None,
         ),
         stopping_condition=StoppingCondition(
             max_runtime_in_seconds=stopping["MaxRuntimeInSeconds"],
             **({"max_wait_time_in_seconds": stopping["MaxWaitTimeInSeconds"]} if flags.spot else {}),
         ),
-        output_data_config=OutputDataConfig(s3_output_path=job_request["OutputDataConfig"]["S3OutputPath"]),
+        output_data_config=OutputDataConfig(
+            s3_output_path=job_request["OutputDataConfig"]["S3OutputPath"], kms_key_id=flags.kms_key or None
+        ),
+        networking=Networking(
+            subnets=job_request["VpcConfig"]["Subnets"], security_group_ids=job_request["VpcConfig"]["SecurityGroupIds"]
+        )
+        if flags.subnets
+        else None,
         checkpoint_config=CheckpointConfig(s3_uri=checkpoints["S3Uri"], local_path=checkpoints["LocalPath"]),
         input_data_config=[
             Channel(
@@ -284,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with s3.readable_errors(f"job {flags.name}"):
             print(remaining(flags, job_minutes(flags)), file=sys.stderr)
+            keep_logs(flags, region)
             result = launch(flags, job_request, region)
         print(result)
         if flags.wait:

@@ -136,12 +136,16 @@ def _list_type(name: str, convert: Any) -> Any:
     return Annotated[_annotation(name), BeforeValidator(convert), WithJsonSchema(_PHRASES_JSON)]
 
 
+SMALLEST = 1e-6  # a share of which one token remains: the ends of sliders, 0 and 1, mean the most likely token
 # where other servers take more than a GenerationParams does
 WIDE: dict[str, Any] = {
     "seed": _wide(int, None, ge=-(2**63), lt=2**63),  # as in llama.cpp and KoboldCpp: a new seed
     "top_k": _wide(int, 0, ge=-1, le=1_000_000),
     "penalty_last_n": _wide(int, 0, ge=-1, le=1_000_000),
     "top_n_sigma": _wide(float, 0.0, ge=-1.0, le=20.0),
+    "top_p": Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(lambda p: max(p, SMALLEST))],
+    "typical_p": Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(lambda p: max(p, SMALLEST))],
+    "min_p": Annotated[float, Field(ge=0.0, le=1.0), AfterValidator(lambda p: min(p, 1 - SMALLEST))],
     "xtc_threshold": Annotated[float, Field(gt=0.0, le=1.0)],  # beyond 0.5 there is nothing to exclude
     "stop": _list_type("stop", _phrases),
     "dry_sequence_breakers": _list_type("dry_sequence_breakers", _json_phrases),

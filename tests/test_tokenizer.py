@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -362,3 +363,19 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path, kinds: dict
         path.write_text(json.dumps(data | change), encoding="utf-8")
         with pytest.raises(TokenizerError, match=rf"tokenizer\.json: .*{message}"):
             load_tokenizer(tmp_path)
+
+
+def test_runs_without_a_break_are_cut_for_learning_only() -> None:
+    draw = random.Random(1)
+    run = "".join(
+        draw.choice("天地人山水火木金土日月星") for _ in range(3000)
+    )  # learned whole it takes 50 times as long
+    text = run + " the cat sat on the incomprehensibilities " * 40
+    learned = train_bpe([text], 400)
+    longest = max((learned.decode([number]) for number in range(300, learned.vocab_size)), key=len)
+    assert "incomprehensibilities" in longest
+    assert learned.decode(learned.encode(text)) == text
+    runs = train_bpe(["x" * 3000 + " yes yes"], 400)
+    assert (
+        max(len(runs.decode([number])) for number in range(257, runs.vocab_size)) <= 31
+    )  # not 1,024, as if it were a word

@@ -1,12 +1,12 @@
 """Checkpoints of a run: what resuming needs, and how it is written and read.
 
->>> start = resumed_run(checkpoint, data, tokenizer)       # model, progress and training state, exactly as saved
 >>> save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, batch, tokens_per_step)
 >>> save(progress, best=False)                             # last/, atomically
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ConfigError
+from config import Config
 from training.model_setup import full_state_dict
 
 if TYPE_CHECKING:
     from dataset import TokenData
     from devices import DistributedContext
     from model import GPT
+    from storage.shards import Manifest
     from tokenizer import Tokenizer
     from training.optimizer import Optimizer
 
@@ -86,25 +87,31 @@ class InitialState:
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
+    notes: list[str] = field(default_factory=list)  # what is not as it was before
 
     def restore(self, optimizer: Optimizer, scaler: Any) -> None:
         """Give optimizer and loss scaler the checkpoint's state, if there is one."""
         if self.checkpoint is not None:
             optimizer.load_state_dict(self.state["optimizer"])
-            scaler.load_state_dict(self.state["scaler"])
+            if self.state["scaler"]:  # empty where the run had no fp16 before
+                scaler.load_state_dict(self.state["scaler"])
 
 
-def resumed_run(checkpoint: Path, data: TokenData, tokenizer: Tokenizer) -> InitialState:
-    """Model, progress and training state of a checkpoint. Raises ConfigError if the data has another tokenizer."""
-    from checkpoint import load_model, load_training
+def content_of(manifest: Manifest) -> str:
+    """sha256 (hex) over the shards: prepared anew, the same texts are the same, whenever and wherever they were."""
+    splits = (manifest.splits.train, manifest.splits.val)
+    return hashlib.sha256(
+        json.dumps([[shard.sha256 for shard in split.shards] for split in splits]).encode()
+    ).hexdigest()
 
-    model, kept = load_model(checkpoint)
-    if kept.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
-        )
-    state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
-    return InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
+
+def description(origin: str, texts: str) -> str:
+    """What the model is, for its card: of a run whose texts are not those of its preset."""
+    return (
+        f"A GPT-2 style language model: {origin}, fine-tuned on {texts}."
+        if origin
+        else f"A GPT-2 style language model, trained from scratch on {texts}."
+    )
 
 
 def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str, Any]:
@@ -158,6 +165,8 @@ class CheckpointWriter:
 
     def __call__(self, progress: Progress, *, best: bool) -> None:
         """Save best/ (weights only) or last/ (weights and training state), atomically."""
+        import torch
+
         from checkpoint import prune_checkpoints, save_model, save_training
 
         began = time.monotonic()
@@ -177,6 +186,10 @@ class CheckpointWriter:
                     "world": self.distributed.size,
                     "batch": self.batch,
                     "tokens_per_step": self.tokens_per_step,
+                    "texts": content_of(self.data.manifest),
+                    "train_tokens": self.data.manifest.splits.train.tokens,
+                    "threads": torch.get_num_threads(),
+                    "parts": self.config.train.parts,
                 }
                 if self.config.train.keep_last > 1:
                     archive_last(self.run)

@@ -167,7 +167,7 @@ class RunLog:
         if wandb:
             import wandb as client  # type: ignore[import-not-found, unused-ignore]
 
-            known = folder / ".wandb"  # a resumed run continues the same record
+            known = folder / "wandb_id.txt"  # a resumed run continues the same record
             if not known.is_file():
                 known.write_text(uuid.uuid4().hex, encoding="utf-8")
             project, key = "victorian-literature-generator", known.read_text(encoding="utf-8")

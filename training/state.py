@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, ModelConfig, TrainConfig, to_toml
+from checkpoint import SUMMARY
+from config import Config, ModelConfig, TrainConfig, read_toml, to_toml
 from dataset import TokenData, WindowSampler, training_batches, validation_batches
 from devices import DistributedContext, autocast, device_name, gpu_memory
 from evaluation.yardstick import YardstickSums
@@ -32,8 +34,9 @@ from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
 from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
+from training.resume import schedule_notes
 from training.run_folder import Stop
-from training.schedule import time_limited_end_step
+from training.schedule import clamp_schedule, time_limited_end_step, total_steps
 from training.split import with_parts
 from training.step import grad_accum_steps, validate
 
@@ -49,6 +52,11 @@ class BatchSizes:
     grad_accum_steps: int  # micro-batches per device in one step
     world: int  # devices
     block_size: int
+
+    @property
+    def per_step(self) -> tuple[int, int]:
+        """batch_size and tokens_per_step, which a checkpoint keeps."""
+        return self.batch_size, self.tokens_per_step
 
     @property
     def windows_per_step(self) -> int:
@@ -178,14 +186,21 @@ class TrainState:
 
 
 def announce(state: TrainState, start: InitialState, warnings: list[str]) -> None:
-    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings."""
+    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings.
+
+    A summary.json of before is removed: until the run ends again it counts as unfinished.
+    """
     data, log, sizes = state.data, state.log, state.sizes
     if start.checkpoint is not None:
         world = start.state["world"]
         log.say(f"resumed at step {state.progress.step} from {start.checkpoint}")
         if world != sizes.world:
             log.say(f"note: {world} processes before, {sizes.world} now: sums are formed in another order from here on")
+        for note in [*start.notes, *_schedule_notes(state)]:
+            log.say(f"note: {note}")
     write_config(state)
+    if state.distributed.leader:
+        (state.run / SUMMARY).unlink(missing_ok=True)
     for warning in filter(None, warnings):
         log.say(f"warning: {warning}")
     parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
@@ -197,6 +212,15 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
     )
     for name, count, size in state.model.report():
         log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
+
+
+def _schedule_notes(state: TrainState) -> list[str]:
+    """What becomes of the learning rate, compared with the settings that the run had before this session."""
+    path = state.run / "config.toml"
+    before = TrainConfig(**read_toml(path)["train"]) if path.is_file() else state.train
+    sizes = (state.sampler.per_epoch, state.sizes.windows_per_step, state.sizes.block_size)
+    total = total_steps(before, *sizes)
+    return schedule_notes(clamp_schedule(before, total)[0], state.train, state.progress.step, total, state.total_steps)
 
 
 def write_config(state: TrainState) -> None:
@@ -359,9 +383,9 @@ def checkpoint(state: TrainState) -> None:
 
 
 def summary(state: TrainState, reason: str) -> dict[str, Any]:
-    """What is printed when a run ends, as `metrics.finish` takes it."""
+    """What is printed when a run ends, as `metrics.finish` takes it; also written to summary.json."""
     progress, speed = state.progress, state.meter.overall()
-    return {
+    found = {
         "reason": reason,
         "run": str(state.run),
         "steps": progress.step,
@@ -377,3 +401,6 @@ def summary(state: TrainState, reason: str) -> dict[str, Any]:
         "yardstick": compare(state),
         "done": not state.stopped,
     }
+    if state.distributed.leader:
+        atomic_write_text(state.run / SUMMARY, json.dumps(found, indent=2) + "\n")
+    return found

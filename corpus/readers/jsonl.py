@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from corpus.cleaning import BOM
 from corpus.documents import (
     CONVERT,
     STYLE_FIELDS,
+    UTF_16,
     ByteRange,
     DocumentError,
     Piece,
     ReadOptions,
     clean_document,
+    null_row,
     skipped_row,
 )
 
@@ -41,11 +44,14 @@ class JsonlFile:
     facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> JsonlFile:
+    def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> JsonlFile | str:
         """The rows in a file, which is read for its line ends only: a bad row is named when its text is read."""
         blocks, start, line = [], 0, 1
         with path.open("rb") as file:
             size = file.seek(0, 2)
+            file.seek(0)
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                return f"{path}: {UTF_16}"
             file.seek(0)
             while start < size:
                 data = file.read(cleaning.CHUNK_BYTES)
@@ -92,7 +98,7 @@ class JsonlChunk(ByteRange):
             if line.strip():
                 try:
                     text = _text_of(line, f"{self.path}:{number}", offset, options.field)
-                    yield clean_document(document, text, options)
+                    yield null_row(document) if text is None else clean_document(document, text, options)
                 except DocumentError:
                     if not options.skip_bad:
                         raise
@@ -101,8 +107,8 @@ class JsonlChunk(ByteRange):
             offset += len(line) + 1
 
 
-def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes:
-    """The text of one row, as UTF-8. place and offset: where the line is, for messages."""
+def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes | None:
+    """The text of one row, as UTF-8; None where it is null. place and offset: where the line is, for messages."""
     try:
         row: Any = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -111,6 +117,8 @@ def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes:
         raise DocumentError(
             f"{place}: not JSON ({error}); fix the row, or leave it out with --skip-bad-files"
         ) from None
+    if isinstance(row, dict) and name in row and row[name] is None:
+        return None
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         fields = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise DocumentError(

@@ -23,6 +23,7 @@ from corpus.documents import (
     Piece,
     ReadOptions,
     clean_document,
+    null_row,
     skipped_row,
 )
 
@@ -63,7 +64,7 @@ class ParquetFile:
                 if options.field not in fields.names:
                     return f"{path}: no field '{options.field}' {has}: name one with --text-field"
                 kind = fields.field(options.field).type
-                if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
+                if not _holds_text(kind):
                     return f"{path}: field '{options.field}' holds {kind}, not text"
                 keep = None
                 if options.years:
@@ -89,15 +90,15 @@ class ParquetFile:
         import pyarrow.parquet
 
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # arrow's own keeps what it frees, more with every batch
-        rows: list[tuple[int, bytes]] = []
+        rows: list[tuple[int, bytes | None]] = []
         number = size = 0
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as table:
             step = max(1, min(1024, cleaning.CHUNK_BYTES * self.rows // max(self.size, 1)))
             for batch in table.iter_batches(batch_size=step, columns=[self.column], use_threads=False):
-                for data in batch.column(0).cast(pyarrow.large_binary()):
+                for data in _as_bytes(batch.column(0)):
                     if self.keep is None or self.keep[number]:
-                        rows.append((number, data.as_py() or b""))
-                        size += len(rows[-1][1])
+                        rows.append((number, data.as_py()))
+                        size += len(rows[-1][1] or b"")
                     number += 1
                     if size >= ROW_BYTES:
                         yield ParquetChunk(first, self.path, tuple(rows))
@@ -119,13 +120,35 @@ class ParquetFile:
         return values if self.keep is None else [values[at] for at in np.flatnonzero(self.keep)]
 
 
+def _holds_text(kind: Any) -> bool:
+    """Whether a column of this type holds texts, also as categories."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(types, f"is_{name}")(kind) for name in tests)
+
+
+def _as_bytes(column: Any) -> Any:
+    """A column of texts as one of bytes."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_string_view(column.type):
+        column = column.cast(pyarrow.string())
+    return column.cast(pyarrow.large_binary())
+
+
 @dataclass(frozen=True)
 class ParquetChunk:
     """Rows of a table in memory, each with its number in the table."""
 
     document: int
     path: Path
-    rows: tuple[tuple[int, bytes], ...]
+    rows: tuple[tuple[int, bytes | None], ...]
+    """None: null."""
 
     @property
     def documents(self) -> int:
@@ -133,12 +156,12 @@ class ParquetChunk:
 
     @property
     def size(self) -> int:
-        return sum(len(data) for _, data in self.rows)
+        return sum(len(data or b"") for _, data in self.rows)
 
     def read(self, options: ReadOptions) -> Iterator[Piece]:
         for document, (number, data) in enumerate(self.rows, self.document):
             try:
-                yield clean_document(document, data, options)
+                yield null_row(document) if data is None else clean_document(document, data, options)
             except UnicodeDecodeError as error:
                 if not options.skip_bad:
                     raise DocumentError(

@@ -13,6 +13,7 @@ from corpus import cleaning, gutenberg
 from corpus.cleaning import BOM, LAYOUT_SAMPLE, Layout, cut_after, normalise_newlines
 from corpus.documents import (
     CONVERT,
+    UTF_16,
     ByteRange,
     DocumentError,
     Piece,
@@ -25,11 +26,8 @@ from storage.catalogue import HEAD, author_of
 
 OTHER_FORMATS = {  # how files that are not plain text begin
     b"%PDF": "a PDF: save its text as .txt",
-    b"PK\x03\x04": "a zip archive (also EPUB and Word files): unpack it or save its text as .txt",
-    b"\x1f\x8b": "compressed with gzip: unpack it",
-    b"\xff\xfe": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
-    b"\xfe\xff": "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`",
-    b"PAR1": "a parquet file: give it the ending .parquet",
+    codecs.BOM_UTF16_LE: UTF_16,
+    codecs.BOM_UTF16_BE: UTF_16,
 }
 
 

@@ -208,6 +208,17 @@ def test_node_hears_the_same(address: str, model: Path, node_modules: Path) -> N
     assert heard[-1]["finish_reason"] == "cancelled" and 3 <= sum(m["type"] == "token" for m in heard) < 2000
 
 
+def test_the_web_page_writes_with_the_model_in_lambda(model: Path) -> None:
+    with Stack("", in_lambda=model, environment={"VLG_DTYPE": "float32"}) as stack, opened(stack.url) as page:
+        page.fill("#max_tokens", "60")
+        page.fill("#seed", "21")
+        page.click("#write")
+        page.wait_for_selector("text=/Done: 60 tokens/", timeout=90_000)
+        shown = page.text_content(".text")
+        stack.tables["requests"].items.clear()
+    assert shown == "It was" + written(model, "It was", 21, 60)
+
+
 @pytest.mark.slow
 def test_the_web_page_shows_the_same(address: str, model: Path) -> None:
     with opened(address) as page:

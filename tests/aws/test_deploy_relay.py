@@ -276,3 +276,22 @@ def test_parameters_exist_in_the_template() -> None:
     for name in given:
         assert f"\n  {name}:\n" in text
     assert main([]) == 2
+
+
+def test_the_documents_policy_has_the_statements_that_errors_name() -> None:
+    from storage.s3 import STATEMENTS
+
+    text = (ROOT / "docs" / "aws.md").read_text(encoding="utf-8")
+    policy = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    granted = {
+        statement["Sid"]: [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        for statement in policy["Statement"]
+    }
+    for service, statement in {
+        **STATEMENTS,
+        "cloudformation": "Gateway",
+        "lambda": "Gateway",
+        "dynamodb": "Gateway",
+    }.items():
+        assert any(action.startswith(f"{service}:") for action in granted[statement]), service
+    assert granted["PassRole"] == ["iam:PassRole"]

@@ -6,99 +6,20 @@ import asyncio
 import importlib.util
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import websockets
-from aws_fakes import FakeContainer, ask, hear, text, words
+from aws_fakes import FakeContainer, RuntimeApi, ask, hear, text, words
 from local_stack import Stack
 
 from support.helpers import ROOT
 
 if importlib.util.find_spec("awslambdaric") is None:
     pytest.skip("needs awslambdaric: pip install -r requirements-aws.txt", allow_module_level=True)
-
-
-@dataclass
-class Answer:
-    """What an environment posted for an event: kind is `response` or `error`."""
-
-    kind: str
-    headers: dict[str, str]
-    chunks: list[bytes]
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(self.chunks)
-
-
-class RuntimeApi:
-    """Lambda's Runtime API on a socket (https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html)."""
-
-    def __init__(self) -> None:
-        self.events: queue.Queue[tuple[str, dict[str, Any], float]] = queue.Queue()
-        self.answers: dict[str, queue.Queue[Answer]] = {}
-        outer = self
-
-        class Api(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                request, event, timeout = outer.events.get()
-                data = json.dumps(event).encode()
-                self.send_response(200)
-                self.send_header("Lambda-Runtime-Aws-Request-Id", request)
-                self.send_header("Lambda-Runtime-Deadline-Ms", str(round((time.time() + timeout) * 1000)))
-                self.send_header("Lambda-Runtime-Invoked-Function-Arn", "arn:aws:lambda:eu-west-1:0:function:f")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def chunks(self) -> Iterator[bytes]:
-                if self.headers.get("Transfer-Encoding") != "chunked":
-                    yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                    return
-                while size := int(self.rfile.readline(), 16):
-                    yield self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-
-            def do_POST(self) -> None:
-                *_, request, kind = self.path.split("/")
-                answer = Answer(kind, dict(self.headers), list(self.chunks()))
-                outer.answers.setdefault(request, queue.Queue()).put(answer)
-                self.send_response(202)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *args: object) -> None:
-                return
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
-        self.server.daemon_threads = True
-        self.place = f"127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def ask(self, event: dict[str, Any], seconds: float = 30) -> Answer:
-        """An event for the environment, and its answer."""
-        request = str(uuid.uuid4())
-        self.answers[request] = queue.Queue()
-        self.events.put((request, event, seconds))
-        return self.answers[request].get(timeout=seconds)
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 class Environment:

@@ -652,6 +652,8 @@ def test_the_package_needs_only_what_the_runtime_has() -> None:
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
                 assert module and module.split(".")[0] in allowed, (name, module)
+    tops = [node for node in ast.parse((ROOT / "lambda" / "wire.py").read_text()).body if isinstance(node, ast.Import)]
+    assert "boto3" in {alias.name for node in tops for alias in node.names}, "loaded in the first request otherwise"
 
 
 def test_the_ledgers_calls_are_dynamodbs(monkeypatch: pytest.MonkeyPatch) -> None:

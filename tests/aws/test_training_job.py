@@ -67,6 +67,10 @@ def test_faults_are_all_named(capsys: Any) -> None:
     assert launcher.main(["--flags", "--train.lr '1'", "--max-wait-hours", "3"]) == 2
     said = capsys.readouterr().err
     assert all(flag in said for flag in ("--data", "--output", "--role", "--flags", "--max-wait-hours"))
+    assert launcher.main([*WANTED, "--subnets", "subnet-1"]) == 2
+    made = dry(capsys, "--kms-key", "alias/mine", "--subnets", "subnet-1,subnet-2", "--security-groups", "sg-1")
+    assert made["VpcConfig"] == {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]}
+    assert made["ResourceConfig"]["VolumeKmsKeyId"] == made["OutputDataConfig"]["KmsKeyId"] == "alias/mine"
     assert launcher.main([*WANTED, "--spot", "--max-hours", "5", "--max-wait-hours", "2"]) == 2
 
 
@@ -405,16 +409,23 @@ def launched(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tu
         return call(self, name, parameters)
 
     monkeypatch.setattr(BaseClient, "_make_api_call", recording)
-    flags = ["--spot", "--max-hours", "2", "--instances", "2", "--flags", "--train.max-steps 20"]
-    assert launcher.main([*WANTED, *flags]) == 0
+    assert launcher.main([*WANTED, *JOB]) == 0
+    group = boto3.client("logs").describe_log_groups(logGroupNamePrefix=launcher.LOG_GROUP)["logGroups"][0]
+    assert group["retentionInDays"] == 30
     return sent[0], s3
+
+
+JOB = ["--spot", "--max-hours", "2", "--instances", "2", "--flags", "--train.max-steps 20", "--kms-key", "alias/mine"]
+JOB += ["--subnets", "subnet-1", "--security-groups", "sg-1"]
 
 
 @needs_sdk
 def test_the_sdk_sends_what_the_dry_run_prints(launched: Any, capsys: Any) -> None:
     sent, _ = launched
     capsys.readouterr()
-    asked = dry(capsys, "--spot", "--max-hours", "2", "--instances", "2", "--flags", "--train.max-steps 20")
+    asked = dry(capsys, *JOB)
+    assert asked["OutputDataConfig"]["KmsKeyId"] == sent["OutputDataConfig"]["KmsKeyId"] == "alias/mine"
+    assert asked["VpcConfig"] == sent["VpcConfig"]
     asked.pop("added by the SDK")
     for name in ("RoleArn", "CheckpointConfig", "TensorBoardOutputConfig", "StoppingCondition",
                  "EnableManagedSpotTraining"):  # fmt: skip

@@ -169,3 +169,55 @@ def test_a_table_without_text_is_named(tmp_path: Path) -> None:
     ):
         pyarrow.parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / "a.parquet")
         assert expected in inspect(tmp_path / "a.parquet", "a", ReadOptions())
+
+
+NULLS = ["One row of text.", None, "", "Another row.", None, "A third one."]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "binary", "jsonl", "json"])
+def test_null_texts_are_left_out_and_counted(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in NULLS), encoding="utf-8")
+    elif kind == "json":
+        (tmp_path / "a.json").write_text(json.dumps([{"text": row} for row in NULLS]), encoding="utf-8")
+    else:
+        types = {"dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string())}
+        column = pyarrow.array([None if row is None else row.encode() for row in NULLS] if kind == "binary" else NULLS, types.get(kind) or getattr(pyarrow, kind)())  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    assert run("--input", tmp_path / "a*", "--tokenizer", "char", "--val-fraction", 0.3, "--out", out) == 0
+    assert sorted(told(out, "train") + told(out, "val")) == sorted(filter(None, NULLS))
+    assert Manifest.load(out).cleaning == {"null_rows": 2, "empty_documents": 1}
+    assert "null rows 2" in capsys.readouterr().err
+
+
+def test_rows_in_utf_16_have_the_right_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}'.encode("utf-16"))
+    assert "UTF-16: convert it with `iconv -f UTF-16" in str(inspect(tmp_path / "a.jsonl", "a.jsonl", ReadOptions()))
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    import os
+
+    folder = os.fsencode(tmp_path) + b"/B\xfccher"
+    os.mkdir(folder)
+    for name in (b"caf\xe9.txt", b"plain.txt"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(b"Some text of " + name.split(b".")[0][:3])
+    out = tmp_path / "out"
+    assert run("--input", os.fsdecode(folder), "--tokenizer", "char", "--val-fraction", 0.5, "--out", out) == 0
+    assert sorted(told(out, "train") + told(out, "val")) == ["Some text of caf", "Some text of pla"]
+    assert Manifest.load(out).source.name == "B\ufffdcher"
+    assert '"caf\ufffd.txt"' in (out / "documents.json").read_text(encoding="utf-8")
+
+
+def test_an_input_given_twice_is_both(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"The text of {name}.", encoding="utf-8")
+    out = tmp_path / "out"
+    a, b, c = (tmp_path / f"{name}.txt" for name in "abc")
+    assert run("--input", a, b, "--tokenizer", "char", f"--input={c}", "--out", out) == 0
+    assert sorted(told(out, "train") + told(out, "val")) == [f"The text of {name}." for name in "abc"]

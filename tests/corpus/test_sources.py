@@ -222,6 +222,16 @@ def test_a_busy_hub_and_a_broken_download(
     assert hashes(tmp_path / "rough") == hashes(calm)
 
 
+def test_what_killed_downloads_left_is_removed(hub: Hub, tmp_path: Path) -> None:
+    fetch("someone/rows", HubSelection())
+    blobs = next((tmp_path / "cache").rglob("blobs"))
+    for name in ("old.1.incomplete", "new.2.incomplete"):
+        (blobs / name).write_bytes(b"part")
+    os.utime(blobs / "old.1.incomplete", (0, 0))
+    fetch("someone/rows", HubSelection())
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["new.2.incomplete"]
+
+
 def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     from huggingface_hub import constants
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from corpus import workers
-from corpus.workers import CALLS_PER_WORKER, Pool, Progress
+from corpus.workers import CALLS_PER_WORKER, Pool, Progress, run_in_child
 from support.helpers import ROOT
 
 
@@ -112,3 +114,17 @@ def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
     with Progress("encoding", 4_000_000) as progress:
         progress.add(4_000_000)
     assert "\rencoding: " in capsys.readouterr().err
+
+
+def test_a_child_returns_raises_and_is_left(tmp_path: Path) -> None:
+    run_in_child("writing", Path.write_text, tmp_path / "a", "done")
+    assert (tmp_path / "a").read_text() == "done"
+    with pytest.raises(FileNotFoundError):
+        run_in_child("reading", os.stat, tmp_path / "none")
+    with pytest.raises(RuntimeError, match="ending: the process was killed"):
+        run_in_child("ending", os._exit, 3)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_child("sleeping", time.sleep, 60)
+    assert not multiprocessing.active_children()

@@ -91,6 +91,13 @@ def test_auto_takes_the_format_that_the_processor_reads_fast(monkeypatch: pytest
     assert used == "bfloat16" and "larger than its numbers" in remark and "using bfloat16" in remark
 
 
+def test_a_processor_that_cannot_read_float16_gets_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "reads_float16", lambda: False)
+    assert prepare(small(), "auto") == ("bfloat16", "")
+    used, remark = prepare(small(), "float16")
+    assert used == "bfloat16" and "this processor cannot read it" in remark
+
+
 def test_without_numba_torch_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "load_kernels", lambda: None)
     for native, dtype in ((True, "bfloat16"), (False, "float32")):

@@ -17,6 +17,7 @@ from config import GenerationParams
 from inference.engine import Engine
 from model import GPT
 from sampling import TokenHistory, filter_logits, sample, sample_seed
+from server.client_bodies import CompletionBody, KoboldBody, LlamaBody
 from support.api_support import PARAMS, PROMPT, events, kobold_events, running, settings, until
 from support.malformed import ROUTES, variation
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -157,6 +158,10 @@ def test_probabilities_join_to_the_text_and_agree_with_openais(client: TestClien
     assert [entry["logprob"] for entry in entries] == expected[: len(entries)]
     spelled = bytes(byte for entry in streamed for byte in entry["bytes"]).decode(errors="replace")
     assert spelled == reference["text"] + "".join(stop)
+    ends = len(PROMPT) + len(reference["text"])
+    assert len(entries) == sum(
+        offset < ends for offset in reference["logprobs"]["text_offset"]
+    )  # none of the stop string
     for entry, top in zip(entries, reference["logprobs"]["top_logprobs"], strict=False):
         values = sorted((other["logprob"] for other in entry["top_logprobs"]), reverse=True)
         assert len(values) == 5 and values == sorted(top.values(), reverse=True)[:5]
@@ -262,6 +267,11 @@ def test_ranges_of_other_servers(client: TestClient) -> None:
         completed = post(client, "/v1/completions", body)["choices"][0]["text"]
         assert completed == llama(client, **PARAMS | {"top_k": top_k})["content"] == kobold(client, **body)["text"]
         assert top_k == 101 or completed == expected
+    likeliest = generated(client, **PARAMS | {"temperature": 0})
+    for end in ({"top_p": 0}, {"typical_p": 0}, {"min_p": 1}):
+        narrow = llama(client, **PARAMS | end)["content"]
+        assert "typical_p" in end or narrow == likeliest
+        assert narrow == kobold(client, **PARAMS | end)["text"]
     off = {"top_n_sigma": -1, "xtc_probability": 1.0, "xtc_threshold": 0.6, "stop": [""]}
     assert llama(client, **PARAMS, **off)["content"] == generated(client, **PARAMS)
     assert llama(client, n_predict=-1, stop=["e"])["stop_type"] == "word"
@@ -280,6 +290,22 @@ def test_llamas_windows_and_samplers_switch_off_what_they_leave_out(client: Test
     assert kobold(client, **asked, rep_pen_range=12, dry_penalty_last_n=5)["text"] == both
     without = generated(client, **PARAMS | {"top_p": 1.0})
     assert llama(client, **PARAMS, samplers=["penalties", "top_k", "temperature"])["content"] == without
+
+
+def test_values_as_other_servers_write_them() -> None:
+    limits, breakers = settings(), '["\\n", "."]'
+    for body in (
+        CompletionBody(prompt="x", dry_sequence_breakers=breakers),
+        KoboldBody(dry_sequence_breakers=breakers),
+    ):
+        given = body.params(limits) if isinstance(body, CompletionBody) else body.params(limits, {})
+        assert given.dry_sequence_breakers == ("\n", ".")
+    stop = CompletionBody(prompt="x", stop='["a"]').params(limits).stop
+    assert stop == ('["a"]',)  # only there a list is written as text
+    off = LlamaBody(dry_multiplier=1.0, repeat_penalty=2.0, repeat_last_n=0, dry_penalty_last_n=0).params(limits, {})
+    assert (off.dry_multiplier, off.repetition_penalty) == (0, 1)
+    on = LlamaBody(dry_multiplier=1.0, repeat_penalty=2.0).params(limits, {"repetition_penalty": 1.3})
+    assert (on.dry_multiplier, on.repetition_penalty, on.penalty_last_n) == (1, 2, 0)
 
 
 def test_several_samples(client: TestClient) -> None:
