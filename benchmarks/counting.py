@@ -4,8 +4,8 @@
 
 Both get so many seconds of processor time for everything from the first count to the last step; reading texts and
 evaluation are left out. Each takes the shape, rates and schedule that `train.py --minutes` would choose at --rate, each
-with its own vocabulary of the same texts. The runs alternate, in processes of their own. Bits per byte over the first
---eval-tokens tokens of the validation split, in windows of the model's context side by side.
+with its own vocabulary of the same texts. The runs alternate, in processes of their own. Bits per byte over
+--eval-tokens tokens spread over the validation split, in windows of the model's context.
 """
 
 from __future__ import annotations
