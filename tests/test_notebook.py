@@ -41,4 +41,5 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     text = "".join(output.get("text", "") for output in outputs)
     assert "of pure guessing 6.93" in text  # log of 1,024: the vocabulary it says it learns
     assert "and back: The old house stood alone" in text and "on stories it has never seen" in text
+    assert "counting alone " in text
     assert text.count("--- temperature") == 3

@@ -41,7 +41,8 @@ BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
 PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabulary and encoding, at the slowest
 ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
 START_S = 2.0  # seconds for building the model and opening files
-COUNTED_FROM = 1e6  # bytes of text from which on counted n-grams help (docs/experiments.md)
+COUNTED_FROM = 5e4  # bytes of text from which on n-grams are counted: the smallest that was tried (docs/experiments.md)
+COUNTED_SHARE = 0.4  # of the time at most, for counting and the start
 COUNTED_WIDTH = 128  # the fewest channels of a model that starts from counts: narrower ones cannot hold the bigrams
 COUNTED_VOCABULARY = 16384  # the most ids for which the start is worth its time
 COUNTED_HALF = 4e6  # tokens after which the counted n-grams teach half as much
@@ -306,6 +307,8 @@ def autotune(
     budget = Budget(rate * left(), manifest.splits.train.bytes)
     model = choose_model(budget, manifest.tokenizer.vocab_size, counted)
     before_s = counting_s(model, budget.text, rate) if counted else 0.0
+    if before_s > COUNTED_SHARE * left():  # a machine too slow for it
+        model, before_s = choose_model(budget, manifest.tokenizer.vocab_size), 0.0
     budget = Budget(rate * max(5.0, left() - before_s), budget.text)
     enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * flops_per_token(model)
     ends_early = enough < budget.flops

@@ -130,7 +130,8 @@ class Level:
             totals, held_back = np.add.reduceat(totals, starts[:-1]), np.add.reduceat(held_back, starts[:-1])
         return cls(keys, counts, contexts, starts, totals, held_back, off)
 
-    def find(self, table: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @staticmethod
+    def find(table: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in the sorted `table` or 0, whether it is there) of each of `wanted`."""
         if not len(table):
             return np.zeros(wanted.shape, np.int64), np.zeros(wanted.shape, bool)
