@@ -376,4 +376,6 @@ def test_runs_without_a_break_are_cut_for_learning_only() -> None:
     assert "incomprehensibilities" in longest
     assert learned.decode(learned.encode(text)) == text
     runs = train_bpe(["x" * 3000 + " yes yes"], 400)
-    assert max(len(runs.decode([number])) for number in range(257, runs.vocab_size)) <= 31  # not 1,024, as if it were a word
+    assert (
+        max(len(runs.decode([number])) for number in range(257, runs.vocab_size)) <= 31
+    )  # not 1,024, as if it were a word

@@ -68,6 +68,10 @@ class Progress:
         """Whether a loss lies more than a nat above the running average, after its first 46 steps."""
         return self.average_weight > 0.6 and loss > self.running_loss + 1.0
 
+    def begun_anew(self) -> Progress:
+        """Steps and time so far, and nothing of what was measured on the texts, which are others from here on."""
+        return Progress(step=self.step, elapsed_s=self.elapsed_s, energy_j=self.energy_j, skipped=self.skipped)
+
     def to_state(self) -> dict[str, Any]:
         """The fields under their keys on disk."""
         return {ON_DISK.get(name, name): value for name, value in asdict(self).items()}
@@ -108,7 +112,8 @@ def resumed_run(
         )
     state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
     start = InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
-    start.notes = check_texts(start, data.manifest, data.folder, new_texts)
+    anew, start.notes = check_texts(state, data.manifest, data.folder, new_texts)
+    start.progress = start.progress.begun_anew() if anew else start.progress
     start.notes += thread_notes(state, device, torch.get_num_threads())
     return start
 

@@ -1,7 +1,7 @@
 """What a resumed run may change: every setting given beside `--resume` is applied, or refused by name before anything is written.
 
->>> faults = refused_settings(own, given, args)                       # own: the run's config.toml
->>> notes = same_texts(start, data, accepted=False)                   # raises ConfigError for other texts
+>>> faults = refused_settings(own, given, model, train)               # own: the run's config.toml
+>>> anew, notes = check_texts(state, data.manifest, folder, False)    # raises ConfigError for other texts
 >>> notes += schedule_notes(own_train, train, step, total_before, total)
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,9 @@ from training.schedule import lr_scale
 
 if TYPE_CHECKING:
     from storage.shards import Manifest
-    from training.checkpointing import InitialState, Progress
 
 FREE_SHAPE = ("dropout", "vocab_used")  # settings of the model that have no weights
 FIXED_TRAIN = ("optimizer", "seed")  # the moments are one optimizer's, and the seed orders the texts
-KEPT = ("step", "elapsed_s", "energy_j", "skipped")  # what progress keeps where the texts are others
 
 
 def refused_settings(
@@ -68,28 +65,23 @@ def content_of(manifest: Manifest) -> str:
     ).hexdigest()
 
 
-def check_texts(start: InitialState, manifest: Manifest, folder: Path, accepted: bool) -> list[str]:
-    """Whether a run goes on with its own texts; notes for the log. With other texts, which have to be `accepted`, the
-    progress begins anew where it speaks of them. Raises ConfigError."""
-    held = start.state.get("texts", "")
+def check_texts(state: dict[str, Any], manifest: Manifest, folder: Path, accepted: bool) -> tuple[bool, list[str]]:
+    """(whether the progress has to begin anew, since the texts are others than the checkpoint's, notes for the log).
+
+    state: the checkpoint's training state. Raises ConfigError where they are others and not `accepted`.
+    """
+    held = state.get("texts", "")
     if not held or held == content_of(manifest):
-        return ["--new-texts: these are the run's own texts, and nothing begins anew"] if held and accepted else []
+        return False, ["--new-texts: these are the run's own texts, and nothing begins anew"] if accepted else []
     if not accepted:
         raise ConfigError(
             [
                 f"--data {folder}: other texts than this run was trained on ({manifest.splits.train.tokens:,} training tokens, "
-                f"before {start.state.get('train_tokens', 0):,}): give its own, or add --new-texts, with which the position in "
+                f"before {state.get('train_tokens', 0):,}): give its own, or add --new-texts, with which the position in "
                 "the texts, epochs, best/ and patience begin anew"
             ]
         )
-    start.progress = begun_anew(start.progress)
-    return ["--new-texts: the position in the texts, epochs, best/ and patience begin anew"]
-
-
-def begun_anew(progress: Progress) -> Progress:
-    """Progress that keeps steps and time, and nothing of what was measured on the old texts."""
-    kept = {field.name: getattr(progress, field.name) for field in fields(progress) if field.name in KEPT}
-    return replace(type(progress)(), **kept)
+    return True, ["--new-texts: the position in the texts, epochs, best/ and patience begin anew"]
 
 
 def thread_notes(state: dict[str, Any], device: str, threads: int) -> list[str]:
