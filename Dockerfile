@@ -1,4 +1,4 @@
-# The server and the app in one image, on the CPU build of torch (for a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128)
+# The server and the app in one image, on the CPU build of torch (for a GPU: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126)
 #
 #   docker build -t victorian .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs:/app/runs:ro" victorian
@@ -20,6 +20,8 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VLG_HOST=0
 WORKDIR /app
 COPY --chown=writer . .
 USER 10001
+# the decoding step, compiled for this processor; on another one the first start compiles it (ten seconds)
+RUN python -m inference.quantize
 EXPOSE 8000
 # runs/ and models/ can be mounted: the newest run's model is served, else one of models/, unless VLG_MODEL names one
 VOLUME ["/app/runs", "/app/models"]

@@ -17,6 +17,7 @@ $(VENV)/dev: $(VENV)/base requirements-dev.txt requirements-aws.txt
 	touch $@
 
 demo: $(VENV)/base          ## train on the sample stories, then write one
+	@$(BIN)/python -m inference.quantize 2>/dev/null &
 	$(BIN)/python train.py --preset sample
 	$(BIN)/python generate.py --prompt "The old house stood" --max-tokens 250
 
@@ -38,6 +39,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 app: $(VENV)/base           ## the app in a browser
+	@$(BIN)/python -m inference.quantize 2>/dev/null &
 	$(BIN)/streamlit run app.py
 
 api: $(VENV)/base           ## the server on 127.0.0.1:8000

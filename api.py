@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import parse_flags, run_main
-from server.settings import ServerFlags, Settings, read_settings
+from server.settings import ServerFlags, Settings, client_addresses, read_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -95,6 +95,7 @@ def serve(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # the application reads them itself
         ws_max_size=settings.max_body_bytes,
         timeout_graceful_shutdown=5,
     )
@@ -107,7 +108,9 @@ def serve(settings: Settings) -> int:
     listener = listen(settings)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving on http://{shown}:{port} (page at /, documentation at /docs)", file=sys.stderr, flush=True)
+    address = f"http://{shown}:{port}"
+    print(f"serving on {address} (page at /, documentation at /docs)", file=sys.stderr, flush=True)
+    print(f"paste into clients: {client_addresses(address)}", file=sys.stderr, flush=True)
     if host not in ("127.0.0.1", "::1") and not settings.api_keys:
         print("warning: reachable from the network without an API key; set VLG_API_KEYS", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn raises again once it has shut down

@@ -12,6 +12,7 @@ beside the weights. `storage/atomic.py` writes each atomically. No pickle is rea
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cli import parse_flags, run_main
-from config import ConfigError, FrozenSettings, GenerationParams, ModelConfig, build
+from config import ConfigError, FrozenSettings, GenerationParams, ModelConfig, build, read_toml
 from storage.atomic import (
     SUMS,
     CheckpointError,
@@ -39,6 +40,7 @@ from storage.atomic import (
     write_text,
 )
 from storage.gpt2_format import (
+    OURS,
     as_trained,
     export_state,
     extend_positions,
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
 __all__ = [
     "TRAINING_FILES",
     "CheckpointError",
+    "default_model",
+    "described",
     "export_state",
     "extend_positions",
     "fetch_model",
@@ -70,7 +74,6 @@ __all__ = [
     "load_model",
     "load_training",
     "newest_checkpoint",
-    "newest_model",
     "prune_checkpoints",
     "read_model_config",
     "save_model",
@@ -81,6 +84,7 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 STATE_TENSORS, STATE_REST = "training_state.safetensors", "training_state.json"
 TRAINING_FILES = {STATE_TENSORS, STATE_REST, SUMS}  # files of a checkpoint that a model folder does not need
+SUMMARY = "summary.json"  # of a run: how its training ended
 CHECKPOINT_NAME = re.compile(r"last(-\d+)?(\.old-\d+)?")
 IN_PICKLE = (
     "has its weights in a pickle, which can run any code and is not opened here; if you trust it, convert it with "
@@ -288,7 +292,7 @@ def _model_in(place: Path) -> Path | None:
 
 
 def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
-    """A model folder: `path` itself or the best of the run folder `path`; default: the newest run's, otherwise that of `models/`.
+    """A model folder: `path` itself or the best of the run folder `path`; default: `default_model`'s.
 
     Raises CheckpointError with the command that makes one.
     """
@@ -298,19 +302,71 @@ def find_model(path: Path | str | None = None, root: Path | str = ".") -> Path:
         if found is None:
             raise CheckpointError(f"--model {path}: no model there (no config.json, best/ or last/): {make}")
         return found
-    if newest := newest_model(Path(root) / "runs", Path(root) / "models"):
-        return newest
+    if found := default_model(Path(root) / "runs", Path(root) / "models"):
+        return found
     raise CheckpointError(f"no model in {Path(root) / 'runs'} or {Path(root) / 'models'}: {make}")
 
 
-def newest_model(*folders: Path) -> Path | None:
-    """The newest model of the first of `folders` that has any: given runs/ and models/, own runs come first."""
-    for parent in folders:
-        places = [place for place in parent.iterdir() if not unfinished(place)] if parent.is_dir() else []
-        models = [_model_in(place) for place in places]
-        if newest := [model for model in models if model is not None]:
-            return max(newest, key=lambda model: (model / "config.json").stat().st_mtime)
+def _models(parent: Path) -> dict[Path, Path]:
+    """The model of each folder in `parent` that holds one, by that folder."""
+    places = [place for place in parent.iterdir() if not unfinished(place)] if parent.is_dir() else []
+    found = {place: _model_in(place) for place in places}
+    return {place: model for place, model in found.items() if model is not None}
+
+
+def default_model(runs: Path, models: Path) -> Path | None:
+    """The model to write with if none is named: the newest finished run with fewer bits a byte than those in `models`.
+
+    If there is none, the newest in `models`, and where that is empty the newest run, finished or not. Bits a byte are
+    those on each model's own validation text.
+    """
+    own, given = _models(runs), list(_models(models).values())
+    best = min((_bits_per_byte(model) for model in given), default=math.inf)
+    better = [
+        model for place, model in own.items() if (_bits_per_byte(model) < best or best == math.inf) and finished(place)
+    ]
+    for choice in (better, given, list(own.values())):
+        if choice:
+            return max(choice, key=lambda model: (model / "config.json").stat().st_mtime)
     return None
+
+
+def _facts(model: Path) -> dict[str, Any]:
+    """What the card of a model folder knows of its training; empty for other programs' models."""
+    try:
+        return dict((read_json(model / "config.json").get(OURS) or {}).get("card") or {})
+    except (CheckpointError, TypeError, ValueError, AttributeError):  # no reason not to write with another one
+        return {}
+
+
+def _bits_per_byte(model: Path) -> float:
+    found = _facts(model).get("val_bpb")
+    return found if isinstance(found, float) and math.isfinite(found) else math.inf
+
+
+def finished(run: Path) -> bool:
+    """Whether a run's training has ended by itself; also for a model folder that no run of ours has made.
+
+    Runs from before `summary.json` was written count as finished if their last checkpoint is at their last step.
+    """
+    if not (run / "config.toml").is_file():
+        return True
+    try:
+        if (run / SUMMARY).is_file():
+            return bool(read_json(run / SUMMARY).get("done"))
+        return int(_facts(run / "last")["steps"]) >= int(read_toml(run / "config.toml")["train"]["max_steps"]) > 0
+    except (ConfigError, CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def described(model: Path, root: Path | str = ".") -> str:
+    """A model in one line: its folder, relative to `root` if it lies there, and its steps and bits a byte if it says so."""
+    path = model.absolute()
+    place = path.relative_to(Path(root).absolute()) if path.is_relative_to(Path(root).absolute()) else path
+    facts, bits = _facts(model), _bits_per_byte(model)
+    known = [f"{facts['steps']:,} steps"] if isinstance(facts.get("steps"), int) else []
+    known += [f"{bits:.3f} bits a byte"] if math.isfinite(bits) else []
+    return f"{place} ({', '.join(known)})" if known else str(place)
 
 
 def fetch_model(name: Path | str) -> Path:

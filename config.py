@@ -10,6 +10,7 @@ a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 import unicodedata
@@ -34,10 +35,16 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+# Rounds that an OpenMP thread of torch spins before it sleeps, read when torch is loaded, which comes after this module.
+# By default 300,000: beside another program every operation then waits for the scheduler (docs/experiments.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 ROOT = Path(__file__).resolve().parent
 PRESET_DIR = ROOT / "presets"
 GPT2_TOKENS = 50257  # ids of the GPT-2 tokenizer, end-of-text included
 GPT2_ROWS = 50304  # its vocabulary padded to a multiple of 128: the ids between are free for styles
+NGRAM_CHANNELS = 48  # the fewest that a start from counts can be made of
 BLEND = 4  # styles that one text can blend
 
 
@@ -206,12 +213,19 @@ class TrainConfig(FrozenSettings):
     """Gradients are clipped to this norm; 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 if the hardware multiplies it, otherwise fp16 on NVIDIA GPUs, otherwise fp32."""
+    ngram_start: bool = False
+    """Start a new model from counted bigrams of the training text: embedding, an untied head, two heads that look back."""
+    ngram_teacher: float = Field(0.0, ge=0.0)
+    """Training tokens after which a counted 3-gram's share of the targets has fallen from 1 to one half; 0: no teacher."""
     seed: int = Field(1337, ge=0)
     """Seed of initialisation, data order and dropout."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on for CUDA, off elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps or xla."""
+    parts: int = Field(0, ge=0, le=256)
+    """On CPUs: parts into which a step's sequences are cut, each computed by one thread; they decide the last bits of the
+    weights, the number of threads does not. 0: one for each thread, for small models; 1: threads share each operation."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """auto: ddp under torchrun, none otherwise."""
     log_interval: int = Field(10, ge=1)
@@ -404,7 +418,7 @@ class GenerationParams(FrozenSettings):
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)
     """Below 1 safer, above 1 more surprising; 0 always takes the most likely token."""
-    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=100)
+    top_k: Annotated[int, Setting("Top-k", (0, 100), off=0, hf="top_k", openai="top_k")] = Field(50, ge=0, le=1_000_000)
     """Keep only the k most likely tokens; 0: all."""
     top_p: Annotated[float, Setting("Top-p", (0.05, 1), 0.01, off=1.0, hf="top_p", openai="top_p")] = Field(
         0.95, gt=0.0, le=1.0
@@ -508,6 +522,27 @@ class Config(FrozenSettings):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(max_steps=1000)
     generation: GenerationParams = GenerationParams()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        return raise_faults(self)
+
+    def faults(self) -> list[str]:
+        """Every error between the tables; each names the flag, the value and the fix."""
+        found: list[str] = []
+        if not self.train.ngram_start:
+            return found
+        if self.model.tied_head:
+            found.append(
+                "--train.ngram-start needs a head with weights of its own: add --model.no-tied-head, or leave the start out"
+            )
+        if not self.model.bias:
+            found.append("--train.ngram-start needs the biases: leave out --model.no-bias, or the start")
+        if self.model.n_embd < NGRAM_CHANNELS:
+            found.append(
+                f"--train.ngram-start needs {NGRAM_CHANNELS} channels: --model.n-embd {self.model.n_embd} are too few"
+            )
+        return found
 
 
 def preset_names() -> list[str]:

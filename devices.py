@@ -41,13 +41,19 @@ def keep_memory() -> None:
     """Let this process reuse the memory it frees, where the C library is glibc (Linux).
 
     A training step frees and allocates the same large blocks again and again. By default each is mapped
-    again, page by page, which takes a tenth of a step's time on CPUs (docs/results.md).
+    again, page by page, which takes a tenth of a step's time on CPUs (docs/results.md). All threads take their memory
+    from one arena, as those of other threads than the first are smaller than a chunk of logits.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         import ctypes
 
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in (
+            (-4, 0),
+            (-1, 2**31 - 1),
+            (-2, 1 << 26),
+            (-8, 1),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
             mallopt(parameter, value)
 
 

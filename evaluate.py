@@ -11,13 +11,14 @@ least context - stride tokens before it. The same command gives the same figures
 from __future__ import annotations
 
 import contextlib
+import functools
 import json as jsonlib
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -28,6 +29,11 @@ from corpus.documents import ReadOptions
 from corpus.finder import inspect, search
 from corpus.workers import Progress
 from storage.catalogue import author_of
+
+if TYPE_CHECKING:
+    from evaluation.yardstick import Counted
+    from tokenizer import Tokenizer
+    from training.ngram import NgramModel
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's own method of that name is long deprecated
@@ -108,6 +114,31 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield progress.add
 
 
+def counting_in(data: Path | None) -> Callable[[Tokenizer], Counted | None]:
+    """Gives, for a model's tokenizer, the probabilities by the n-grams counted in the training split of `data`.
+
+    None where there is no such data, or where it has other ids than the tokenizer: the two could not be compared.
+    """
+    from storage.shards import MANIFEST
+
+    @functools.cache
+    def counted() -> tuple[str, NgramModel]:
+        from dataset import TokenData
+        from training.ngram import NgramModel
+
+        opened = TokenData.open(data or Path())
+        identity = opened.manifest.tokenizer
+        return identity.fingerprint, NgramModel.counted(opened.train, identity.vocab_size)
+
+    def find(tokenizer: Tokenizer) -> Counted | None:
+        if data is None or not (data / MANIFEST).is_file():
+            return None
+        fingerprint, model = counted()
+        return model.probabilities if fingerprint == tokenizer.fingerprint else None
+
+    return find
+
+
 def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """The whole report: settings, texts, and a part for each model. Raises ConfigError for flags that cannot work."""
     # Imported here and not at the top: torch takes seconds, for which --help and errors need not wait.
@@ -145,7 +176,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
         else:
             print("no originality index: copied passages are not looked for (prepare_data.py --index)", file=sys.stderr)
 
-    # 4. A report for each model.
+    # 4. A report for each model, beside what counting the same training text alone would reach.
+    counted = counting_in(data or data_of(folders[0]))
     parts = [
         evaluate_model(
             folder,
@@ -158,6 +190,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
             params=params,
             index=index,
             min_tokens=flags.min_tokens,
+            counted=counted,
             progress=progress_bar,
         )
         for folder in folders

@@ -1,6 +1,6 @@
 """Write with a model at the terminal.
 
-    python generate.py --prompt "The old house stood"                 # the newest model
+    python generate.py --prompt "The old house stood"                 # your newest model, or the one that comes along
     python generate.py --model runs/novels/best --prompt "It was" --n 3 --seed 7
     python generate.py --prompt "It was" --style dickens:0.7,austen:0.3       # a model trained with styles
     echo "My dear Sister," | python generate.py --max-tokens 400 > letter.txt
@@ -16,7 +16,7 @@ import sys
 import warnings
 from typing import Literal
 
-from checkpoint import fetch_model, find_model
+from checkpoint import described, fetch_model, find_model
 from cli import flag_value, parse_flags, run_main
 from config import ROOT, ConfigError, GenerationParams
 from storage.gpt2_format import folder_defaults
@@ -28,7 +28,8 @@ with warnings.catch_warnings():
         """Write with a model. The prompt comes from --prompt or from a pipe; the text goes to standard output."""
 
         model: str = ""
-        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: the newest in runs/ or models/."""
+        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: the newest finished run in runs/ that has
+        fewer bits a byte than the models in models/, otherwise the newest of those."""
         prompt: str | None = None
         """What the text begins with; default: standard input if it is piped, otherwise nothing."""
         dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
@@ -78,8 +79,12 @@ def write(argv: list[str]) -> int:
     model, tokenizer, remark = load_for_writing(folder, device=flags.device, dtype=flags.dtype)
     if remark:
         terminal.print_status(remark)
-    if not params.style and tokenizer.styles and sys.stderr.isatty():
-        terminal.print_status(f"--style chooses one of {', '.join(tokenizer.styles)}, or a blend")
+    if sys.stderr.isatty():
+        named = "" if wanted else "; --model names another"
+        styles = (
+            f"; --style chooses one of {len(tokenizer.styles)} styles, see its README.md" if tokenizer.styles else ""
+        )
+        terminal.print_status(f"{described(folder, ROOT)}{named}{'' if params.style else styles}")
     try:
         tokenizer.blend(params.style)
     except StyleError as error:

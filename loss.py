@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 IGNORE = -1  # targets with this value are ignored
+
+
+class SoftTargets(Protocol):
+    """Targets that are a distribution over all ids, in part: see training/ngram_teacher.py."""
+
+    weight: float
+    """Share of the distribution, 0 to 1; the rest is the usual one-hot target."""
+
+    def subtract(self, probs: Tensor, start: int) -> None:
+        """Take weight times the distribution of positions start .. start+m-1 off `probs` [m, N], in place."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -20,9 +30,20 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, used: int, dtype: torch.dtype, chunk: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        used: int,
+        dtype: torch.dtype,
+        chunk: int,
+        soft: SoftTargets | None = None,
     ) -> Tensor:
-        """x [M, C], weight [V, C], targets [M]; `used` is N. Returns the summed loss, float32."""
+        """x [M, C], weight [V, C], targets [M]; `used` is N. Returns the summed loss, float32.
+
+        soft: the gradients are those of the cross-entropy against soft targets. The sum returned is that of the targets
+        themselves in any case, so that losses of all steps compare.
+        """
         train = any(ctx.needs_input_grad[:2])
         rows = weight if weight.is_cuda else weight[:used]  # GPUs want the aligned matrix, CPUs the smaller one
         x_lowp, weight_lowp = x.to(dtype), rows.to(dtype)
@@ -44,8 +65,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum() if none_ignored else losses.masked_fill(target == IGNORE, 0.0).sum()
             if grad_x is None or grad_weight is None:
                 continue
-            # the gradient of cross-entropy by its logits: probabilities minus one-hot targets, in place of `probs`
-            dlogits = probs.scatter_add_(1, index, torch.full_like(probs[:, :1], -1.0)).to(dtype)
+            # the gradient of cross-entropy by its logits: probabilities minus targets, in place of `probs`
+            one_hot = 1.0 - soft.weight if soft is not None else 1.0
+            probs.scatter_add_(1, index, torch.full_like(probs[:, :1], -one_hot))
+            if soft is not None:
+                soft.subtract(probs, start)
+            dlogits = probs.to(dtype)
             grad_x_chunk = grad_x[start : start + chunk]
             torch.mm(dlogits, weight_lowp[:used], out=grad_x_chunk)
             if not none_ignored:
@@ -65,9 +90,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         scaled_x = grad_x * grads[0].to(grad_x.dtype) if grad_x.dtype == torch.float32 else grad_x.float() * grads[0]
-        return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None
+        return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Rows of logits held at once: about 64 MB of float32 on a CPU, 1 GB on an accelerator."""
-    return max(128, (1 << 24 if device.type == "cpu" else 1 << 28) // vocab)
+    """Rows of logits held at once: on an accelerator about 1 GB of float32; on a CPU at most 64 MB and 512 rows.
+
+    Softmax reads a chunk several times, from the cache if it fits; products of fewer rows are slower (docs/experiments.md).
+    """
+    if device.type == "cpu":
+        return max(128, min(512, (1 << 24) // vocab))
+    return max(128, (1 << 28) // vocab)

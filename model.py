@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from loss import IGNORE, LinearCrossEntropy, chunk_rows
+from loss import IGNORE, LinearCrossEntropy, SoftTargets, chunk_rows
 
 # On CPUs torch has no fused attention with dropout, so the [T, T] weights exist. From this context on they are computed
 # again in the backward pass instead of being kept, this many numbers at a time.
@@ -40,7 +40,16 @@ def sinusoids(length: int, channels: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def drop(x: Tensor, dropout: float, generator: torch.Generator | None = None) -> Tensor:
+    """Dropout with the mask drawn from `generator`, as threads need it that each draw their own; None: torch's."""
+    if generator is None or not dropout:
+        return F.dropout(x, dropout) if dropout else x
+    return x * torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
     """Causal attention spelled out: the reference that scaled_dot_product_attention is tested against.
 
     q, k, v are [B, H, T, D]; returns [B, H, T, D]. Holds the whole [B, H, T, T] matrix in memory.
@@ -49,7 +58,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [B, H, T, T], scaled so that softmax keeps a slope
     # a token may look at itself and at what came before: the upper triangle gets probability 0
     scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # each row sums to 1
+    weights = drop(scores.softmax(dim=-1), dropout, generator)  # each row summed to 1 before
     return weights @ v  # [B, H, T, D]: a weighted mean of the values
 
 
@@ -100,14 +109,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes the heads' results
         self.n_head, self.head_size, self.dropout = config.n_head, config.head_size, config.dropout
         self.plain = False  # the reference implementation, for comparison
+        self.generator: torch.Generator | None = None  # of the dropout; None: torch's own
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         # One matrix product for all three; C is split into H heads of D channels, which attend independently.
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
         dropout = self.dropout if self.training else 0.0
-        if self.plain:
-            y = plain_attention(q, k, v, dropout)
+        if self.plain or (dropout and self.generator):  # the fused kernels draw from torch's own generator
+            y = plain_attention(q, k, v, dropout, self.generator)
         elif heads := heads_at_once(B, T, self.n_head, dropout, x.device.type):
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
             attend = F.scaled_dot_product_attention  # a few heads at a time, each time without keeping the weights
@@ -116,7 +126,7 @@ class CausalSelfAttention(nn.Module):
             # fused kernel where torch has one (FlashAttention: Dao et al. 2022): it never stores the [T, T] weights
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return drop(self.c_proj(y), dropout, self.generator)
 
     def prefill(self, x: Tensor, store: Tensor, past: int, mask: Tensor | None) -> Tensor:
         """x [T, C] after the `past` tokens of one slot, whose keys and values [2, H, block_size, D] are extended.
@@ -127,7 +137,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(T, 3, self.n_head, self.head_size).permute(1, 2, 0, 3)  # each [H, T, D]
         # write the new keys and values behind the past ones, then attend to both
         store[0, :, past : past + T], store[1, :, past : past + T] = k, v
-        read = store[:, None, :, : past + T]  # [2, 1, H, past + T, D]
+        read = store[:, None, :, : past + T].to(q.dtype)  # [2, 1, H, past + T, D]
         y = F.scaled_dot_product_attention(q[None], read[0], read[1], attn_mask=mask, is_causal=mask is None)
         return cast(Tensor, self.c_proj(y[0].transpose(0, 1).reshape(T, C)))
 
@@ -170,11 +180,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
+        self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         # applied to each position on its own: only attention mixes positions
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # [B, T, 4C] inside
-        return F.dropout(x, self.dropout) if self.training else x
+        return drop(x, self.dropout, self.generator) if self.training else x
 
 
 class Block(nn.Module):
@@ -228,6 +239,7 @@ class GPT(nn.Module):
         if not config.vocab_size:
             raise ValueError("vocab_size 0: set it to the tokenizer's size before the model is built")
         self.config = config
+        self.generator: torch.Generator | None = None
         self.wte = embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.wpe = embedding(config.block_size, config.n_embd)
@@ -266,22 +278,24 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [..., C] -> float32 logits [..., N]: ids that only pad the vocabulary do not appear at all."""
-        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # int8, by inference/quantize.py
-            return cast(Tensor, self.lm_head(x)).float()
+        if not isinstance(self.lm_head, (nn.Linear, TiedHead)):  # rounded, by inference/quantize.py
+            return cast(Tensor, self.lm_head(x))[..., : self.config.tokens].float()
         weight = self.lm_head.weight
         rows = weight if weight.is_cuda else weight[: self.config.tokens]  # GPUs multiply the padded matrix faster
         return F.linear(x, rows)[..., : self.config.tokens].float()
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, soft: SoftTargets | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, N]; with targets [B, T] the mean loss in nats a token, float32.
 
-        Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError.
+        Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError. soft: distributions
+        beside the targets, for the gradients alone.
         """
         B, T = ids.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.block_size}: pass fewer")
         # Token embedding plus position embedding: attention itself does not see the order.
-        x = F.dropout(self.wte(ids) + self._positions(0, T), self.config.dropout, self.training)  # [B, T, C]
+        x = self.wte(ids) + self._positions(0, T)  # [B, T, C]
+        x = drop(x, self.config.dropout, self.generator) if self.training else x
         for block in self.h:
             x = block(x)  # [B, T, C]: every block adds what it has found to the stream
         x = self.ln_f(x)  # pre-norm blocks leave the stream unnormalised
@@ -293,13 +307,33 @@ class GPT(nn.Module):
         flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
         weight = cast(Tensor, self.lm_head.weight)
         total = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows
+            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows, soft
         )
         return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
 
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """ids [B, T] with `max_new_tokens` more drawn behind them, [B, T + max_new_tokens]: the whole idea in six lines.
+
+        For notebooks: it computes the last block_size ids anew at every token, in the mode the model is in, and draws from
+        torch's generator. Temperature 0 takes the likeliest. The commands write with `inference/`, which remembers.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature:g} is negative: give 0 for the likeliest token, or more")
+        for _ in range(max_new_tokens):
+            logits = self(ids[:, -self.config.block_size :])[:, -1]  # [B, N], after the last token
+            if top_k:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            if temperature:
+                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            else:
+                new = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, new), dim=1)
+        return ids
+
     def new_cache(self, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `slots` sequences: 2 * n_layer * slots * block_size * n_embd numbers."""
-        return KVCache(self.config, slots, self.wte.weight.device, dtype or self.wte.weight.dtype)
+        return KVCache(self.config, slots, self.wte.weight.device, dtype or self.ln_f.weight.dtype)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, slot: int, every: bool = False) -> Tensor:
@@ -362,6 +396,12 @@ class GPT(nn.Module):
         """Switch every block to the reference attention (slow; for comparison) or back."""
         for block in self.h:
             cast(Block, block).attn.plain = plain
+
+    def draw_dropout_from(self, generator: torch.Generator | None) -> None:
+        """Draw dropout from this generator, for a model that runs beside others in threads; None: from torch's own."""
+        self.generator = generator
+        for block in self.h:
+            cast(Block, block).attn.generator = cast(Block, block).mlp.generator = generator
 
     def num_parameters(self) -> int:
         """Trainable numbers, the tied weight counted once."""

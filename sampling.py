@@ -150,6 +150,8 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return logits[places], places
 
 
+Logits = np.ndarray | Tensor  # float32, on the CPU
+
 # A filter takes candidates, logits [M] with their ids [M], and returns those that are left, in any order. It changes
 # neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
@@ -358,10 +360,10 @@ def active_filters(params: GenerationParams) -> list[Filter]:
 
 
 def _candidates(
-    logits: Tensor, params: GenerationParams, history: TokenHistory, generator: torch.Generator | None
+    logits: Logits, params: GenerationParams, history: TokenHistory, generator: torch.Generator | None
 ) -> Candidates:
     """All ids of logits [N] through FILTERS; in NumPy, whose calls cost a fifth of torch's."""
-    values = logits.numpy()
+    values = logits if isinstance(logits, np.ndarray) else logits.numpy()
     ids = _all_ids(len(values))
     for function in history.filters(params):
         values, ids = function(values, ids, params, history, generator)
@@ -389,7 +391,7 @@ def filter_logits(
 
 
 def sample(
-    logits: Tensor, params: GenerationParams, generator: torch.Generator, history: TokenHistory = NOTHING
+    logits: Logits, params: GenerationParams, generator: torch.Generator, history: TokenHistory = NOTHING
 ) -> int:
     """Draw an id from logits [N] (float32, CPU), taking one number from `generator` (with XTC two) unless temperature is 0."""
     values, ids = _candidates(logits, params, history, generator)
@@ -400,8 +402,9 @@ def sample(
     return int(ids[min(int(summed.searchsorted(drawn, side="right")), len(ids) - 1)])
 
 
-def likelihoods(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+def likelihoods(logits: Logits, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
     """(log-probability of `token`, the `top` most likely as (id, log-probability)) under logits [N], unfiltered."""
+    logits = torch.as_tensor(logits)
     total = logits.logsumexp(-1)
     values, ids = logits.topk(min(top, len(logits)))
     return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))

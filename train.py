@@ -142,10 +142,10 @@ def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
         print(choice.described(), file=sys.stderr)
         tables = merge(choice.tables, read_toml(args.config)) if args.config else choice.tables
         args = with_flags(argv, choice.data.name, tables).model_copy(update={"data": choice.data})
-    if base.origin:  # no flag may change the shape that the weights have
+    if base.origin:  # no flag may change the shape that the weights have, or the weights
         from training.model_setup import shape_faults
 
-        if faults := shape_faults(base.origin, base.origin_shape, args.model):
+        if faults := shape_faults(base.origin, base.origin_shape, args.model, args.train.ngram_start):
             raise ConfigError(faults)
     if base.own:
         from training.resume import refused_settings
@@ -171,28 +171,29 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from devices import device_name, energy_meter, peak_flops, pick_precision
     from tokenizer import load_tokenizer
     from training.checkpointing import CheckpointWriter, InitialState, resumed_run
+    from training.counting import Counting
     from training.metrics import RunLog, Throughput
     from training.model_setup import start_model, wrapped
     from training.optimizer import Optimizer
     from training.run_folder import newest_valid_checkpoint
     from training.schedule import clamp_schedule, total_steps
-    from training.state import TrainState, announce, batch_sizes
+    from training.split import step_threads
+    from training.state import TrainState, announce, step_settings
 
-    # 1 data: the shards and the tokenizer they were encoded with; a checkpoint holds the position in them.
-    device, tokenizer = distributed.device, load_tokenizer(data.folder)
+    # 1 data: the shards, the tokenizer they were encoded with, and the n-grams in them, which every rank counts alike
+    device, tokenizer, counting = distributed.device, load_tokenizer(data.folder), Counting.of(data)
     precision, *warnings = pick_precision(config.train.precision, device)  # auto: bf16 where the hardware has it
     checkpoint = newest_valid_checkpoint(run) if args.resume or restarted() else None
 
     # 2 model: new, from --init-from, or from the checkpoint; the batch is sized while the device's memory is still free
     if checkpoint is None:
         config = config.model_copy(update={"init_from": args.init_from or config.init_from})
-        start = InitialState(start_model(config, data, tokenizer))  # random weights depend on --train.seed alone
+        start = InitialState(start_model(config, data, tokenizer, counting))  # random weights: by --train.seed alone
         warnings += [f"no checkpoint in {run} yet: starting from the beginning"] if args.resume else []
     else:
         start = resumed_run(checkpoint, data, tokenizer, device.type, config.model.dropout, args.new_texts)
     model, progress = start.model, start.progress
-    config = config.model_copy(update={"model": model.config})  # with the vocabulary's size filled in
-    train, sizes = batch_sizes(config.train, model.config, start.state, distributed, precision)
+    config, train, sizes, unsplit = step_settings(config, model.config, start.state, distributed, precision)
     sampler = WindowSampler(len(data.train), sizes.block_size, train.seed)
     total = total_steps(train, sampler.per_epoch, sizes.windows_per_step, sizes.block_size)  # 0: until time is up
     train, clamped = clamp_schedule(train, total)
@@ -209,10 +210,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         wandb=run.name if train.wandb else "",
         done=progress.step if checkpoint else -1,  # rows of later steps, from before a crash, are dropped
     )
-    if checkpoint is not None:  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
-        optimizer.load_state_dict(start.state["optimizer"])
-        if start.state["scaler"]:  # empty where the run had no fp16 before
-            scaler.load_state_dict(start.state["scaler"])
+    start.restore(optimizer, scaler)  # AdamW's moments and Muon's momentum: from zero, the next updates would differ
 
     # 4 loop: collect its state in one object, then train step by step
     per_step = (sizes.batch_size, sizes.tokens_per_step)
@@ -225,6 +223,7 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         precision=precision,
         data=data,
         tokenizer=tokenizer,
+        counting=counting,
         distributed=distributed,
         model=model,
         module=module,
@@ -240,18 +239,18 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
         peak_flops=peak_flops(device_name(device), precision),
         energy=energy_meter(device),
     )
-    announce(state, start, warnings + clamped)
-    return loop(state, new=checkpoint is None)
+    announce(state, start, [*warnings, *clamped, unsplit])
+    with step_threads(module):
+        return loop(state, new=checkpoint is None)
 
 
 def loop(state: TrainState, new: bool) -> dict[str, Any]:
     """Training loop: steps, with logging, evaluation and checkpoints at their intervals; returns the summary."""
-    from devices import seed_dropout
     from training.run_folder import Stop
     from training.schedule import lr_scale
     from training.state import checkpoint, count_step, evaluate, log_sample, metrics_row, schedule_final_decay, summary
     from training.state import sync_stop_and_checkpoint as sync
-    from training.step import bad_step, step_seed, take_step, training_ends
+    from training.step import bad_step, seed_step, take_step, training_ends
 
     distributed, progress, log, meter = state.distributed, state.progress, state.log, state.meter
     module, optimizer, scaler = state.module, state.optimizer, state.scaler
@@ -279,7 +278,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
             # One step. Dropout is seeded by step and rank: a resumed run draws the masks of an uninterrupted one.
             epoch = state.epoch  # before the step: compared below to detect the end of an epoch
             with meter.step():
-                seed_dropout(distributed.device, step_seed(train.seed, progress.step, distributed.rank))
+                seed_step(module, train, progress.step, distributed)
                 scale = lr_scale(progress.step, state.total_steps, train)  # 0 to 1: share of each peak rate
                 optimizer.set_lr(scale)
                 module.train()  # dropout on; an evaluation may have switched it off
@@ -292,6 +291,7 @@ def loop(state: TrainState, new: bool) -> dict[str, Any]:
                     train,
                     state.precision,
                     distributed,
+                    state.soft_targets(),  # None unless counted n-grams teach
                 )
                 if not finite:  # no weight has changed: skip the step, or raise TrainingFailed after too many
                     bad_step(progress, scaler, train, loss, norm, state.run, log)
@@ -344,7 +344,10 @@ def _main(words: list[str]) -> int:
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish
+    from training.run_folder import unread_texts
 
+    if not any(flag_given(words, name) for name in ("preset", "config", "data", "input", "resume", "init-from")):
+        print(unread_texts(), end="", file=sys.stderr)
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_memory()  # saves a tenth of each step's time

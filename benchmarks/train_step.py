@@ -26,11 +26,17 @@ SHAPES = {
     "wide": (6, 6, 384, 128, 50_304, 16),
     "middle": (4, 4, 256, 256, 4_096, 16),
     "chars": (4, 4, 128, 64, 65, 12),
+    "2/64": (2, 2, 64, 64, 4_096, 32),
+    "2/128": (2, 2, 128, 64, 8_192, 32),
+    "4/192": (4, 4, 192, 128, 4_096, 8),  # the sample preset
+    "6/384": (6, 6, 384, 128, 8_192, 16),
+    "12/768": (12, 12, 768, 256, 50_304, 4),
 }
+STANDARD = ["wide", "middle", "chars"]
 
 
-def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> Callable[[], None]:
-    """A step as train.py takes it."""
+def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool, parts: int = 0) -> Callable[[], None]:
+    """A step as train.py takes it, in `parts` (0: as it would choose)."""
     import torch
 
     from config import Config, ModelConfig, TrainConfig
@@ -38,14 +44,17 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool) -> 
     from model import GPT
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
+    from training.split import step_threads, with_parts
     from training.step import take_step
 
     n_layer, n_head, n_embd, block, vocab, batch = shape
     config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab, dropout=0.0)
-    train = TrainConfig(max_steps=1000, compile="on" if compile else "off")
+    train = TrainConfig(max_steps=1000, compile="on" if compile else "off", parts=parts)
     distributed = DistributedContext(0, 1, "none", device)
     model = GPT(config).to(device)
+    train, _ = with_parts(train, config, batch, distributed)
     module = wrapped(model, Config(model=config, train=train), distributed, device)
+    step_threads(module).__enter__()  # until the process ends
     optimizer = Optimizer(model, train)
     optimizer.set_lr(1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -152,7 +161,7 @@ def candidate(name: str, args: argparse.Namespace, shape: tuple[int, ...], devic
 
         if device.type == "cpu":
             keep_memory()
-        return ours(shape, how[0], device, "compiled" in how)
+        return ours(shape, how[0], device, "compiled" in how, parts=1 if "unsplit" in how else 0)
     if who == "nanoGPT":
         return nanogpt_step(args.nanogpt, shape, device, "compiled" in how)
     return transformers_step(shape, how[0], device)
@@ -161,7 +170,7 @@ def candidate(name: str, args: argparse.Namespace, shape: tuple[int, ...], devic
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=STANDARD)
     parser.add_argument("--seconds", type=float, default=40.0, help="for each shape")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--device", default="auto")
@@ -170,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--play", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    if (args.play or "").startswith("ours"):  # before torch is loaded, as in train.py; not for the others
+        importlib.import_module("config")
 
     import torch
 

@@ -18,6 +18,8 @@ import numpy as np
 from sacrebleu import sentence_bleu
 from sacrebleu.metrics import BLEU
 
+from evaluation.yardstick import YardstickSums
+
 BINS = 15  # of the reliability table, as in Guo et al. 2017
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -39,6 +41,8 @@ class MetricSums:
     """Tokens among its five most likely (top-5 hits)."""
     bins: np.ndarray = field(default_factory=lambda: np.zeros((BINS, 3)))
     """[BINS, 3] by the probability of the most likely token: tokens, sum of that probability, how often it was right."""
+    yardstick: YardstickSums = field(default_factory=YardstickSums)
+    """The same tokens scored by counting as well, if there are counts."""
 
     def add(self, nats: np.ndarray, confidence: np.ndarray, top1: np.ndarray, top5: np.ndarray) -> None:
         """Add scored tokens, each array [n]: the loss, the most likely token's probability, top-1 and top-5 hits."""
@@ -54,6 +58,7 @@ class MetricSums:
         for name in ("documents", "tokens", "nats", "bytes", "words", "top1", "top5"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bins = self.bins + other.bins
+        self.yardstick += other.yardstick
         return self
 
     def figures(self) -> dict[str, Any]:

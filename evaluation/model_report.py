@@ -22,6 +22,8 @@ from evaluation.metrics import MetricSums
 from evaluation.originality import Index
 from evaluation.perplexity import score, score_text
 from evaluation.style_report import style_report
+from evaluation.yardstick import Counted
+from tokenizer import Tokenizer
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # (title, total) -> what counts on
 
@@ -42,9 +44,12 @@ def evaluate_model(
     params: GenerationParams | None = None,
     index: Index | None = None,
     min_tokens: int = 0,
+    counted: Callable[[Tokenizer], Counted | None] = lambda _: None,
     progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
     """stride, limit_tokens, style_tokens, min_tokens: as the flags of `evaluate.py`. params: None: nothing is written.
+
+    counted: what an n-gram model of the training text says of ids of a tokenizer, None if it has counted other ids.
 
     Raises ConfigError for a stride beyond the context, a text that the tokenizer cannot read, and no text at all.
     """
@@ -59,11 +64,12 @@ def evaluate_model(
 
     # 2. The loss of each text, summed by author and in all.
     total, authors, documents = MetricSums(), dict[str, MetricSums](), []
+    compared = counted(tokenizer)
     size = sum(len(text.text.encode()) for text in texts)
     with progress(f"scoring {folder}", size) as advance:
         for text in texts:
             try:
-                tally = score_text(model, tokenizer, text.text, stride, limit_tokens)
+                tally = score_text(model, tokenizer, text.text, stride, limit_tokens, compared)
             except ValueError as error:
                 raise ConfigError([f"{text.name}: the tokenizer of {folder} cannot read it: {error}"]) from None
             advance(len(text.text.encode()))
@@ -86,6 +92,8 @@ def evaluate_model(
         "documents": documents,
         "calibration": total.calibration(),
     }
+    if compared is not None:
+        report["yardstick"] = total.yardstick.figures(total.bytes)
 
     # 3. Of a model with styles, whether they work.
     if tokenizer.styles and style_tokens:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from evaluation.metrics import MetricSums
+from evaluation.yardstick import Counted
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -34,10 +35,11 @@ def sliding_windows(length: int, context: int, stride: int) -> Iterator[tuple[in
         scored, start = stop + 1, start + stride
 
 
-def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> MetricSums:
+def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1, counted: np.ndarray | None = None) -> MetricSums:
     """Score tokens 1.. of `ids`. The tally counts tokens; its bytes and words are the caller's to fill in.
 
-    control: an id put in the first place of every window, as training does with a style's; -1: none.
+    control: an id put in the first place of every window, as training does with a style's; -1: none. counted: an n-gram
+    model's probabilities of tokens 1.. [len(ids) - 1], to be compared with the model's.
     """
     tally = MetricSums()
     rows = max(1, MAX_LOGITS // (model.config.block_size * model.config.tokens))
@@ -45,16 +47,21 @@ def score(model: GPT, ids: np.ndarray, stride: int, control: int = -1) -> Metric
     with torch.inference_mode():
         for window in sliding_windows(len(ids), model.config.block_size, stride):
             if batch and (len(batch) == rows or window[1] - window[0] != batch[0][1] - batch[0][0]):
-                _score_batch(model, ids, batch, control, tally)
+                _score_batch(model, ids, batch, control, tally, counted)
                 batch = []
             batch.append(window)
         if batch:
-            _score_batch(model, ids, batch, control, tally)
+            _score_batch(model, ids, batch, control, tally, counted)
     return tally
 
 
 def _score_batch(
-    model: GPT, ids: np.ndarray, batch: list[tuple[int, int, int]], control: int, tally: MetricSums
+    model: GPT,
+    ids: np.ndarray,
+    batch: list[tuple[int, int, int]],
+    control: int,
+    tally: MetricSums,
+    counted: np.ndarray | None,
 ) -> None:
     """Add windows of one length to the tally, all of them in one forward pass."""
     inputs = np.stack([ids[start : stop + 1] for start, stop, _ in batch]).astype(np.int64)
@@ -62,7 +69,7 @@ def _score_batch(
         inputs[:, 0] = control
     tokens = torch.from_numpy(inputs).to(model.wte.weight.device)  # [B, T + 1]
     logits = model(tokens[:, :-1])  # [B, T, N]
-    for row, (_, _, first) in enumerate(batch):
+    for row, (start, _, first) in enumerate(batch):
         for at in range(first, logits.size(1), ROWS):
             part, target = logits[row, at : at + ROWS], tokens[row, at + 1 : at + ROWS + 1]
             logprobs = part.log_softmax(dim=-1)  # [ROWS, N]
@@ -72,12 +79,18 @@ def _score_batch(
             columns = (nats, likeliest.values[:, 0].exp(), hit[:, 0], hit.any(dim=1))
             nats, confidence, top1, top5 = (column.cpu().numpy() for column in columns)
             tally.add(nats.astype(np.float64), confidence.astype(np.float64), top1, top5)
+            if counted is not None:
+                begin = start + at
+                tally.yardstick.add(np.exp(-nats.astype(np.float64)), counted[begin : begin + len(nats)])
 
 
-def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int, limit: int = 0) -> MetricSums:
+def score_text(
+    model: GPT, tokenizer: Tokenizer, text: str, stride: int, limit: int = 0, counted: Counted | None = None
+) -> MetricSums:
     """Score all of a text, its first token after end-of-text; without such an id the first token is only read.
 
-    limit: score only so many tokens from the beginning; 0: all. Raises TokenizerError for what the tokenizer lacks.
+    limit: score only so many tokens from the beginning; 0: all. counted: an n-gram model over the same ids, to compare
+    with. Raises TokenizerError for what the tokenizer lacks.
     """
     ids = tokenizer.encode_array(text).astype(np.int64)
     if limit and len(ids) > limit:
@@ -88,6 +101,6 @@ def score_text(model: GPT, tokenizer: Tokenizer, text: str, stride: int, limit: 
         ids = np.concatenate(([tokenizer.eot], ids))
     elif len(ids):
         skipped = len(tokenizer.piece(int(ids[0])))
-    tally = score(model, ids, stride)
+    tally = score(model, ids, stride, counted=counted(ids) if counted is not None else None)
     tally.documents, tally.bytes, tally.words = 1, len(text.encode()) - skipped, len(text.split())
     return tally

@@ -13,6 +13,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from evaluation.yardstick import yardstick_line
+
 BARS = 24  # authors or texts in the picture
 ROWS = 200  # texts in the table
 FIGURES = (
@@ -73,6 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows += [[label, *(formatted(part["total"][key], form) for part in models)] for key, label, form in FIGURES]
     rows += [["calibration error", *(f"{part['calibration']['error']:.4f}" for part in models)]]
     lines += table(["", *names(report)], rows)
+    lines += _yardstick(report)
     authors = grouped(report, "authors", "author")
     if len(authors) > 1 or authors[0][0]:
         lines += ["## By author", "", *_by(report, "author", authors)]
@@ -87,6 +90,17 @@ def markdown(report: dict[str, Any]) -> str:
     if "written" in models[0]:
         lines += _written(report)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _yardstick(report: dict[str, Any]) -> list[str]:
+    """Each model beside counted n-grams of its training text."""
+    found = [
+        (name, part["yardstick"])
+        for name, part in zip(names(report), report["models"], strict=True)
+        if "yardstick" in part
+    ]
+    many = len(report["models"]) > 1
+    return [part for name, one in found for part in (f"{f'{cell(name)}: ' if many else ''}{yardstick_line(one)}.", "")]
 
 
 def _by(report: dict[str, Any], what: str, groups: Sequence[tuple[str, list[dict[str, Any] | None]]]) -> list[str]:

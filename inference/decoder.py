@@ -21,14 +21,16 @@ most one chunk of one prompt, so a long prompt delays the others by one chunk at
 
 Rows are independent of each other. One seed gives one text, bit for bit, whether it is written alone or beside others:
 - A prompt is prefilled alone, in chunks counted from the start of its window.
-- In the decode step the matrices multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for
-  bit, with rows of padding if need be; attention goes row by row over each row's own slot.
+- On CPUs a step is `compiled.CompiledStep`, in which each row is summed on its own in a fixed order. On GPUs the matrices
+  multiply one of the numbers of rows that `quantize.row_counts` found to agree bit for bit, with rows of padding if need
+  be. Attention goes row by row over each row's own slot.
 - Each sequence draws from its own generator, on the CPU in float32, one number a token.
 - When the context is full, what is read again follows from the sequence's own ids alone (`Sequence.shift_context`).
 
-Prefix cache: each slot remembers which ids it has prefilled (`PrefixCacheEntry`), also after its sequence has left. A
-prompt that begins with the same whole chunks copies their keys and values instead of computing them; since chunks are
-counted from the start, computing them would give the same bits. So samples of one prompt share one prefill.
+Prefix cache: each slot remembers which ids it has read (`PrefixCacheEntry`), also after its sequence has left; so it takes
+no memory of its own. A prompt that begins with the same ids copies their keys and values instead of computing them, which
+gives the same bits: with kernels for any number of ids, prompt or written; elsewhere for whole chunks of a prompt, as
+chunks are counted from the start. So samples of one prompt share one prefill, and a story is continued where it ended.
 
 Styles: a sequence in a style has the style's control id in front of every window. A blend of styles occupies one slot for
 each style; the next token is drawn from the weighted sum of their logits (`Sequence.take_logits`).
@@ -38,16 +40,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, cast
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from config import GenerationParams
+from inference.compiled import CompiledStep
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import StopStringMatcher, TokenHistory, likelihoods, sample, sample_seed
+from sampling import StopStringMatcher, TokenHistory, filter_logits, likelihoods, sample, sample_seed
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -100,7 +104,7 @@ class SequenceState:
     slot: int = -1
     prefilling: bool = True
     prefix_reused: bool = False  # whether the prefix cache was consulted for this window
-    logits: Tensor | None = None  # of the next token, once computed
+    logits: np.ndarray | None = None  # of the next token [N], once computed
 
     def restart(self, ids: list[int]) -> None:
         """Prefill a new window."""
@@ -120,13 +124,14 @@ class Sequence:
         index: int,
         context: int,
         logprobs: int | None = None,
+        post_sampling: bool = False,
     ):
         """prompt: ids as `writing.prompt_window` returns them, empty only with a style. context: the model's, in tokens.
-        logprobs: number of alternatives reported with each token. Raises StyleError for a style that the tokenizer does
-        not know.
+        logprobs: number of alternatives reported with each token. post_sampling: with the probabilities that the filters
+        leave, instead of the model's. Raises StyleError for a style that the tokenizer does not know.
         """
         self.tokenizer, self.params, self.index, self.context = tokenizer, params, index, context
-        self.logprobs = logprobs
+        self.logprobs, self.post_sampling = logprobs, post_sampling
         self.ids, self.prompt_tokens = list(prompt), len(prompt)
         self.generator = torch.Generator().manual_seed(sample_seed(seed, index))
         self.history = TokenHistory(self.ids, len(prompt), tokenizer)
@@ -134,7 +139,7 @@ class Sequence:
         styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
         controls = list(tokenizer.controls.values())
-        self.never_drawn = torch.tensor(controls, dtype=torch.int64) if controls else None
+        self.never_drawn = np.array(controls, dtype=np.int64) if controls else None
         self.paused = False
         self.finish_reason: str | None = None
         self.error: Exception | None = None
@@ -169,28 +174,31 @@ class Sequence:
         for state in self.states:
             state.restart(self.ids[:keep] + self.ids[keep - window :])
 
-    def take_logits(self) -> Tensor:
+    def take_logits(self) -> np.ndarray:
         """Take and combine the logits of all states, each of which must be ready; returns the next token's logits [N].
 
         A blend is the weighted sum of its styles' logits. That is the weighted sum of their log-probabilities up to a
         constant that no filter depends on: a token stays likely if every style finds it likely. Control ids get minus
-        infinity.
+        infinity: no sequence may draw them, so that is written into the array as it is.
         """
-        parts = [(state.weight, cast(Tensor, state.logits)) for state in self.states]
+        parts = [(state.weight, cast(np.ndarray, state.logits)) for state in self.states]
         for state in self.states:
             state.logits = None
         logits = parts[0][1]
         if len(parts) > 1:
-            logits = torch.stack([weight * part for weight, part in parts]).sum(0)
-        return logits if self.never_drawn is None else logits.index_fill(0, self.never_drawn, float("-inf"))
+            logits = np.stack([np.float32(weight) * part for weight, part in parts]).sum(0)
+        if self.never_drawn is not None:
+            logits[self.never_drawn] = -np.inf
+        return logits
 
-    def sample_next(self, logits: Tensor) -> list[Event]:
+    def sample_next(self, logits: np.ndarray) -> list[Event]:
         """Draw the next token from logits [N]; returns its event, followed by `done` if the text ends with it."""
+        shown = self._filtered(logits) if self.post_sampling else logits
         token = sample(logits, self.params, self.generator, self.history)
         if token == self.tokenizer.eot:
             event = self.finish("stop")
             if self.logprobs is not None:
-                event.logprob, event.top = self._likelihoods(logits, token)
+                event.logprob, event.top = self._likelihoods(shown, token)
             return [event]
         self.ids.append(token)
         for state in self.states:
@@ -198,17 +206,23 @@ class Sequence:
         text, stopped = self.stopper.feed(self.detokenizer.feed(token))
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
-            event.logprob, event.top = self._likelihoods(logits, token)
+            event.logprob, event.top = self._likelihoods(shown, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
         if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
             return [event, self.finish("length")]
         return [event]
 
-    def _likelihoods(self, logits: Tensor, token: int) -> tuple[float, list[tuple[int, str, float]]]:
+    def _likelihoods(self, logits: np.ndarray, token: int) -> tuple[float, list[tuple[int, str, float]]]:
         """Log-probability of `token`, and the requested alternatives as (id, text, log-probability)."""
         logprob, others = likelihoods(logits, token, self.logprobs or 0)
-        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others]
+        return logprob, [(id, self.tokenizer.decode([id]), value) for id, value in others if value > float("-inf")]
+
+    def _filtered(self, logits: np.ndarray) -> np.ndarray:
+        """The logits [N] from which the next token is drawn, by a copy of the generator."""
+        copy = torch.Generator()
+        copy.set_state(self.generator.get_state())
+        return filter_logits(torch.from_numpy(logits), self.params, self.history, copy).numpy()
 
     def finish(self, reason: str, flush: bool = True) -> Event:
         """The `done` event, with text that was held back because it could have begun a stop string or a character."""
@@ -227,30 +241,40 @@ class Sequence:
 
 @dataclass
 class PrefixCacheEntry:
-    """The ids that a slot has prefilled, in order from its beginning; other sequences may copy their keys and values."""
+    """The ids that a slot has read, in order from its beginning; other sequences may copy their keys and values."""
 
     ids: list[int] = field(default_factory=list)
-    logits: Tensor | None = None  # after the last of ids
+    logits: np.ndarray | None = None  # after the first `prompt` of ids
+    prompt: int = 0
 
-    def reusable(self, ids: list[int]) -> int:
-        """How many of `ids` need not be computed: whole chunks of the common prefix, or all ids if they are the same."""
-        if self.logits is not None and len(ids) == len(self.ids) and self.ids == ids:
+    def reusable(self, ids: list[int], grain: int) -> int:
+        """How many of `ids` need not be computed: a multiple of `grain` of the common prefix, or all ids of its prompt."""
+        if self.logits is not None and len(ids) == self.prompt and self.ids[: self.prompt] == ids:
             return len(ids)
-        most = min(len(self.ids), len(ids) - 1) // CHUNK * CHUNK
+        most = min(len(self.ids), len(ids) - 1)
         for start in range(0, most, CHUNK):
-            if self.ids[start : start + CHUNK] != ids[start : start + CHUNK]:
-                return start
-        return most
+            here, there = self.ids[start : start + CHUNK], ids[start : start + CHUNK]
+            if here != there:
+                differ = (at for at, (a, b) in enumerate(zip(here, there, strict=False), start) if a != b)
+                return min(next(differ, most), most) // grain * grain
+        return most // grain * grain
 
 
 class BatchDecoder:
     """Sequences written side by side with one model and one cache. Not safe for several threads at once."""
 
     def __init__(self, model: GPT, slots: int):
-        self.model, self.row_counts = model, row_counts(model)
-        cuda = model.wte.weight.is_cuda
-        self.cache = model.new_cache(slots + cuda)  # one more slot for rows of padding in a CUDA graph
+        self.model, self.compiled = model, CompiledStep.of(model)
+        device = model.wte.weight.device
+        cuda = device.type == "cuda"
+        # without kernels each row goes alone on a CPU: torch's sums depend on how many there are
+        self.row_counts = (slots,) if self.compiled else (1,) if device.type == "cpu" else row_counts(model)
+        # one more slot for rows of padding in a CUDA graph
+        self.cache = model.new_cache(slots + cuda, torch.float32 if self.compiled else None)
         self.graphs = record_graphs(model, self.cache, self.row_counts)
+        # With kernels the same id behind the same ids has the same keys and values, however it was read.
+        self.any_prefix = self.compiled is not None and self.compiled.longest >= min(CHUNK, model.config.block_size)
+        self.grain = 1 if self.any_prefix else CHUNK
         self.prefix_cache = [PrefixCacheEntry() for _ in range(slots)]
         self.free_slots = list(range(slots))
         self.sequences: list[Sequence] = []
@@ -259,7 +283,9 @@ class BatchDecoder:
         """Give each state of a sequence a slot, of which enough must be free: the one that holds most of its prompt."""
         for state in sequence.states:
             entries = {slot: self.prefix_cache[slot] for slot in self.free_slots}
-            state.slot = max(entries, key=lambda slot: (entries[slot].reusable(state.pending), -len(entries[slot].ids)))
+            state.slot = max(
+                entries, key=lambda slot: (entries[slot].reusable(state.pending, self.grain), -len(entries[slot].ids))
+            )
             self.free_slots.remove(state.slot)
         self.sequences.append(sequence)
 
@@ -268,7 +294,6 @@ class BatchDecoder:
         self.sequences.remove(sequence)
         self.free_slots += [state.slot for state in sequence.states]
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Event]]:
         """Prefill at most one chunk of one prompt, then write one token of every sequence that is not paused.
 
@@ -336,19 +361,19 @@ class BatchDecoder:
     def _is_cached(self, state: SequenceState) -> bool:
         """Whether some slot holds all of a window, so that nothing needs to be computed."""
         return not state.prefix_reused and any(
-            entry.reusable(state.pending) == len(state.pending) for entry in self.prefix_cache
+            entry.reusable(state.pending, self.grain) == len(state.pending) for entry in self.prefix_cache
         )
 
     def _reuse_prefix(self, state: SequenceState) -> None:
         """Begin a window with the longest prefix that any slot holds of it, best the state's own slot."""
-        reusable = [entry.reusable(state.pending) for entry in self.prefix_cache]
+        reusable = [entry.reusable(state.pending, self.grain) for entry in self.prefix_cache]
         source = max(range(len(reusable)), key=lambda slot: (reusable[slot], slot == state.slot))
         count, entry = reusable[source], self.prefix_cache[source]
         if source != state.slot and count:
             self.cache.copy(source, state.slot, count)
         self.cache.length[state.slot] = count
-        logits = entry.logits if count == len(entry.ids) else None
-        self.prefix_cache[state.slot] = PrefixCacheEntry(entry.ids[:count], logits)
+        logits = entry.logits if count == entry.prompt else None
+        self.prefix_cache[state.slot] = PrefixCacheEntry(entry.ids[:count], logits, count)
         state.prefix_reused, state.pending = True, state.pending[count:]
 
     def _prefill(self, states: list[SequenceState]) -> None:
@@ -360,21 +385,32 @@ class BatchDecoder:
         if state.pending:
             chunk = state.pending[:CHUNK]
             entry.logits = None
-            logits = self.model.prefill(chunk, self.cache, state.slot)
+            logits = self._read(chunk, state.slot)
             entry.ids = entry.ids + chunk
             state.pending = state.pending[CHUNK:]
             if state.pending:
                 return
-            entry.logits = logits.float().cpu()
+            entry.logits, entry.prompt = logits, len(entry.ids)
         state.prefilling, state.logits = False, entry.logits
+
+    def _read(self, chunk: list[int], slot: int) -> np.ndarray:
+        """Read a chunk of a prompt; the logits [N] after it."""
+        if self.compiled is not None and len(chunk) <= self.compiled.longest:
+            return self.compiled(self.cache, chunk, [slot] * len(chunk), last=1)[0].copy()
+        return self.model.prefill(chunk, self.cache, slot).float().cpu().numpy()
 
     def _decode(self, states: list[SequenceState]) -> None:
         """Read the newest token of each state in one batch, padded to a safe number of rows; all get logits."""
-        rows = next(count for count in self.row_counts if count >= len(states))
         ids, slots = [state.pending[0] for state in states], [state.slot for state in states]
-        if self.graphs is not None:
-            logits = self.graphs(ids, slots, rows)
+        if self.compiled is not None:
+            logits = self.compiled(self.cache, ids, slots)
         else:
-            logits = self.model.decode(ids, self.cache, slots, rows)
-        for state, row in zip(states, logits.cpu().unbind(), strict=True):
+            rows = next(count for count in self.row_counts if count >= len(states))
+            read = self.graphs or partial(self.model.decode, cache=self.cache)
+            logits = read(ids, slots=slots, rows=rows).cpu().numpy()
+        # The next call writes over these. It comes before they are used only where a batch is cut into pieces.
+        logits = logits if self.compiled and len(states) > 1 else logits.copy()
+        for state, row in zip(states, logits, strict=True):
             state.logits = row
+            if self.any_prefix:
+                self.prefix_cache[state.slot].ids.append(state.pending[0])

@@ -76,12 +76,13 @@ class GenerationRequest:
         truncated: bool,
         deadline_s: float | None,
         logprobs: int | None,
+        post_sampling: bool,
         slots_per_sample: int,
     ):
         """wake_engine: called when the engine must look at this request. slots_per_sample: one for each style of a blend."""
         self.slots_per_sample = slots_per_sample
         self.id, self.seed, self.truncated, self.prompt_tokens = id, seed, truncated, len(ids)
-        self.ids, self.params, self.logprobs = ids, params, logprobs
+        self.ids, self.params, self.logprobs, self.post_sampling = ids, params, logprobs, post_sampling
         self.submitted = time.monotonic()
         self.expires = None if deadline_s is None else self.submitted + deadline_s
         self.samples_started = self.samples_ended = 0
@@ -249,10 +250,12 @@ class Engine:
         request_id: str | None = None,
         deadline_s: float | None = None,
         logprobs: int | None = None,
+        post_sampling: bool = False,
     ) -> GenerationRequest:
         """Queue a request. Raises ValueError for invalid input, QueueFull, or EngineError after `close`.
 
         deadline_s: seconds after which its samples end with `deadline`. logprobs: alternatives reported with each token.
+        post_sampling: their probabilities are those that the filters leave.
         """
         if params.max_tokens > self.max_tokens_limit:
             raise ValueError(f"max_tokens {params.max_tokens} exceeds the limit of {self.max_tokens_limit}: lower it")
@@ -276,6 +279,7 @@ class Engine:
             truncated=truncated,
             deadline_s=deadline_s,
             logprobs=logprobs,
+            post_sampling=post_sampling,
             slots_per_sample=slots_per_sample,
         )
         with self._changed:
@@ -361,14 +365,8 @@ class Engine:
 
     def _round(self) -> bool:
         """One round of the four stages named at the top; False when closed and nothing is left to do."""
-        now = time.monotonic()
-        with self._changed:
-            self._woken = False
-            requests, close_at = list(self._requests), self._close_at
-        if close_at is not None and not requests and not self._scorings:
+        if self._end_what_is_due() and not self._scorings:
             return False
-        for request in requests:
-            self._enforce_limits(request, now, closing=close_at is not None and now >= close_at)
         self._admit()
         if self._scorings:
             self._score_next_chunk()
@@ -379,6 +377,18 @@ class Engine:
                 if not self._woken:
                     self._changed.wait(self._sleep_s())
         return True
+
+    def _end_what_is_due(self) -> bool:
+        """Stage 1; True when closed and no request is left. In a function of its own, as a round may sleep for long, and
+        its variables would keep requests that have ended.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._woken = False
+            requests, close_at = list(self._requests), self._close_at
+        for request in requests:
+            self._enforce_limits(request, now, closing=close_at is not None and now >= close_at)
+        return close_at is not None and not requests
 
     def _sleep_s(self) -> float | None:
         """Seconds to the next timeout; None if there is none."""
@@ -444,6 +454,7 @@ class Engine:
                 index=request.samples_started,
                 context=self.context,
                 logprobs=request.logprobs,
+                post_sampling=request.post_sampling,
             )
             request.samples_started += 1
             self._request_of[sequence] = request

@@ -1,23 +1,19 @@
-"""Quantizes and packs weights for inference on this machine; not used in training.
+"""Loads and rounds weights for writing on this machine; not used in training.
 
     >>> model, tokenizer = load_model("runs/sample/best")
     >>> dtype, remark = prepare(model, "auto")       # in place; float32, bfloat16, float16 or int8
-    >>> row_counts(model)                            # (2, 4, 6, 8, 12, 16)
+    >>> row_counts(model)                            # (1, 2, 4, 8, 16, 32, 64): on GPUs
 
-Writing one token multiplies every weight by a single row of numbers, so the time goes into reading the weights: int8
-reads a quarter of float32, and eight rows at once cost hardly more than one. Libraries made for large matrices lose that:
-MKL's float32 product takes 2.6 times as long for 8 rows as for one (124M parameters, 2 cores of a Xeon 6248: 25 and
-65 ms), oneDNN with the weights laid out beforehand 29 and 33 ms; FBGEMM with weights in float16 and sums in float32 16
-and 21 ms, in int8 9 and 12 ms. Without VNNI (an EPYC with AVX2) FBGEMM's int8 still takes 0.6 of its float16.
+Writing one token multiplies every weight by a single row of numbers, so the time goes into reading the weights: float16
+reads half of float32, int8 a quarter. On CPUs `kernels` read them as they are stored here, several rows at once; the
+layers below compute the same with torch, for long prompts and for whole texts, by widening one matrix at a time.
 
-From top to bottom: the layers that replace `nn.Linear`; which of them work on this machine; `prepare`, which chooses
-one and puts it in place; `row_counts`, the numbers of rows that keep one seed at one text.
+    python -m inference.quantize      # compiles the kernels for every format now, so that nobody waits for it later
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,182 +24,140 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from checkpoint import load_model
+from config import ModelConfig
 from devices import native_bf16, pick_device
-from model import GPT, Block
+from inference import compiled
+from model import GPT, Block, TiedHead
 from tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
-MIN_PACKED = 1 << 19  # numbers in a weight; below, oneDNN's 45 microseconds a call cost more than they save
-MIN_FLOAT16 = 1 << 23  # numbers in all weights; smaller models fit the processor's cache and gain nothing from float16
-MIN_THREADED = 1 << 23  # numbers in all weights; below, waiting for other threads costs what they save, or far more
-THREADS = torch.get_num_threads()
 TINY = 1e-30  # keeps a row of zeros from dividing by zero
 COMPARED = 1 << 18  # results compared in a rounded format: rounding hides all but some 3 in 100,000 of the differences
-CPU_ROW_COUNTS = (
-    (1, 2, 4, 6, 8, 12, 16),
-    (2, 4, 6, 8, 12, 16),
-    (3, 4, 6, 8, 12, 16),
-    (2, 4, 8),
-    (4, 8, 16),
-    (4, 8),
-    (8,),
-    (1,),
-)
 GPU_ROW_COUNTS = ((1, 2, 4, 8, 16, 32, 64), (8, 16, 32, 64), (64,), (1,))
 _row_counts: dict[Any, tuple[int, ...]] = {}  # what was found, by everything it depends on
 
-LayerType = Callable[[Tensor, Tensor | None], nn.Module]  # (weight [N, K], bias [N] or None) -> a linear layer
 
+class RoundedLinear(nn.Module):
+    """A linear layer with its weight [N, K] stored as float16, bfloat16 or int8; sums in float32.
 
-class PackedLinear(nn.Module):
-    """A linear layer with its weight [N, K] in oneDNN's own layout for few rows; float32 or bfloat16, CPU."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.bias = bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]"""
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], ""))
-
-
-class Float16Linear(nn.Module):
-    """A linear layer with its weight kept in float16 and multiplied in float32 (FBGEMM, CPU).
-
-    Half the memory to read, 11 bits of each weight: three more than bfloat16 keeps. A row's result does not depend on how
-    many rows there are.
+    int8 numbers have a scale for each output; about 0.8% (root mean square) away from float32 on normally distributed
+    numbers.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
+        """weight, scale: as `rounded` returns them."""
         super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32"""
-        return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed))
-
-
-class Int8Linear(nn.Module):
-    """int8 linear layer: weights with a scale per output channel, activations quantized dynamically per row.
-
-    The products are summed exactly, so a row's result cannot depend on the rows beside it. About 1% (root mean
-    square) away from float32 on normally distributed numbers. Without VNNI, FBGEMM sums two neighbouring products in
-    16 bits: there each pair of weights is kept within 128, as 128 x 255 still fits; about 1.3% away.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.bias = bias
-        size = weight.detach().abs()
-        largest = size.amax(1)
-        if not has_vnni():
-            pairs = F.pad(size, (0, size.size(1) % 2)).unflatten(1, (-1, 2)).sum(2)  # [N, K/2]
-            largest = torch.maximum(largest, pairs.amax(1))
-        scale = largest.clamp_min(TINY).double() / 127  # two that round up make 128
-        zero = torch.zeros(len(scale), dtype=torch.int64)
-        engine = torch.backends.quantized.engine
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces another API for 8-bit tensors
-            torch.backends.quantized.engine = "fbgemm"
-            try:
-                rounded = torch.quantize_per_channel(weight.detach().float(), scale, zero, 0, torch.qint8)
-                self.packed = torch.ops.quantized.linear_prepack(rounded, None)
-            finally:
-                torch.backends.quantized.engine = engine
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32"""
-        size = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        y = multiply(x / size, 1 / 127, 128, self.packed)
-        return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y, size)
-
-
-class WeightOnlyInt8(nn.Module):
-    """A linear layer with int8 weights scaled by output channel and bfloat16 activations; about 0.8% off float32.
-
-    torch's kernel is made for few rows. Beyond 16 (a chunk of a prompt) the weights are converted back for one product.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.bias = bias
-        scale = weight.detach().abs().amax(1).clamp_min(TINY).float() / 127
-        self.rounded = (weight.detach().float() / scale[:, None]).round().to(torch.int8)
-        self.scale = scale.bfloat16()
+        self.packed = weight.device.type != "cpu" and scale is not None
+        self.scale = scale.bfloat16() if scale is not None and self.packed else scale
         self.wide = torch.bfloat16 if native_bf16(weight.device) else torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32"""
+        """x [..., K] -> [..., N] float32"""
         flat = x.reshape(-1, x.size(-1))
-        if len(flat) <= 16:
-            y = torch._weight_int8pack_mm(flat.bfloat16(), self.rounded, self.scale)
+        if self.packed and len(flat) <= 16:  # torch's kernel is made for few rows
+            y = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, cast(Tensor, self.scale))
         else:
-            y = F.linear(flat.to(self.wide), self.rounded.to(self.wide) * self.scale.to(self.wide)[:, None])
+            y = F.linear(flat.to(self.wide), widened(self.weight, self.scale, self.wide))
         y = y.float().view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
-def has_vnni() -> bool:
-    """Whether the processor sums four 8-bit products in 32 bits."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+class RoundedEmbedding(nn.Module):
+    """An embedding [V, C] stored as float16, bfloat16 or int8 with a scale for each id; gives float32."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(weight, requires_grad=False), scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return widened(self.weight[ids], None if self.scale is None else self.scale[ids], torch.float32)
 
 
-def int8_layer(device: torch.device) -> tuple[type[nn.Module] | None, str]:
-    """(layer type that works in int8 on this device, "") or (None, why there is none)."""
-    candidates: list[type[nn.Module]] = [WeightOnlyInt8]
-    if device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines:
-        candidates.insert(0, Int8Linear)
-    reason = ""
-    for layer_type in candidates:
-        weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
-        try:
-            with torch.inference_mode():
-                off = layer_type(weight, None)(weight[-2:]) - weight[-2:] @ weight.t()  # near 1: the largest sums
-            if off.abs().max() < 0.5:
-                return layer_type, ""
-            reason = f"{layer_type.__name__} computes wrongly on this {device.type}"
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            reason = f"{str(error).splitlines()[0]} ({layer_type.__name__} on {device.type}, torch {torch.__version__})"
-    return None, reason
+class TiedRoundedHead(nn.Module):
+    """The head of a tied model: its weight is not counted, as it is the embedding's, or (on GPUs) a copy of it."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None):
+        super().__init__()
+        self.__dict__["layer"] = RoundedLinear(weight, scale, None)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.__dict__["layer"].weight)
+
+    @property
+    def scale(self) -> Tensor | None:
+        return cast("Tensor | None", self.__dict__["layer"].scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.__dict__["layer"](x))
 
 
-def packed_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN lays out weights of this type here."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    weight = torch.linspace(-1, 1, 32 * 32).view(32, 32).to(dtype)
+def rounded(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(weight [N, K] in the format `dtype`, scale [N] of int8 rows or None)"""
+    weight = weight.detach()
+    if dtype != torch.int8:
+        return weight.to(dtype).contiguous(), None
+    scale = weight.abs().amax(1).clamp_min(TINY).float() / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Stored numbers [N, K] as `dtype`."""
+    wide = weight.to(dtype)
+    return wide if scale is None else wide * scale.to(dtype)[..., None]
+
+
+@torch.no_grad()
+def round_weights(model: GPT, dtype: torch.dtype) -> None:
+    """Every matrix of the model rounded, in place; beside a GPU the embedding stays as it is."""
+    for block in cast(Sequence[Block], model.h):
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, RoundedLinear(*rounded(layer.weight, dtype), layer.bias))
+    weight, scale = rounded(cast(Tensor, model.lm_head.weight), dtype)
+    tied = isinstance(model.lm_head, TiedHead)
+    model.lm_head = TiedRoundedHead(weight, scale) if tied else RoundedLinear(weight, scale, None)
+    if weight.device.type == "cpu":
+        table = (weight, scale) if tied else rounded(model.wte.weight, dtype)
+        model.wte = cast(nn.Embedding, RoundedEmbedding(*table))
+
+
+def int8_missing(device: torch.device) -> str:
+    """Why int8 does not work on this device; empty if it does."""
+    if device.type == "cpu":
+        return "" if compiled.available(device) else compiled.MISSING
+    weight = torch.linspace(-1, 1, 64 * 64, device=device).view(64, 64)
     try:
         with torch.inference_mode():
-            off = PackedLinear(weight, None)(weight[:2]) - F.linear(weight[:2], weight)
-        return bool(off.abs().max() < 0.2)
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
+            layer = RoundedLinear(*rounded(weight, torch.int8), None)
+            off = layer(weight[-2:]) - weight[-2:] @ weight.t()  # near 1: the largest sums
+        return "" if off.abs().max() < 0.5 else f"computes wrongly on this {device.type}"
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"{str(error).splitlines()[0]} (on {device.type}, torch {torch.__version__})"
 
 
-def float16_works(device: torch.device) -> bool:
-    """Whether FBGEMM multiplies by float16 weights here."""
-    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-        return False
-    weight = torch.linspace(-1, 1, 64 * 64).view(64, 64)
-    try:
-        with torch.inference_mode():
-            off = Float16Linear(weight, None)(weight[:2]) - F.linear(weight[:2], weight)
-        return bool(off.abs().max() < 0.02)
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
+def float16_missing(model: GPT) -> str:
+    """Why this model's weights cannot be kept in float16 on a CPU; empty if they can."""
+    if not compiled.available(model.wte.weight.device):
+        return compiled.MISSING
+    if not compiled.reads_float16():
+        return "this processor cannot read it"
+    most = torch.finfo(torch.float16).max
+    fits = all(bool(parameter.detach().abs().max() <= most) for parameter in model.parameters())
+    return "" if fits else "some weights are larger than its numbers"
 
 
 def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
     """Bring a model into the form it writes fastest in, in place: it can no longer be trained or saved.
 
-    dtype: float32, bfloat16, float16 (on a CPU the weights alone), int8, or auto: bfloat16 where the processor
-    multiplies it natively, otherwise float16 where a CPU has it and the model is large enough to gain, otherwise float32.
+    dtype: float32, bfloat16, float16 (on a CPU the weights alone), int8, or auto: on a CPU float16, which is read in half
+    the time and loses nothing that could be measured; on a GPU bfloat16 where it multiplies that natively.
     A small model is given one thread (of the whole process, `torch.set_num_threads`): two are no faster on an idle
     machine, and 25 times slower where something else keeps the second core busy.
-    Returns (dtype used, remark for the user or ""). Where int8 is impossible the remark says why, and auto is used.
+    Returns (dtype used, remark for the user or ""). Where a format is impossible the remark says why, and auto is used.
     Raises ValueError for an unknown dtype and for a model that has been prepared before.
     """
     if dtype not in DTYPES:
@@ -212,71 +166,42 @@ def prepare(model: GPT, dtype: str = "auto") -> tuple[str, str]:
         raise ValueError("this model has been prepared for writing already: load it again for another dtype")
     model.__dict__["prepared"] = dtype
     device, remark = model.wte.weight.device, ""
-    layer_type: type[nn.Module] | None = None  # None: nn.Linear as it is
+    kernels = compiled.available(device)
 
     # 1. The format: the requested one, or the nearest this machine has.
-    if dtype == "int8":
-        layer_type, reason = int8_layer(device)
-        if layer_type is None:
-            remark, dtype = f"int8 is not available: {reason}; ", "auto"
+    reason = int8_missing(device) if dtype == "int8" else ""
+    if dtype == "float16" and device.type == "cpu":
+        reason = float16_missing(model)
+    if reason:
+        remark, dtype = f"{dtype} is not available: {reason}; ", "auto"
     if dtype == "auto":
-        large = model.num_parameters() >= MIN_FLOAT16
-        dtype = "bfloat16" if native_bf16(device) else "float16" if large and float16_works(device) else "float32"
+        if kernels:
+            dtype = "bfloat16" if float16_missing(model) else "float16"
+        else:
+            dtype = "bfloat16" if native_bf16(device) else "float32"
         remark = remark and f"{remark}using {dtype}"
-    elif dtype == "bfloat16" and not native_bf16(device):
+    elif dtype == "bfloat16" and not kernels and not native_bf16(device):
         remark = f"this {device.type} has no bfloat16 instructions: float32 is faster here"
 
-    # 2. The weights in that format.
-    if dtype == "float16" and device.type == "cpu":
-        if float16_works(device):
-            layer_type = Float16Linear
-        else:
-            remark, dtype = "this processor cannot keep weights in float16; using float32", "float32"
-    elif dtype in ("bfloat16", "float16"):
-        model.to(getattr(torch, dtype))
-
-    # 3. The layers that multiply by them, and the threads.
-    if layer_type is None and packed_works(device, model.wte.weight.dtype):
-        layer_type = PackedLinear
+    # 2. The weights in that format, and the threads.
     model.eval()
-    torch.set_num_threads(1 if model.num_parameters() < MIN_THREADED else THREADS)
-    if layer_type is not None:
-        replace_linears(model, layer_type)
+    if dtype == "int8" or (kernels and dtype != "float32"):
+        round_weights(model, getattr(torch, dtype))
+    elif dtype != "float32":
+        model.to(getattr(torch, dtype))
+    small = model.num_parameters() < compiled.MIN_THREADED
+    torch.set_num_threads(1 if small else compiled.THREADS)
     return dtype, remark
-
-
-@torch.no_grad()
-def replace_linears(model: GPT, layer_type: LayerType) -> None:
-    """Every linear layer as `layer_type`. The old weights remain as shapes only, so that parameters can be counted."""
-
-    def replaced(weight: Tensor, bias: Tensor | None, counted: bool = True) -> nn.Module:
-        layer = layer_type(weight, bias)
-        if counted:
-            stored = {PackedLinear: weight.dtype, Float16Linear: torch.float16}.get(type(layer), torch.int8)
-            layer.weight = nn.Parameter(torch.empty_like(weight, dtype=stored, device="meta"), requires_grad=False)
-        return layer
-
-    smallest = MIN_PACKED if layer_type is PackedLinear else 0
-    for block in cast(Sequence[Block], model.h):
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear) and layer.weight.numel() >= smallest:
-                    setattr(part, name, replaced(layer.weight, layer.bias))
-    head = cast(Tensor, model.lm_head.weight)[: model.config.tokens]
-    if head.numel() >= smallest:
-        model.lm_head = replaced(head, None, counted=not model.config.tied_head)
 
 
 @torch.inference_mode()
 def row_counts(model: GPT) -> tuple[int, ...]:
-    """Batch sizes at which decoding is batch-invariant: a row's result does not depend on the number of rows.
+    """Batch sizes at which decoding with torch is batch-invariant: a row's result does not depend on the number of rows.
 
     One seed must give one text, alone or beside others, bit for bit; but a matrix product may sum in another order for
     another number of rows. So a batch is cut into pieces of at most the largest of these counts, and each piece is
     padded to the next of them. Which counts agree is found by trying: a block's layers on the same rows, all counts,
-    in both orders; many times over where rounding to bfloat16 hides most differences. oneDNN agrees from 2 rows on at
-    least (one row may be another kernel), FBGEMM's float16 always with AVX-512 and from 3 rows on with AVX2, a plain
-    float32 nn.Linear for 2 to 8 or 4 to 8, depending on the threads. At worst each row goes alone.
+    in both orders; many times over where rounding to bfloat16 hides most differences. At worst each row goes alone.
     """
     device, config = model.wte.weight.device, model.config
     block = cast(Block, model.h[0])
@@ -292,15 +217,14 @@ def row_counts(model: GPT) -> tuple[int, ...]:
         (config.n_embd, lambda x: cast(Tensor, block.mlp(block.ln_2(x)))),
         (config.tokens, lambda x: model._logits(model.ln_f(x))),
     ]
-    candidates = GPU_ROW_COUNTS if device.type != "cpu" else CPU_ROW_COUNTS
-    most = max(max(counts) for counts in candidates)
+    most = max(max(counts) for counts in GPU_ROW_COUNTS)
 
     # 2. Random inputs [trials, most, C] for each part.
-    rounded = model.wte.weight.dtype != torch.float32 or WeightOnlyInt8 in map(type, layers)
+    inexact = model.wte.weight.dtype != torch.float32 or RoundedLinear in map(type, layers)
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for width, _ in parts:
-        trials = math.ceil((COMPARED if rounded else 1) / (most * width))
+        trials = math.ceil((COMPARED if inexact else 1) / (most * width))
         inputs.append(torch.randn(trials, most, config.n_embd, generator=generator).to(model.wte.weight))
 
     # 3. The first set of counts whose results agree with those of its largest.
@@ -322,7 +246,7 @@ def row_counts(model: GPT) -> tuple[int, ...]:
             for backwards in ((False, True) if count > 1 else (False,))
         )
 
-    _row_counts[key] = next(counts for counts in candidates if agree(counts))
+    _row_counts[key] = next(counts for counts in GPU_ROW_COUNTS if agree(counts))
     return _row_counts[key]
 
 
@@ -330,3 +254,15 @@ def load_for_writing(folder: Path | str, *, device: str = "auto", dtype: str = "
     """(model, tokenizer, remark) of a model folder, prepared as `prepare` does on the device `pick_device` finds."""
     model, tokenizer = load_model(folder, device=pick_device(device))
     return model, tokenizer, prepare(model, dtype)[1]
+
+
+def compile_all() -> None:
+    """Compile the kernels for every format, so that the code is on disk when a model is first used."""
+    for dtype in DTYPES:  # what is mostly used comes first
+        model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8, vocab_used=8))
+        prepare(model, dtype)
+        compiled.CompiledStep.of(model)
+
+
+if __name__ == "__main__":
+    compile_all()

@@ -1,5 +1,6 @@
-"""Deploys, updates and deletes the WebSocket gateway in an AWS account. Needs only boto3.
+"""Deploys, updates and deletes the WebSocket gateway in an AWS account. Needs only boto3, and Docker for a model in Lambda.
 
+    python lambda/deploy_relay.py --bucket MY-BUCKET --in-lambda runs/sample/best --new-token alice   # no endpoint at all
     python lambda/deploy_relay.py --bucket MY-BUCKET --endpoint victorian --new-token alice     # prints alice's address
     python lambda/deploy_relay.py --bucket MY-BUCKET --revoke alice
     python lambda/deploy_relay.py --bucket MY-BUCKET --delete
@@ -9,11 +10,17 @@ Without any token the gateway lets nobody in. Run it again after a change: flags
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import io
 import json
+import re
 import secrets
+import shlex
+import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +29,24 @@ from typing import Any, Literal
 from pydantic import Field
 
 HERE = Path(__file__).resolve().parent
-if str(HERE.parent) not in sys.path:
-    sys.path.append(str(HERE.parent))
+for folder in (HERE.parent, HERE.parent / "sagemaker"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+from ecr_images import BUILD as DOCKER_FLAGS  # noqa: E402
+from ecr_images import LAMBDA, pinned  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
 from config import ConfigError, FrozenSettings, GenerationParams  # noqa: E402
 from storage import s3  # noqa: E402
 
-FILES = ("relay.py", "limits.py", "wire.py")
+FILES = ("relay.py", "endpoint.py", "limits.py", "wire.py")
 CODE = "CodeUri: ../build/relay"
+WORKERS = 50  # reserved by a first deployment that names no other number
+MODEL_BYTES = 1 << 30  # of a model that writes in Lambda
 BUILD = HERE.parent / "build"
 PREFIX = "victorian-relay/"
+REPOSITORY = "victorian-writer"
 TAGS = [{"Key": "project", "Value": "victorian-literature-generator"}]
 
 
@@ -49,18 +63,42 @@ class Flags(FrozenSettings):
     """SageMaker endpoint; default: unchanged on update, `victorian` on first deployment."""
     mode: Literal["", "auto", "stream", "buffered"] = ""
     """stream for real-time endpoints, buffered for serverless ones; default: unchanged on update, auto at first."""
+    in_lambda: Path | None = None
+    """Model folder (at most 1 GB) that the worker itself writes with: builds its image with Docker and pushes it."""
+    image: str = ""
+    """Instead of --in-lambda: an image of lambda/Dockerfile that is in ECR already."""
+    architecture: Literal["", "arm64", "x86_64"] = ""
+    """Processor that the image is built for; default: unchanged on update, arm64 at first."""
+    memory_mb: int = Field(0, ge=0, le=10_240)
+    """Memory of a worker with a model; 0 (default): unchanged on update, 3008 at first."""
     max_tokens: int = Field(0, ge=0, le=100_000)
     """Most new tokens in one request; 0 (default): unchanged on update, 2000 on first deployment."""
+    max_samples: int = Field(0, ge=0, le=128)
+    """Most samples of one prompt; 0 (default): unchanged on update, 4 on first deployment."""
+    requests_per_second: int = Field(0, ge=0, le=10_000)
+    """Messages and connections a second that are admitted; 0 (default): unchanged on update, 100 at first."""
+    log_days: Literal[0, 1, 3, 5, 7, 14, 30, 60, 90, 180, 365] = 0
+    """Days that logs are kept; 0 (default): unchanged on update, 14 on first deployment."""
     flush_ms: int = Field(-1, ge=-1, le=10_000)
     """Milliseconds of tokens sent as one message; -1 (default): unchanged on update, 0 on first deployment."""
-    workers: int = Field(0, ge=0, le=1000)
-    """Concurrent generations; 0 (default): unchanged on update, 50 on first deployment."""
+    workers: int = Field(-1, ge=-1, le=1000)
+    """Concurrent generations, reserved; 0 reserves nothing; -1 (default): unchanged on update, 50 at first."""
     origins: str = ""
     """Web origins that may connect, separated by commas; default: unchanged on update, all on first deployment."""
     alarm_topic: str = ""
     """ARN of an SNS topic for alarms; default: unchanged on update, no topic on first deployment."""
+    budget_usd: int = Field(0, ge=0)
+    """The account's costs in a month that --budget-email is told of; 0 (default): unchanged on update, 20 at first."""
+    budget_email: str = ""
+    """Who is told when the costs come near the budget; default: unchanged on update, no budget at first."""
+    kms_key: str = ""
+    """ARN of a KMS key for tables, logs and variables; default: unchanged on update, AWS's own keys at first."""
     new_token: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,40}$")
     """Create a token for this name and print it once."""
+    token_days: int = Field(0, ge=0, le=3650)
+    """Days after which the new token expires; 0: never."""
+    token_daily: int = Field(0, ge=0, le=10**9)
+    """Tokens of text that the new token is good for on one day (UTC); 0: any number."""
     revoke: str = ""
     """Revoke the token of this name (new connections; an open one ends within two hours)."""
     package: bool = False
@@ -89,43 +127,67 @@ def package() -> bytes:
 def template(place: str) -> str:
     """The template with the code's S3 URL."""
     text = (HERE / "template.yaml").read_text(encoding="utf-8")
-    if text.count(CODE) != 1:
-        raise RuntimeError(f"lambda/template.yaml must contain `{CODE}` exactly once: restore that line")
+    if CODE not in text:
+        raise RuntimeError(f"lambda/template.yaml must contain `{CODE}`: restore that line")
     return text.replace(CODE, f"CodeUri: {place}")
 
 
-def with_tokens(tokens: str, new: str, digest: str, revoked: str) -> str:
-    """`name:sha256` pairs with one added, replaced or removed; ConfigError for an unknown name."""
-    pairs = dict(pair.split(":", 1) for pair in tokens.split(",") if ":" in pair)
-    if revoked and revoked not in pairs:
-        raise ConfigError([f"--revoke {revoked}: no such name; there are {', '.join(pairs) or 'none'}"])
-    pairs.pop(revoked, None)
-    if new:
-        pairs[new] = digest
-    return ",".join(f"{name}:{value}" for name, value in pairs.items())
+def template_parameters() -> set[str]:
+    text = (HERE / "template.yaml").read_text(encoding="utf-8")
+    return set(re.findall(r"^  (\w+):$", text[text.index("\nParameters:") : text.index("\nConditions:")], re.MULTILINE))
 
 
-def parameters(flags: Flags, tokens: str | None, exists: bool) -> list[dict[str, Any]]:
-    """The stack's parameters: the flags given, and the previous values of the others."""
+def parameters(flags: Flags, existing: set[str]) -> list[dict[str, Any]]:
+    """The stack's parameters: the flags given, and the previous values of the others that the stack has already."""
     given = {
-        "EndpointName": flags.endpoint,
+        "EndpointName": flags.endpoint.lower(),  # as in the endpoint's ARN
         "EndpointMode": flags.mode,
+        "ImageUri": flags.image,
+        "Architecture": flags.architecture,
+        "MemoryMb": str(flags.memory_mb or ""),
         "MaxTokens": str(flags.max_tokens or ""),
+        "MaxSamples": str(flags.max_samples or ""),
+        "RequestsPerSecond": str(flags.requests_per_second or ""),
+        "LogDays": str(flags.log_days or ""),
         "FlushMs": str(flags.flush_ms) if flags.flush_ms >= 0 else "",
-        "Workers": str(flags.workers or ""),
+        "Workers": str(flags.workers) if flags.workers >= 0 else "",
         "AllowedOrigins": flags.origins,
         "AlarmTopic": flags.alarm_topic,
+        "BudgetUsd": str(flags.budget_usd or ""),
+        "BudgetEmail": flags.budget_email,
+        "KmsKey": flags.kms_key,
     }
     made: list[dict[str, Any]] = [
         {"ParameterKey": key, "ParameterValue": value} for key, value in given.items() if value
     ]
-    if tokens is not None:
-        made.append({"ParameterKey": "Tokens", "ParameterValue": tokens})
-    if exists:
-        names = {item["ParameterKey"] for item in made}
-        kept = sorted({*given, "Tokens"} - names)
-        made += [{"ParameterKey": key, "UsePreviousValue": True} for key in kept]
-    return made
+    if flags.endpoint and not flags.image:  # from a model in Lambda back to an endpoint
+        made.append({"ParameterKey": "ImageUri", "ParameterValue": ""})
+    kept = sorted(existing & template_parameters() - {item["ParameterKey"] for item in made})
+    return made + [{"ParameterKey": key, "UsePreviousValue": True} for key in kept]
+
+
+def check_model(folder: Path) -> None:
+    """ConfigError for what is no model folder, or one that is too large for Lambda."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError([f"--in-lambda {folder}: no config.json there: give a model folder like runs/NAME/best"])
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    if size > MODEL_BYTES:
+        raise ConfigError(
+            [
+                f"--in-lambda {folder}: {size / 1e9:.1f} GB, and a model in Lambda may have {MODEL_BYTES / 1e9:.1f}: export a "
+                f"smaller one (`python export.py`), or deploy it as an endpoint (sagemaker/)"
+            ]
+        )
+
+
+def build_commands(model: Path, image: str, architecture: str) -> list[list[str]]:
+    """The Docker commands that build the worker's image with a model in it and push it."""
+    platform = {"x86_64": "linux/amd64"}.get(architecture, "linux/arm64")
+    build = ["docker", "buildx", "build", "--platform", platform, *DOCKER_FLAGS.split(), "--file", "lambda/Dockerfile"]
+    return [
+        ["docker", "login", "--username", "AWS", "--password-stdin", image.split("/")[0]],
+        [*build, "--build-context", f"model={model.resolve()}", "--tag", image, "."],
+    ]
 
 
 class AwsClients:
@@ -140,48 +202,126 @@ class AwsClients:
         self.make = lambda name: boto3.client(name, region_name=self.region)
         self.cloudformation, self.s3 = self.make("cloudformation"), self.make("s3")
 
-    def status(self, stack: str) -> str:
-        """The stack's status; empty if there is none."""
+    def stack(self, name: str) -> dict[str, Any]:
+        """The stack's description; empty if there is none."""
         from botocore.exceptions import ClientError
 
         try:
-            return self.cloudformation.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"]
+            found: dict[str, Any] = self.cloudformation.describe_stacks(StackName=name)["Stacks"][0]
         except ClientError as error:
             if "does not exist" in error.response["Error"]["Message"]:
-                return ""
+                return {}
             raise
+        return found
 
-    def tokens(self, stack: str) -> str:
-        """The tokens in force, from the authorizer's environment."""
-        found = self.cloudformation.describe_stack_resource(StackName=stack, LogicalResourceId="AuthorizerFunction")[
-            "StackResourceDetail"
-        ]["PhysicalResourceId"]
+    def repaired(self, name: str) -> dict[str, Any]:
+        """The stack, once it can be updated: one that never came up is deleted, a broken rollback is completed."""
+        found = self.stack(name)
+        status = found.get("StackStatus", "")
+        if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):
+            print(f"the first deployment left stack {name} in {status}: deleting it", file=sys.stderr)
+            self.cloudformation.delete_stack(StackName=name)
+            self.cloudformation.get_waiter("stack_delete_complete").wait(StackName=name)
+            return {}
+        if status == "UPDATE_ROLLBACK_FAILED":
+            print(f"stack {name} is in {status}: completing its rollback", file=sys.stderr)
+            self.cloudformation.continue_update_rollback(StackName=name)
+            self.cloudformation.get_waiter("stack_rollback_complete").wait(StackName=name)
+        return {} if status == "REVIEW_IN_PROGRESS" else found
+
+    def check_reservation(self, flags: Flags, stack: dict[str, Any]) -> None:
+        """ConfigError if the account's quota does not allow the reservation that is asked for."""
+        before = {item["ParameterKey"]: item.get("ParameterValue", "") for item in stack.get("Parameters", [])}
+        held = int(before.get("Workers", "0"))
+        wanted = flags.workers if flags.workers >= 0 else held if stack else WORKERS
+        if not wanted or (stack and wanted <= held):
+            return
+        limit = self.make("lambda").get_account_settings()["AccountLimit"]
+        at_once, free = limit["ConcurrentExecutions"], limit["UnreservedConcurrentExecutions"] + held
+        least = min(100, at_once)  # that must stay unreserved
+        if free - wanted < least:
+            most = max(0, free - least)
+            raise ConfigError(
+                [
+                    f"--workers {wanted}: this account runs {at_once} functions at once, of which {least} must stay "
+                    f"unreserved: deploy with --workers {most}{' (no reservation)' if not most else ''}, or ask for more in "
+                    f"Service Quotas (AWS Lambda, Concurrent executions)"
+                ]
+            )
+
+    def old_tokens(self, stack: dict[str, Any]) -> dict[str, str]:
+        """Tokens (name: sha256) of a stack from before there was a table of them."""
+        if "Tokens" not in {item["ParameterKey"] for item in stack.get("Parameters", [])}:
+            return {}
+        found = self.cloudformation.describe_stack_resource(
+            StackName=stack["StackName"], LogicalResourceId="AuthorizerFunction"
+        )["StackResourceDetail"]["PhysicalResourceId"]
         settings = self.make("lambda").get_function_configuration(FunctionName=found)
-        return settings.get("Environment", {}).get("Variables", {}).get("TOKENS", "")
+        tokens = settings.get("Environment", {}).get("Variables", {}).get("TOKENS", "")
+        return dict(pair.split(":", 1) for pair in tokens.split(",") if ":" in pair)
+
+    def put_token(self, table: str, name: str, digest: str, flags: Flags | None = None) -> None:
+        item = {"id": {"S": digest}, "name": {"S": name}}
+        if flags and flags.token_days:
+            item["expires"] = {"N": str(int(time.time()) + 86_400 * flags.token_days)}
+        if flags and flags.token_daily:
+            item["daily"] = {"N": str(flags.token_daily)}
+        self.make("dynamodb").put_item(TableName=table, Item=item)
+
+    def revoke(self, table: str, name: str) -> None:
+        """Delete a name's tokens; ConfigError for an unknown name."""
+        db = self.make("dynamodb")
+        pages = db.get_paginator("scan").paginate(TableName=table)
+        items = [item for page in pages for item in page["Items"] if "name" in item]
+        found = [item for item in items if item["name"]["S"] == name]
+        if not found:
+            known = ", ".join(sorted(item["name"]["S"] for item in items)) or "none"
+            raise ConfigError([f"--revoke {name}: no such name; there are {known}"])
+        for item in found:
+            db.delete_item(TableName=table, Key={"id": item["id"]})
+
+    def image(self, flags: Flags) -> str:
+        """The worker's image by its digest: built and pushed for --in-lambda, "" where neither it nor --image is given."""
+        ecr, image = self.make("ecr"), flags.image
+        if flags.in_lambda is not None:
+            check_model(flags.in_lambda)
+            try:
+                made = ecr.create_repository(repositoryName=REPOSITORY, tags=TAGS)["repository"]
+            except ecr.exceptions.RepositoryAlreadyExistsException:
+                made = ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0]
+            image = f"{made['repositoryUri']}:latest"
+            login = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
+            password = base64.b64decode(login).partition(b":")[2]
+            for command in build_commands(flags.in_lambda, image, flags.architecture):
+                try:
+                    subprocess.run(command, check=True, cwd=HERE.parent, input=password, stdout=sys.stderr)
+                except FileNotFoundError:
+                    raise ConfigError(
+                        [
+                            "--in-lambda: there is no docker here: install it, or build the image elsewhere and give --image"
+                        ]
+                    ) from None
+                except subprocess.CalledProcessError as error:
+                    raise RuntimeError(f"`{shlex.join(command)}` ended with code {error.returncode}") from None
+        return pinned(image, ecr, LAMBDA) if image else ""
 
     def upload(self, bucket: str, code: bytes) -> str:
         key = f"{PREFIX}{hashlib.sha256(code).hexdigest()[:16]}.zip"
         self.s3.put_object(Bucket=bucket, Key=key, Body=code)
         return f"s3://{bucket}/{key}"
 
-    def apply(self, flags: Flags, body: str, tokens: str | None) -> dict[str, str]:
+    def apply(self, flags: Flags, body: str, stack: dict[str, Any]) -> dict[str, str]:
         """Create or update the stack by a change set; its outputs. RuntimeError with the first reason of a failure."""
         from botocore.exceptions import WaiterError
 
-        status = self.status(flags.stack)
-        if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):
-            print(f"the first deployment left stack {flags.stack} in {status}: deleting it", file=sys.stderr)
-            self.cloudformation.delete_stack(StackName=flags.stack)
-            self.cloudformation.get_waiter("stack_delete_complete").wait(StackName=flags.stack)
-            status = ""
-        exists = bool(status) and status != "REVIEW_IN_PROGRESS"
+        exists = bool(stack)
         name = f"deploy-{secrets.token_hex(4)}"
         self.cloudformation.create_change_set(
             StackName=flags.stack,
             ChangeSetName=name,
             ChangeSetType="UPDATE" if exists else "CREATE",
             TemplateBody=body,
-            Parameters=parameters(flags, tokens, exists),
+            Parameters=parameters(flags, {item["ParameterKey"] for item in stack.get("Parameters", [])}),
             Capabilities=["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
             Tags=TAGS,
         )
@@ -228,6 +368,31 @@ class AwsClients:
             for item in self.s3.list_objects_v2(Bucket=flags.bucket, Prefix=PREFIX).get("Contents", []):
                 self.s3.delete_object(Bucket=flags.bucket, Key=item["Key"])
                 print(f"deleted: s3://{flags.bucket}/{item['Key']}", file=sys.stderr)
+        ecr = self.make("ecr")
+        with contextlib.suppress(ecr.exceptions.RepositoryNotFoundException):
+            ecr.delete_repository(repositoryName=REPOSITORY, force=True)
+            print(f"deleted: images in {REPOSITORY}", file=sys.stderr)
+
+
+def deploy(flags: Flags, aws: AwsClients) -> None:
+    """Create or update the stack, then its tokens; prints the address."""
+    stack = aws.repaired(flags.stack)
+    aws.check_reservation(flags, stack)
+    old = aws.old_tokens(stack)
+    flags = flags.model_copy(update={"image": aws.image(flags)})
+    outputs = aws.apply(flags, template(aws.upload(flags.bucket, package())), stack)
+    for name, value in outputs.items():
+        print(f"{name}: {value}", file=sys.stderr)
+    table = outputs.get("TokensTable", "")
+    for name, digest in old.items():
+        aws.put_token(table, name, digest)
+    if flags.revoke:
+        aws.revoke(table, flags.revoke)
+    token = secrets.token_urlsafe(32) if flags.new_token else ""
+    if token:
+        aws.put_token(table, flags.new_token, hashlib.sha256(token.encode()).hexdigest(), flags)
+        print("This address is shown once; anyone who has it can connect:", file=sys.stderr)
+    print(outputs.get("Url", "") + (f"?token={token}" if token else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,18 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags.delete:
                 aws.delete(flags)
                 return 0
-            tokens, token = None, ""
-            if flags.new_token or flags.revoke:
-                token = secrets.token_urlsafe(32) if flags.new_token else ""
-                before = aws.tokens(flags.stack) if aws.status(flags.stack) else ""
-                digest = hashlib.sha256(token.encode()).hexdigest()
-                tokens = with_tokens(before, flags.new_token, digest, flags.revoke)
-            outputs = aws.apply(flags, template(aws.upload(flags.bucket, package())), tokens)
-            for name, value in outputs.items():
-                print(f"{name}: {value}", file=sys.stderr)
-            if token:
-                print("This address is shown once; anyone who has it can connect:", file=sys.stderr)
-            print(outputs.get("Url", "") + (f"?token={token}" if token else ""))
+            deploy(flags, aws)
         return 0
 
     return run_main(body)

@@ -9,6 +9,8 @@ the `@connections` interface of API Gateway. boto3 speaks to it as it does to AW
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import binascii
 import json
 import re
@@ -28,7 +30,11 @@ MESSAGE_BYTES = 128 * 1024  # of one WebSocket message
 EVENT_BYTES = 1024 * 1024  # of an asynchronous invocation's payload
 INVOKE_SECONDS = 60.0  # that a whole answer may take
 STREAM_SECONDS = 480.0  # that a streamed answer may take
+URL_BYTES = 6 * 1024 * 1024  # of a request to a function URL
 REALTIME_BYTES, SERVERLESS_BYTES = 25 * 1024 * 1024, 4 * 1024 * 1024
+
+
+Responder = Callable[[dict[str, Any], Callable[[int, dict[str, str]], Callable[[bytes], None]]], Awaitable[None]]
 
 
 @dataclass
@@ -104,10 +110,11 @@ class Connections(Protocol):
 
 
 class Table:
-    """A DynamoDB table with keys `connection_id` and `request_id` and the few expressions that the relay uses."""
+    """A DynamoDB table with the key attributes `keys` and the few expressions that the relay uses."""
 
-    def __init__(self) -> None:
-        self.items: dict[tuple[str, str], dict[str, Any]] = {}
+    def __init__(self, *keys: str) -> None:
+        self.keys = keys
+        self.items: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def call(self, operation: str, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer's body; None when the condition fails."""
@@ -118,7 +125,7 @@ class Table:
             found = [item for item in found if holds(request.get("FilterExpression", ""), item, values)]
             return {"Items": found, "Count": len(found)}
         source = request.get("Item") or request["Key"]
-        key = (source["connection_id"]["S"], source["request_id"]["S"])
+        key = tuple(source[name]["S"] for name in self.keys)
         if operation == "GetItem":
             return {"Item": self.items[key]} if key in self.items else {}
         if not holds(request.get("ConditionExpression", ""), self.items.get(key, {}), values):
@@ -129,21 +136,32 @@ class Table:
             item = self.items.setdefault(key, dict(request["Key"]))
             for name, value in re.findall(r"(\w+) = (:\w+)", request["UpdateExpression"]):
                 item[name] = values[value]
+            for name, value in re.findall(r"ADD (\w+) (:\w+)", request["UpdateExpression"]):
+                before = int(item.get(name, {"N": "0"})["N"])
+                item[name] = {"N": str(before + int(values[value]["N"]))}
         else:
             raise KeyError(operation)
         return {}
 
 
 def holds(condition: str, item: dict[str, Any], values: dict[str, Any]) -> bool:
-    """A conjunction of `attribute_exists(a)`, `attribute_not_exists(a)` and `a > :v`."""
+    """Whether one of the conjunctions, separated by OR, of `attribute_exists(a)`, `attribute_not_exists(a)`, `a > :v` and
+    `a <= :v` is true."""
+    return any(_all_hold(part, item, values) for part in condition.split(" OR "))
+
+
+def _all_hold(condition: str, item: dict[str, Any], values: dict[str, Any]) -> bool:
     for term in filter(None, condition.split(" AND ")):
         exists = re.fullmatch(r"attribute_(not_)?exists\((\w+)\)", term)
         if exists:
             if (exists[2] in item) == bool(exists[1]):
                 return False
             continue
-        name, value = term.split(" > ")
-        if not (name in item and int(item[name]["N"]) > int(values[value]["N"])):
+        name, sign, value = term.split(" ")
+        if name not in item:
+            return False
+        found, bound = int(item[name]["N"]), int(values[value]["N"])
+        if not (found > bound if sign == ">" else found <= bound):
             return False
     return True
 
@@ -162,12 +180,14 @@ class Services:
     invoke: Callable[[str, dict[str, Any], bool], Awaitable[Any]]
     connections: Connections
     faults: Faults
-    table: Table = field(default_factory=Table)
+    tables: dict[str, Table] = field(default_factory=dict)
+    respond: Responder | None = None
 
     async def dynamodb(self, request: Request) -> Response:
         """DynamoDB: one operation on the table."""
         operation = request.headers.get("x-amz-target", "").rpartition(".")[2]
-        answer = self.table.call(operation, await request.json())
+        asked = await request.json()
+        answer = self.tables[asked["TableName"]].call(operation, asked)
         if answer is None:
             kind = "com.amazonaws.dynamodb.v20120810#ConditionalCheckFailedException"
             return JSONResponse({"__type": kind, "message": "The conditional request failed"}, 400)
@@ -189,6 +209,49 @@ class Services:
         except KeyError:
             return fault(404, "ResourceNotFoundException", f"Function not found: {name}")
         return Response(status_code=202) if event else JSONResponse(result)
+
+    async def function_url(self, request: Request) -> Response:
+        """A function URL in the mode RESPONSE_STREAM: what the function sends, as it sends it.
+
+        A client that hangs up is not told to the function, as on AWS.
+        """
+        body = await request.body()
+        if len(body) > URL_BYTES:
+            return fault(413, "RequestTooLargeException", "Request must be smaller than 6291456 bytes")
+        text, coded = body.decode("utf-8", "replace"), False
+        if text.encode() != body or request.headers.get("content-type", "").startswith("application/octet"):
+            text, coded = base64.b64encode(body).decode(), True
+        path = f"/{request.path_params['path']}"
+        event = {
+            "version": "2.0",
+            "rawPath": path,
+            "headers": dict(request.headers),
+            "requestContext": {"http": {"method": request.method, "path": path, "sourceIp": "127.0.0.1"}},
+            "body": text,
+            "isBase64Encoded": coded,
+        }
+        assert self.respond is not None
+        loop, parts = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, item)
+
+        def start(status: int, headers: dict[str, str]) -> Callable[[bytes], None]:
+            put((status, headers))
+            return put
+
+        running = asyncio.ensure_future(self.respond(event, start))
+        running.add_done_callback(lambda done: parts.put_nowait(None))
+        first = await parts.get()
+        if first is None:
+            throttled = isinstance(running.exception(), BlockingIOError)
+            return fault(429, "TooManyRequestsException", "Rate Exceeded.") if throttled else Response("Internal Server Error", 502)  # fmt: skip
+
+        async def rest() -> AsyncIterator[bytes]:
+            while (part := await parts.get()) is not None:
+                yield part
+
+        return StreamingResponse(rest(), first[0], first[1])
 
     async def post_to_connection(self, request: Request) -> Response:
         """`@connections`: a message to a WebSocket."""
@@ -297,20 +360,15 @@ def model_error(status: int, text: str) -> Response:
     return fault(424, "ModelError", message, **more)
 
 
-def application(
-    endpoint: Endpoint,
-    invoke: Callable[[str, dict[str, Any], bool], Awaitable[Any]],
-    connections: Connections,
-    faults: Faults,
-) -> Starlette:
-    """The services as one ASGI application. `invoke(function, event, wait)` runs a Lambda function."""
-    services = Services(endpoint, invoke, connections, faults)
+def application(services: Services) -> Starlette:
+    """The services as one ASGI application."""
     connection, model = "/{stage}/@connections/{id}", "/endpoints/{name}"
     routes = [
         Route("/", services.dynamodb, methods=["POST"]),
         Route("/2015-03-31/functions/{name}/invocations", services.invoke_function, methods=["POST"]),
         Route(f"{model}/invocations", services.invoke_endpoint, methods=["POST"]),
         Route(f"{model}/invocations-response-stream", services.invoke_endpoint_streamed, methods=["POST"]),
+        Route("/url/{path:path}", services.function_url, methods=["GET", "POST", "OPTIONS"]),
         Route(connection, services.post_to_connection, methods=["POST"]),
         Route(connection, services.describe_connection, methods=["GET"]),
         Route(connection, services.close_connection, methods=["DELETE"]),

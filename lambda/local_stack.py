@@ -1,6 +1,7 @@
 """Runs the whole AWS path on one machine: gateway, functions, endpoint and table; handlers and boto3 are unmodified.
 
     python lambda/local_stack.py --model runs/sample/best          # starts api.py behind it
+    python lambda/local_stack.py --in-lambda                       # the worker itself writes
     python lambda/local_stack.py --container http://127.0.0.1:8080 # or uses a running one
     npx wscat -c 'ws://127.0.0.1:8765/prod?token=local'            # {"action":"generate","request_id":"1","prompt":"It"}
 
@@ -13,10 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import secrets
@@ -27,8 +27,7 @@ import sys
 import threading
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +42,8 @@ for folder in (HERE, HERE.parent):
         sys.path.append(str(folder))
 
 from deploy_relay import limits_json  # noqa: E402
-from local_aws import MESSAGE_BYTES, Endpoint, Faults, application  # noqa: E402
+from local_aws import MESSAGE_BYTES, Endpoint, Faults, Services, Table, application  # noqa: E402
+from local_lambda import Handler, LambdaRuntime  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
 from config import ConfigError, FrozenSettings  # noqa: E402
@@ -60,6 +60,10 @@ class Flags(FrozenSettings):
 
     model: Path | None = None
     """Model folder for api.py; default: the newest run's, otherwise the newest under models/."""
+    in_lambda: bool = False
+    """Let the worker itself write, without api.py behind it; it answers plain HTTP as well."""
+    workers: int = Field(50, ge=1, le=200)
+    """Generations that run at once; others wait for a minute at most."""
     container: str = ""
     """Address of a running container (`http://127.0.0.1:8080`), instead of starting api.py."""
     port: int = Field(8765, ge=0, le=65535)
@@ -74,62 +78,6 @@ class Flags(FrozenSettings):
     """Behave like a serverless endpoint: no streaming, 4 MB."""
     flush_ms: int = Field(0, ge=0, le=10_000)
     """Milliseconds of tokens sent as one message; 0: one message per token."""
-
-
-@dataclass
-class Context:
-    """What Lambda gives a handler besides the event."""
-
-    function_name: str
-    timeout: float
-    aws_request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    memory_limit_in_mb: int = 256
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def invoked_function_arn(self) -> str:
-        return f"arn:aws:lambda:eu-west-1:000000000000:function:{self.function_name}"
-
-    def get_remaining_time_in_millis(self) -> int:
-        return max(0, round((self.timeout - (time.monotonic() - self.began)) * 1000))
-
-
-Handler = Callable[[dict[str, Any], Any], Any]
-
-
-class LambdaRuntime:
-    """Lambda: handlers in threads, each event and answer through JSON."""
-
-    def __init__(self, handlers: dict[str, Handler], timeouts: dict[str, float]):
-        self.handlers, self.timeouts = handlers, timeouts
-        self.pool = concurrent.futures.ThreadPoolExecutor(200, "lambda")
-        self.results: list[tuple[str, Any]] = []
-        self.running: set[str] = set()
-
-    def _run(self, name: str, event: dict[str, Any]) -> Any:
-        context = Context(name, self.timeouts[name])
-        self.running.add(context.aws_request_id)
-        try:
-            result = json.loads(json.dumps(self.handlers[name](json.loads(json.dumps(event)), context)))
-        except Exception as error:
-            self.results.append((name, error))
-            print(f"[{name}] {type(error).__name__}: {error}", file=sys.stderr)
-            raise
-        finally:
-            self.running.discard(context.aws_request_id)
-        self.results.append((name, result))
-        return result
-
-    async def invoke(self, name: str, event: dict[str, Any], wait: bool = True) -> Any:
-        """Run a function; KeyError if there is none of this name. With wait=False errors are ignored
-        (asynchronous invocation)."""
-        if name not in self.handlers:
-            raise KeyError(name)
-        future = asyncio.get_running_loop().run_in_executor(self.pool, self._run, name, event)
-        if wait:
-            return await future
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return None
 
 
 @dataclass
@@ -215,7 +163,8 @@ class Gateway:
             return connection.respond(status, '{"message":"Unauthorized"}')
         if verdict["policyDocument"]["Statement"][0]["Effect"] != "Allow":
             return connection.respond(403, '{"Message":"User is not authorized to access this resource"}')
-        line.authorizer = {**verdict.get("context", {}), "principalId": verdict["principalId"]}
+        known = {name: str(value) for name, value in verdict.get("context", {}).items()}
+        line.authorizer = {**known, "principalId": verdict["principalId"]}
         event["requestContext"]["authorizer"] = line.authorizer
         try:
             answer = await asyncio.wait_for(self.functions.invoke("router", event), self.quotas.integration)
@@ -312,15 +261,11 @@ def route_of(body: str) -> str:
     return action if isinstance(action, str) and action in ROUTES and action[0] != "$" else "$default"
 
 
-def load_relay() -> ModuleType:
-    """A fresh copy of `relay.py` and the two modules it imports, as in a new Lambda environment."""
-    for name in ("limits", "wire"):
-        sys.modules.pop(name, None)
-    found = importlib.util.spec_from_file_location("relay", HERE / "relay.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+def load_handlers(name: str = "relay") -> ModuleType:
+    """A fresh copy of `relay.py` or `writer.py` and the modules it imports from this folder, as in a new environment."""
+    for known in ("limits", "wire", "endpoint", "relay", "writer"):
+        sys.modules.pop(known, None)
+    return importlib.import_module(name)
 
 
 class Stack:
@@ -342,7 +287,12 @@ class Stack:
         handlers: dict[str, Handler] | None = None,
         timeouts: dict[str, float] | None = None,
         quotas: Quotas | None = None,
+        in_lambda: Path | None = None,
+        workers: int = 50,
     ):
+        self.in_lambda, self.workers = in_lambda, workers
+        self.tables = {"requests": Table("connection_id", "request_id"), "tokens": Table("id")}
+        self.admit(token, "local")
         self.token, self.port = token, port
         self.endpoint = Endpoint(container, serverless=serverless)
         self.faults = Faults()
@@ -355,6 +305,17 @@ class Stack:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, daemon=True, name="local-aws")
+
+    def admit(self, token: str, name: str, **limits: int) -> None:
+        """Let a token in, as `deploy_relay.py --new-token` does; `limits`: expires, daily."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        given = {key: {"N": str(value)} for key, value in limits.items()}
+        self.tables["tokens"].items[(digest,)] = {"id": {"S": digest}, "name": {"S": name}, **given}
+
+    @property
+    def function_url(self) -> str:
+        """Where the model in Lambda answers plain HTTP."""
+        return f"{self.aws_url}/url"
 
     @property
     def url(self) -> str:
@@ -373,20 +334,26 @@ class Stack:
             "ENDPOINT_MODE": "auto",
             "WORKER_FUNCTION": "worker",
             "TABLE_NAME": "requests",
+            "TOKENS_TABLE": "tokens",
             "LIMITS_JSON": limits_json(),
             "MAX_TOKENS": "100000",  # the most that the template allows
             "MAX_SAMPLES": "128",
-            "TOKENS": f"local:{hashlib.sha256(self.token.encode()).hexdigest()}",
         }
+        if self.in_lambda is not None:
+            given["MODEL_FOLDER"] = str(self.in_lambda)
         return given | self._environment
 
     def __enter__(self) -> Stack:
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
+        respond = None
         if self._given is None:
-            relay = load_relay()
-            self._given = {name: getattr(relay, name) for name in TIMEOUTS}
-        self.functions = LambdaRuntime(self._given, self._timeouts)
+            loaded = load_handlers("relay" if self.in_lambda is None else "writer")
+            relay = sys.modules["relay"]
+            self._given = {"authorizer": relay.authorizer, "router": relay.router, "worker": loaded.worker}
+            respond = getattr(loaded, "respond", None)
+        self.functions = LambdaRuntime(self._given, self._timeouts, {"worker": self.workers}, "router")
+        self._respond = respond
         self.gateway = Gateway(self.functions, self.quotas)
         self._thread.start()
         self._ready.wait(30)
@@ -422,7 +389,15 @@ class Stack:
         import websockets.asyncio.server as ws
 
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = application(self.endpoint, self.functions.invoke, self.gateway, self.faults)
+
+        async def respond(event: dict[str, Any], start: Any) -> None:
+            if self._respond is None:
+                raise KeyError("only the model in Lambda has a function URL")
+            answer = self._respond
+            await self.functions.call("worker", lambda context: answer(event, context, start))
+
+        services = Services(self.endpoint, self.functions.invoke, self.gateway, self.faults, self.tables, respond)
+        app = application(services)
         settings = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(settings)
         serving = asyncio.ensure_future(server.serve(sockets=self._sockets))
@@ -490,7 +465,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         with contextlib.ExitStack() as running:
-            url = flags.container or running.enter_context(container(flags.model))
+            from checkpoint import find_model
+
+            model = find_model(flags.model, HERE.parent) if flags.in_lambda else None
+            url = "" if model else flags.container or running.enter_context(container(flags.model))
             stack = Stack(
                 url,
                 token=flags.token,
@@ -498,11 +476,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 aws_port=flags.aws_port,
                 serverless=flags.serverless,
                 environment={"ENDPOINT_MODE": flags.mode, "FLUSH_MS": str(flags.flush_ms)},
+                in_lambda=model,
+                workers=flags.workers,
             )
             running.enter_context(stack)
             print(stack.url, flush=True)
             sys.stdout = sys.stderr  # what the functions log
-            print(f"AWS services at {stack.aws_url}, container at {url}; Ctrl-C ends it", file=sys.stderr)
+            behind = f"model {model}, plain HTTP at {stack.function_url}" if model else f"container at {url}"
+            print(f"AWS services at {stack.aws_url}, {behind}; Ctrl-C ends it", file=sys.stderr)
             stop.wait()
         return 0
 

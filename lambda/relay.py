@@ -11,25 +11,31 @@ The worker posts the endpoint's messages to the connection, one token each, unti
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import json
-import math
 import os
 import queue
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import endpoint
 from limits import InvalidRequest, Message, described, identity, parse, validate
-from wire import Connection, ConnectionClosed, RequestTable, Settings, client, management, runtime
+from wire import (
+    POST_CHARACTERS,
+    Access,
+    Connection,
+    ConnectionClosed,
+    RelaySettings,
+    RequestTable,
+    TokenTable,
+    client,
+    management,
+)
 
-POST_CHARACTERS = 5000  # a character takes at most 6 bytes in JSON, and a frame holds 32 KB
 INBOX = 64  # messages read ahead of posting; when it is full, reading pauses
-REMEMBER_S = 600.0  # how long to remember that an endpoint cannot stream
 MARGIN_S = 3.0  # reserved before the function's timeout for the last message
 
 
@@ -47,46 +53,55 @@ def where(error: BaseException) -> str:
 
 
 def authorizer(event: Message, context: Any) -> Message:
-    """Allow or deny `$connect`. Without TOKENS every connection is denied.
+    """Allow or deny `$connect`. A token counts until it expires, and nobody gets in without one.
 
-    TOKENS holds `name:sha256-of-the-token` pairs separated by commas. The token comes as `?token=`, because a
-    browser cannot set headers on a WebSocket, or as `Authorization: Bearer`. With ALLOWED_ORIGINS a browser's page
-    must come from one of them.
+    It comes as `?token=`, because a browser cannot set headers on a WebSocket, or as `Authorization: Bearer`. With
+    ALLOWED_ORIGINS a browser's page must come from one of them. What the token's owner may do goes into the context,
+    which API Gateway adds to each later event of the connection.
     """
     headers = {key.lower(): value for key, value in (event.get("headers") or {}).items()}
     query = event.get("queryStringParameters") or {}
-    bearer = headers.get("authorization", "")
-    token = query.get("token") or (bearer[7:] if bearer[:7].lower() == "bearer " else "")
-    digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-    name = ""
-    for pair in filter(None, os.environ.get("TOKENS", "").replace(" ", "").split(",")):
-        who, _, wanted = pair.rpartition(":")
-        if hmac.compare_digest(digest, wanted.lower()):
-            name = who or "client"
-    origins = os.environ.get("ALLOWED_ORIGINS", "").replace(" ", "")
-    origin = headers.get("origin")
-    if origins and origin and origin not in origins.split(","):
-        name = ""
-    if not name:
-        log("denied", origin=bool(origin), token=bool(token))
+    token = query.get("token") or bearer(headers)
+    access = TokenTable(RelaySettings.read()).find(token) if token else None
+    if access is not None and not origin_allowed(headers.get("origin")):
+        access = None
+    if access is None:
+        log("denied", origin="origin" in headers, token=bool(token))
     statement = {
         "Action": "execute-api:Invoke",
-        "Effect": "Allow" if name else "Deny",
+        "Effect": "Allow" if access else "Deny",
         "Resource": event["methodArn"],
     }
     return {
-        "principalId": name or "nobody",
+        "principalId": access.name if access else "nobody",
         "policyDocument": {"Version": "2012-10-17", "Statement": [statement]},
-        "context": {"name": name},
+        "context": access.context() if access else {},
     }
 
 
+def bearer(headers: dict[str, str]) -> str:
+    """The token of an Authorization header."""
+    given = headers.get("authorization", "")
+    return given[7:] if given[:7].lower() == "bearer " else ""
+
+
+def origin_allowed(origin: str | None) -> bool:
+    """Whether a page of this origin may connect; without ALLOWED_ORIGINS, and for what is no browser, yes."""
+    allowed = os.environ.get("ALLOWED_ORIGINS", "").replace(" ", "")
+    return not allowed or not origin or origin in allowed.split(",")
+
+
 def router(event: Message, context: Any) -> Message:
-    """Every route of the WebSocket API. Answers go to the connection; the return value is only the route's status."""
+    """Every route of the WebSocket API. Answers go to the connection; the return value is only the route's status.
+
+    Also the destination of the worker's events that could not be run.
+    """
+    if "requestPayload" in event:
+        return undelivered(event)
     route = event["requestContext"]["routeKey"]
     if route == "$connect":
         return {"statusCode": 200}
-    settings = Settings.read()
+    settings = RelaySettings.read()
     connection = Connection(management(event, settings), event["requestContext"]["connectionId"])
     requests = RequestTable(settings, connection.id)
     if route == "$disconnect":
@@ -97,7 +112,8 @@ def router(event: Message, context: Any) -> Message:
     try:
         try:
             message = parse(event.get("body"))
-            _route(route, message, connection, requests)
+            access = Access.of(event["requestContext"].get("authorizer") or {})
+            _route(route, message, connection, requests, access)
         except InvalidRequest as refused:
             log("refused", route=route, code=refused.error["code"], param=refused.error["param"])
             connection.post(_error(message.get("request_id"), refused.error))
@@ -118,7 +134,65 @@ def _error(request_id: Any, error: Message) -> Message:
     return {"type": "error", "request_id": request_id if isinstance(request_id, str) else None, "error": error}
 
 
-def _route(route: str, message: Message, connection: Connection, requests: RequestTable) -> None:
+def undelivered(event: Message) -> Message:
+    """Tell a client that its text will not be written: Lambda had no place for the worker in time, or the worker died.
+
+    The event is Lambda's record for an on-failure destination
+    (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-retain-records.html).
+    """
+    job, condition = event["requestPayload"], event["requestContext"].get("condition", "")
+    connection = Connection(job["management"], job["connection_id"])
+    requests = RequestTable(RelaySettings.read(), connection.id)
+    log("undelivered", condition=condition)
+    if not requests.end(job["request_id"]):
+        return {"outcome": "ended before"}
+    settle(requests.settings, job, 0)
+    if condition == "EventAgeExceeded":
+        error = InvalidRequest(
+            "all writers are busy: try again in a minute", code="unavailable", type="unavailable_error"
+        ).error
+    else:
+        error = InvalidRequest("the writer failed: try again", code="endpoint_failed", type="server_error").error
+    with contextlib.suppress(ConnectionClosed):
+        connection.post(_error(job["request_id"], error))
+    return {"outcome": condition}
+
+
+def admitted(message: Message, requests: RequestTable, access: Access) -> Message:
+    """The checked request of a `generate` message, registered, its tokens taken from the day's allowance."""
+    settings = requests.settings
+    request_id = identity(message)
+    request = validate(message, settings.max_tokens, settings.max_samples, settings.max_prompt_bytes)
+    if len(requests.active()) >= settings.max_active:
+        raise InvalidRequest(
+            f"{settings.max_active} generations already run on this connection: wait for one to end",
+            code="too_many_requests",
+            type="rate_limit_error",
+        )
+    if not requests.register(request_id):
+        raise InvalidRequest(
+            "request_id was used before: choose a new one", param="request_id", code="duplicate_request"
+        )
+    amount = request["max_tokens"] * request.get("n", 1)
+    day = TokenTable(settings).spend(access, amount)
+    if day is None:
+        requests.end(request_id)
+        raise InvalidRequest(
+            f"{amount} tokens are more than is left of today's {access.daily}: ask for fewer, or come back tomorrow (UTC)",
+            code="allowance_exceeded",
+            type="rate_limit_error",
+        )
+    return {"request_id": request_id, "request": request, "reserved": [access.id, day, amount]}
+
+
+def settle(settings: RelaySettings, job: Message, used: int) -> None:
+    """Give back what a text did not use of the tokens that were taken for it."""
+    access, day, amount = job.get("reserved") or ("", "", 0)
+    if day:
+        TokenTable(settings).give_back(access, day, max(0, amount - used))
+
+
+def _route(route: str, message: Message, connection: Connection, requests: RequestTable, access: Access) -> None:
     settings = requests.settings
     if route == "ping":
         connection.post({"type": "pong"})
@@ -129,30 +203,17 @@ def _route(route: str, message: Message, connection: Connection, requests: Reque
             raise InvalidRequest("no such request on this connection", param="request_id", code="unknown_request")
     elif route == "generate":
         message.setdefault("request_id", uuid.uuid4().hex)
-        request_id = identity(message)
-        request = validate(message, settings.max_tokens, settings.max_samples, settings.max_prompt_bytes)
-        if len(requests.active()) >= settings.max_active:
-            raise InvalidRequest(
-                f"{settings.max_active} generations already run on this connection: wait for one to end",
-                code="too_many_requests",
-                type="rate_limit_error",
-            )
-        if not requests.register(request_id):
-            raise InvalidRequest(
-                "request_id was used before: choose a new one", param="request_id", code="duplicate_request"
-            )
         job = {
-            "connection_id": connection.id,
-            "management": connection.endpoint,
-            "request_id": request_id,
-            "request": request,
-        }
+            "connection_id": connection.id, "management": connection.endpoint, **admitted(message, requests, access)
+        }  # fmt: skip
         try:
+            connection.post({"type": "queued", "request_id": job["request_id"]})
             client("lambda", None, 2).invoke(
                 FunctionName=settings.worker, InvocationType="Event", Payload=json.dumps(job).encode()
             )
         except Exception:
-            requests.end(request_id)
+            requests.end(job["request_id"])
+            settle(settings, job, 0)
             raise
     else:
         raise InvalidRequest("unknown action: send generate, stop or ping", param="action", code="unknown_action")
@@ -166,6 +227,7 @@ class Reader(threading.Thread):
         self.inbox: queue.Queue[Message | Exception | None] = queue.Queue(INBOX)
         self.stopping = threading.Event()
         self.body: Any = None
+        self.cancel: Callable[[], None] = lambda: None
         self._read = read
 
     def run(self) -> None:
@@ -194,6 +256,7 @@ class Reader(threading.Thread):
     def stop(self) -> None:
         """Stop the endpoint's generation: close the connection even while a read is waiting."""
         self.stopping.set()
+        self.cancel()
         stream = getattr(self.body, "_raw_stream", None)
         line = getattr(getattr(stream, "connection", None), "sock", None)
         if isinstance(line, socket.socket):
@@ -202,101 +265,11 @@ class Reader(threading.Thread):
         self.join(timeout=1.0)
 
 
-def lines(parts: Iterable[bytes]) -> Iterator[Message]:
-    """JSON objects, one a line, from byte chunks split anywhere; an unfinished last line raises ValueError."""
-    rest = b""
-    for part in parts:
-        *whole, rest = (rest + part).split(b"\n")
-        for line in whole:
-            if line.strip():
-                yield json.loads(line)
-    if rest.strip():
-        yield json.loads(rest)
-
-
-def _streamed(settings: Settings, body: bytes, reader: Reader) -> Iterator[Message]:
-    answer = runtime().invoke_endpoint_with_response_stream(
-        EndpointName=settings.endpoint, ContentType="application/json", Accept="application/jsonlines", Body=body
-    )
-    reader.body = answer["Body"]
-    yield from lines(event["PayloadPart"]["Bytes"] for event in reader.body if "PayloadPart" in event)
-
-
-def _buffered(settings: Settings, body: bytes) -> Iterator[Message]:
-    """The messages made from a complete response, for endpoints that cannot stream (serverless ones)."""
-    yield {"type": "started"}
-    answer = runtime().invoke_endpoint(
-        EndpointName=settings.endpoint, ContentType="application/json", Accept="application/json", Body=body
-    )
-    whole = json.loads(answer["Body"].read())
-    if "error" in whole:
-        yield {"type": "error", "error": whole["error"]}
-        return
-    samples = whole.get("samples") or [whole]
-    for index, sample in enumerate(samples):
-        text = sample if isinstance(sample, str) else sample.get("text") or sample.get("generated_text") or ""
-        for start in range(0, len(text), POST_CHARACTERS):
-            yield {"type": "token", "index": index, "text": text[start : start + POST_CHARACTERS]}
-    kept = {key: whole[key] for key in ("finish_reason", "usage", "seed") if key in whole}
-    yield {"type": "complete", **kept, "streamed": False}
-
-
-_cannot_stream: dict[str, float] = {}
-
-
-def messages(settings: Settings, request: Message, trace: str, reader: Reader) -> Iterator[Message]:
-    """The endpoint's response to `request`, as messages of the WebSocket protocol.
-
-    In mode `auto`, an endpoint that does not support the streaming call gets a buffered request instead, and for the
-    next ten minutes only buffered requests.
-    """
-    from botocore.exceptions import ClientError
-
-    def body(stream: bool) -> bytes:
-        return json.dumps({**request, "stream": stream, "request_id": trace}).encode()
-
-    whole = time.monotonic() - _cannot_stream.get(settings.endpoint, -math.inf) < REMEMBER_S
-    if settings.mode == "stream" or (settings.mode == "auto" and not whole):
-        try:
-            yield from _streamed(settings, body(True), reader)
-            return
-        except ClientError as error:
-            refused = error.response.get("Error", {}).get("Code") in ("ValidationError", "ValidationException")
-            if settings.mode != "auto" or not refused or reader.body is not None:
-                raise
-            _cannot_stream[settings.endpoint] = time.monotonic()
-    yield from _buffered(settings, body(False))
-
-
-def explain(error: BaseException) -> Message:
-    """The error sent to the client after an endpoint failure; the container's own error where it gave one."""
-    response = getattr(error, "response", None) or {}
-    code = response.get("Error", {}).get("Code", "")
-    if code == "ModelError":
-        try:
-            inner = json.loads(response.get("OriginalMessage") or "")["error"]
-            return {key: inner.get(key) for key in ("message", "type", "param", "code")}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-    busy = code in ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyException") or (
-        code == "ModelError" and response.get("OriginalStatusCode") in (429, 503)
-    )
-    if busy:
-        return InvalidRequest(
-            "the model is busy or starting: try again", code="unavailable", type="unavailable_error"
-        ).error
-    if isinstance(error, ValueError) or type(error).__name__ in ("ProtocolError", "IncompleteRead"):
-        return InvalidRequest("the endpoint's answer broke off", code="stream_truncated", type="server_error").error
-    if "Timeout" in type(error).__name__:
-        return InvalidRequest("the endpoint went silent", code="stalled", type="server_error").error
-    return InvalidRequest("the endpoint failed", code="endpoint_failed", type="server_error").error
-
-
 class Relay:
     """Relays one generation from the endpoint to one connection."""
 
     def __init__(
-        self, settings: Settings, connection: Connection, requests: RequestTable, request_id: str, seconds: float
+        self, settings: RelaySettings, connection: Connection, requests: RequestTable, request_id: str, seconds: float
     ):
         self.settings, self.connection, self.requests, self.request_id = settings, connection, requests, request_id
         self.began = self.flushed = self.heard = self.polled = time.monotonic()
@@ -348,7 +321,7 @@ class Relay:
                 if self._stop_requested():
                     return self._cut(reader, "cancelled")
             if reader.body is not None and now - self.heard >= self.settings.silence_s:
-                self.fail(explain(TimeoutError()))
+                self.fail(endpoint.explain(TimeoutError()))
                 return "stalled"
             clocks = [self.deadline, self.polled + self.settings.poll_s]
             if self.pending:
@@ -362,10 +335,10 @@ class Relay:
             self.heard = time.monotonic()
             if isinstance(item, Exception):
                 log("endpoint", error=where(item), code=getattr(item, "response", {}).get("Error", {}).get("Code"))
-                self.fail(explain(item))
+                self.fail(endpoint.explain(item))
                 return "failed"
             if item is None:
-                self.fail(explain(ValueError()))
+                self.fail(endpoint.explain(ValueError()))
                 return "failed"
             outcome = self._take(item)
             if outcome:
@@ -409,9 +382,17 @@ class Relay:
 
 def worker(event: Message, context: Any) -> Message:
     """Handle one generation, described by the router's `event`. A second delivery of it does nothing."""
-    settings = Settings.read()
+    return work(event, context, endpoint.messages)
+
+
+Source = Callable[[RelaySettings, Message, str, Reader], Iterable[Message]]
+
+
+def work(event: Message, context: Any, source: Source, connection: Connection | None = None) -> Message:
+    """Post what `source` writes to the connection of the event, or to another one, and keep the request's books."""
+    settings = RelaySettings.read()
     request_id = event["request_id"]
-    connection = Connection(event["management"], event["connection_id"])
+    connection = connection or Connection(event["management"], event["connection_id"])
     requests = RequestTable(settings, connection.id)
     if not requests.start(request_id):
         log("duplicate", aws_request=context.aws_request_id)
@@ -419,7 +400,7 @@ def worker(event: Message, context: Any) -> Message:
     trace = uuid.uuid4().hex  # clients choose their request_id; the container's must be unique
     seconds = max(0.0, context.get_remaining_time_in_millis() / 1000 - MARGIN_S)
     relay = Relay(settings, connection, requests, request_id, seconds)
-    reader = Reader(lambda reader: messages(settings, event["request"], trace, reader))
+    reader = Reader(lambda reader: source(settings, event["request"], trace, reader))
     outcome = "failed"
     try:
         outcome = relay.run(reader)
@@ -431,13 +412,14 @@ def worker(event: Message, context: Any) -> Message:
         reader.stop()
         measure(relay, outcome, settings.endpoint, context.aws_request_id, trace, event["request"])
         try:
-            requests.end(request_id)
+            if requests.end(request_id):
+                settle(settings, event, relay.tokens)
         except Exception as error:
             log("request_table", error=where(error), trace=trace)
     return {"outcome": outcome, "tokens": relay.tokens}
 
 
-def measure(relay: Relay, outcome: str, endpoint: str, aws_request: str, trace: str, request: Message) -> None:
+def measure(relay: Relay, outcome: str, name: str, aws_request: str, trace: str, request: Message) -> None:
     """Log one line in CloudWatch's embedded metric format, from which CloudWatch extracts the metrics."""
     values: Message = {
         "Requests": 1,
@@ -453,7 +435,7 @@ def measure(relay: Relay, outcome: str, endpoint: str, aws_request: str, trace: 
     space = {"Namespace": "VictorianGenerator", "Dimensions": [["Endpoint"]], "Metrics": metrics}
     line = {
         "_aws": {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [space]},
-        "Endpoint": endpoint,
+        "Endpoint": name,
         "outcome": outcome,
         "aws_request": aws_request,
         "trace": trace,

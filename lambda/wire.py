@@ -1,4 +1,4 @@
-"""The relay's side of AWS: settings, boto3 clients, posting to a connection, and the table of requests.
+"""The relay's side of AWS: settings, boto3 clients, posting to a connection, and the tables of requests and tokens.
 
 connection = Connection("https://ID.execute-api.eu-west-1.amazonaws.com/prod", "d3vGtd5yIAMCJnA=")
 connection.post({"type": "token", "request_id": "1", "seq": 0, "index": 0, "text": "It"})
@@ -7,6 +7,7 @@ connection.post({"type": "token", "request_id": "1", "seq": 0, "index": 0, "text
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import random
@@ -15,19 +16,24 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 from limits import FLUSH_MS, MAX_ACTIVE, MAX_PROMPT_BYTES, MAX_SAMPLES, MAX_TOKENS, SILENCE_S, STOP_POLL_MS, Message
 
+POST_CHARACTERS = 5000  # a character takes at most 6 bytes in JSON, and a frame holds 32 KB
 POST_ATTEMPTS = 7  # the pause starts at 50 ms and doubles: survives 3 s of throttling
 
 
 @dataclass(frozen=True)
-class Settings:
+class RelaySettings:
     """The functions' environment (set by `template.yaml`; fallbacks in `limits.py`)."""
 
     endpoint: str
     mode: str
     worker: str
     table: str
+    tokens_table: str
     flush_s: float
     max_tokens: int
     max_samples: int
@@ -38,7 +44,7 @@ class Settings:
     management: str
 
     @classmethod
-    def read(cls) -> Settings:
+    def read(cls) -> RelaySettings:
         get = os.environ.get
         mode = get("ENDPOINT_MODE", "auto")
         if mode not in ("auto", "stream", "buffered"):
@@ -48,6 +54,7 @@ class Settings:
             mode=mode,
             worker=get("WORKER_FUNCTION", ""),
             table=get("TABLE_NAME", ""),
+            tokens_table=get("TOKENS_TABLE", ""),
             flush_s=float(get("FLUSH_MS", FLUSH_MS)) / 1000,
             max_tokens=int(get("MAX_TOKENS", "0")) or MAX_TOKENS,
             max_samples=int(get("MAX_SAMPLES", "0")) or MAX_SAMPLES,
@@ -68,9 +75,6 @@ _clients = threading.Lock()
 
 @functools.cache
 def client(service: str, endpoint_url: str | None, attempts: int) -> Any:
-    import boto3
-    from botocore.config import Config
-
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
@@ -86,7 +90,7 @@ def runtime() -> Any:
     return client("sagemaker-runtime", None, 1)
 
 
-def management(event: Message, settings: Settings) -> str:
+def management(event: Message, settings: RelaySettings) -> str:
     """URL to which messages for the event's connection are posted; `MANAGEMENT_ENDPOINT` is for custom domains."""
     context = event["requestContext"]
     local = os.environ.get("AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI", "")
@@ -101,8 +105,6 @@ class Connection:
 
     def post(self, message: Message) -> None:
         """Deliver one message, retrying after throttling and server errors; raises ConnectionClosed for a closed connection."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         api = client("apigatewaymanagementapi", self.endpoint, 1)
         for attempt in range(POST_ATTEMPTS):
@@ -127,7 +129,7 @@ class RequestTable:
     A second delivery of the same event is recognised by it, and `stop` reaches the worker through it.
     """
 
-    def __init__(self, settings: Settings, connection_id: str):
+    def __init__(self, settings: RelaySettings, connection_id: str):
         self.settings, self.connection_id = settings, connection_id
         self.db = client("dynamodb", None, 3)
 
@@ -163,8 +165,9 @@ class RequestTable:
         """Mark the request as started; True for the first worker, False for every later delivery."""
         return self._set(request_id, "began", "attribute_exists(request_id) AND attribute_not_exists(began)")
 
-    def end(self, request_id: str) -> None:
-        self._set(request_id, "ended", "attribute_exists(request_id)")
+    def end(self, request_id: str) -> bool:
+        """Mark the request as ended; False if it was before."""
+        return self._set(request_id, "ended", "attribute_exists(request_id) AND attribute_not_exists(ended)")
 
     def request_stop(self, request_id: str) -> bool:
         """Ask the worker to stop; False if there is no such request."""
@@ -187,3 +190,72 @@ class RequestTable:
             ConsistentRead=True,
         )
         return [item["request_id"]["S"] for item in answer["Items"]]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Whose token a connection was opened with, and how many tokens of text a day it is good for; 0: any number."""
+
+    id: str
+    name: str
+    daily: int = 0
+
+    def context(self) -> Message:
+        """As an authorizer's context, whose values are strings, numbers or booleans."""
+        return {"id": self.id, "name": self.name, "daily": self.daily}
+
+    @classmethod
+    def of(cls, context: Message) -> Access:
+        """From the context of a later event, in which API Gateway has made every value a string."""
+        return cls(str(context.get("id", "")), str(context.get("name", "")), int(context.get("daily") or 0))
+
+
+class TokenTable:
+    """One DynamoDB item per access token, under its SHA-256, and one for what it was used for on a day.
+
+    `id` (hash), `name`, and optionally `expires` (seconds since 1970) and `daily` (tokens of text); `id#DAY` with `used`.
+    """
+
+    def __init__(self, settings: RelaySettings):
+        self.table = settings.tokens_table
+        self.db = client("dynamodb", None, 3)
+
+    def find(self, token: str) -> Access | None:
+        """The owner of a token; None if it is unknown or has expired."""
+        digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+        item = self.db.get_item(TableName=self.table, Key={"id": {"S": digest}}, ConsistentRead=True).get("Item")
+        if item is None or "name" not in item:
+            return None
+        if "expires" in item and float(item["expires"]["N"]) <= time.time():
+            return None
+        return Access(digest, item["name"]["S"], int(item.get("daily", {"N": "0"})["N"]))
+
+    def spend(self, access: Access, amount: int) -> str | None:
+        """Take tokens of text from the day's allowance; the day, "" where there is no allowance, None if too few are left."""
+        if not access.daily:
+            return ""
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        if amount > access.daily or not self._add(access.id, day, amount, access.daily - amount):
+            return None
+        return day
+
+    def give_back(self, access_id: str, day: str, amount: int) -> None:
+        self._add(access_id, day, -amount, None)
+
+    def _add(self, access_id: str, day: str, amount: int, room: int | None) -> bool:
+        values = {":amount": {"N": str(amount)}, ":forget": {"N": str(int(time.time()) + 3 * 86_400)}}
+        condition: Message = {}
+        if room is not None:
+            values[":room"] = {"N": str(room)}
+            condition = {"ConditionExpression": "attribute_not_exists(used) OR used <= :room"}
+        try:
+            self.db.update_item(
+                TableName=self.table,
+                Key={"id": {"S": f"{access_id}#{day}"}},
+                UpdateExpression="SET forget_at = :forget ADD used :amount",
+                ExpressionAttributeValues=values,
+                **condition,
+            )
+        except self.db.exceptions.ConditionalCheckFailedException:
+            return False
+        return True

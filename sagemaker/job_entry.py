@@ -1,15 +1,22 @@
 """Inside a SageMaker training job: gives `train.py` its data, a run folder that outlives the machine, and its flags.
 
-    torchrun --nproc_per_node=8 sagemaker/job_entry.py --preset victorian --flags "--train.max-steps 2000"
+    exec python3 sagemaker/job_entry.py        # what the job's start script runs; becomes torchrun, which runs this file again
 
-The run folder lies in /opt/ml/checkpoints, which SageMaker copies to S3 as it changes and brings back before the next
-job. The copy is not atomic, so a checkpoint that was under way is found damaged by its checksums and the one before it
-is used. The best model becomes the job's artifact.
+The run folder lies on the machine. Its checkpoints are copied to /opt/ml/checkpoints, which SageMaker copies to S3 and
+brings back before the next job (see checkpoint_mirror.py). The best model becomes the job's artifact.
+
+SageMaker stops a job with SIGTERM to the container's first process, and the spot service gives two minutes after it. The
+SDK's own launchers leave a shell there, which passes nothing on
+(https://github.com/aws/sagemaker-training-toolkit/issues/173); replaced by torchrun, which passes it to all processes, the
+job saves a checkpoint. torchrun gives them 30 seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -17,35 +24,47 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parent):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+from checkpoint_mirror import Facts, Mirror, in_s3  # noqa: E402
 
 READY = ".ready"
+MINUTES = re.compile(r"--train\.max[-_]minutes[= ]\s*(\S+)")
 
 
-def training_flags(words: Sequence[str], data: Path, run: Path, resume: bool) -> list[str]:
-    """The command line of `train.py`: from the job's hyperparameters (`--key value` pairs) and its folders."""
+def launch(environment: Mapping[str, str]) -> None:
+    """Become torchrun, which runs this file once for each GPU of each machine."""
+    given = json.loads(environment.get("SM_HPS", "{}"))
+    hosts, kind = int(environment.get("SM_HOST_COUNT", "1")), environment.get("SM_CURRENT_INSTANCE_TYPE", "")
+    processes = int(environment.get("SM_NUM_GPUS", "0")) or 1
+    words = ["torchrun", f"--nnodes={hosts}", f"--nproc_per_node={processes}"]
+    if hosts > 1:
+        words += [f"--master_addr={environment['SM_MASTER_ADDR']}", f"--master_port={environment['SM_MASTER_PORT']}"]
+        words += [f"--node_rank={environment['SM_CURRENT_HOST_RANK']}"]
+    words += [str(Path(__file__).resolve())]
+    for name in ("preset", "flags"):
+        if given.get(name):
+            words += [f"--{name}", str(given[name])]
+    network = {"NCCL_SOCKET_IFNAME": environment.get("SM_NETWORK_INTERFACE_NAME", "eth0")}
+    if kind.startswith(("ml.p4", "ml.p5")):  # machines with EFA, set as the SDK's torchrun driver sets them
+        network |= {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "RDMAV_FORK_SAFE": "1", "NCCL_PROTO": "simple"}
+    print("starting", shlex.join(words), flush=True)
+    os.execvpe(words[0], words, {**environment, **network})
+
+
+def training_flags(words: Sequence[str], data: Path, run: Path, restored: Facts | None) -> list[str]:
+    """The command line of `train.py`: from the job's hyperparameters (`--key value` pairs) and its folders.
+
+    --train.max-minutes counts the minutes of a run, and a job's limit those of the job: what was trained before is added.
+    """
     given = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
     flags = ["--preset", given.get("preset", "victorian"), "--data", str(data), "--out", str(run)]
-    more = shlex.split(given.get("flags", ""))
-    if not any("keep-last" in word or "keep_last" in word for word in more):
-        more += ["--train.keep-last", "2"]
-    return flags + more + (["--resume"] if resume else [])
-
-
-def sound_checkpoints(run: Path) -> int:
-    """Remove checkpoints that do not match their checksums; how many are left."""
-    from storage import atomic
-
-    left = 0
-    for folder in sorted(run.glob("last*")):
-        if folder.is_dir() and (not (folder / atomic.SUMS).is_file() or atomic.faults(folder)):
-            print(f"checkpoint {folder.name} is incomplete: removed", flush=True)
-            shutil.rmtree(folder)
-        elif folder.is_dir():
-            left += 1
-    return left
+    spent = restored["elapsed_s"] / 60 if restored else 0.0
+    more = MINUTES.sub(lambda found: f"--train.max-minutes {float(found[1]) + spent:g}", given.get("flags", ""))
+    return flags + shlex.split(more) + (["--resume"] if restored else [])
 
 
 def local_copy(channel: Path, target: Path) -> Path:
@@ -64,22 +83,23 @@ def local_copy(channel: Path, target: Path) -> Path:
     return target
 
 
-def prepare(environment: Mapping[str, str], run: Path, scratch: Path) -> tuple[Path, bool]:
-    """Data folder and whether there is something to resume; done once on each machine, the other processes wait."""
+def prepare(environment: Mapping[str, str], mirror: Mirror, run: Path, scratch: Path) -> tuple[Path, Facts | None]:
+    """Data folder and what was restored; done once on each machine, the other processes wait."""
     channel = Path(environment["SM_CHANNEL_TRAINING"])
     job = environment.get("TRAINING_JOB_NAME", "job")
     flag = scratch / f"{job}{READY}"
     if int(environment.get("LOCAL_RANK", "0")) == 0:
         data = local_copy(channel, scratch / "data")
-        resume = sound_checkpoints(run) > 0
-        if not resume and run.exists():
-            shutil.rmtree(run)
-        flag.write_text(f"{data}\n{int(resume)}")
+        restored = mirror.restore(run)
+        if restored is None:
+            shutil.rmtree(run, ignore_errors=True)
+        draft = flag.with_suffix(".draft")
+        draft.write_text(json.dumps([str(data), restored]))
+        draft.rename(flag)
     while not flag.exists():
         time.sleep(0.5)
-    while len(lines := flag.read_text().split("\n")) < 2:
-        time.sleep(0.1)
-    return Path(lines[0]), lines[1] == "1"
+    found, restored = json.loads(flag.read_text())
+    return Path(found), restored
 
 
 def tensorboard_to(run: Path, target: Path) -> None:
@@ -96,11 +116,11 @@ def tensorboard_to(run: Path, target: Path) -> None:
 
 
 def keep_model(run: Path, artifact: Path) -> None:
-    """The best model, or the last where there is none, as the job's artifact."""
+    """The best model that can be read, or the last checkpoint where there is none, as the job's artifact."""
     from checkpoint import TRAINING_FILES
 
     folders = [run / "best", *sorted(run.glob("last*"), reverse=True)]
-    best = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    best = next((folder for folder in folders if is_readable(folder)), None)
     if best is None:
         print("the run has no model yet: the job leaves no artifact", flush=True)
         return
@@ -111,24 +131,46 @@ def keep_model(run: Path, artifact: Path) -> None:
     print(f"artifact: {best.name} of {run.name}", flush=True)
 
 
+def is_readable(folder: Path) -> bool:
+    """Whether a model folder can be loaded with all its weights."""
+    from checkpoint import load_model
+
+    if not folder.is_dir():
+        return False
+    try:
+        load_model(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{folder.name} cannot be read: {error}", flush=True)
+        return False
+    return True
+
+
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
     import train
 
     words = list(sys.argv[1:] if argv is None else argv)
     at = environment or os.environ
     ml = Path(at.get("VLG_ML", "/opt/ml"))
-    run = ml / "checkpoints" / at.get("VLG_RUN", "run")
-    scratch = Path(at.get("VLG_SCRATCH", "/tmp/victorian"))
+    name = at.get("VLG_RUN", "run")
+    run, scratch = ml / "run" / name, Path(at.get("VLG_SCRATCH", "/tmp/victorian"))
     scratch.mkdir(parents=True, exist_ok=True)
-    data, resume = prepare(at, run, scratch)
+    copies = at.get("VLG_CHECKPOINTS", "")
+    mirror = Mirror(ml / "checkpoints" / name, ml / "drafts", *([in_s3(f"{copies}/{name}")] if copies else []))
+    data, restored = prepare(at, mirror, run, scratch)
     first = int(at.get("RANK", "0")) == 0
     if first:
         tensorboard_to(run, ml / "output" / "tensorboard")
-    code = train.main(training_flags(words, data, run, resume))
+    with mirror.following(run) if first else contextlib.nullcontext():
+        code = train.main(training_flags(words, data, run, restored))
     if first:
         keep_model(run, Path(at.get("SM_MODEL_DIR", ml / "model")))
+        if code:  # what DescribeTrainingJob gives as the FailureReason
+            (ml / "output").mkdir(exist_ok=True)
+            (ml / "output" / "failure").write_text(f"train.py ended with code {code}: see the job's log")
     return code
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        launch(os.environ)
     sys.exit(main())

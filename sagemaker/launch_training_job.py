@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -23,16 +23,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+for folder in (HERE, ROOT):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+from checkpoint_mirror import newest_in_s3  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
 from config import ConfigError, FrozenSettings  # noqa: E402
 from storage import s3  # noqa: E402
 
 DLC = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch-training:2.10.0-gpu-py313"
-ENTRY = "sagemaker/job_entry.py"
+COMMAND = "exec python3 sagemaker/job_entry.py"  # exec: SIGTERM reaches it, see there
 REQUIREMENTS = "sagemaker/job-requirements.txt"
 CHANNEL = "training"
 CHECKPOINTS, TENSORBOARD = "/opt/ml/checkpoints", "/opt/ml/output/tensorboard"
@@ -40,6 +44,7 @@ LEFT_OUT = [
     ".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".env",
     "data", "runs", "models", "build", "tests", "notebooks", "docs", "web",
 ]  # fmt: skip
+MINUTES = re.compile(r"--train\.max[-_]minutes[= ]\s*([\d.]+)")
 METRICS = ("step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "mfu")
 TAG = {"key": "project", "value": "victorian-literature-generator"}
 
@@ -70,7 +75,7 @@ class Flags(FrozenSettings):
     input_mode: Literal["FastFile", "File"] = "FastFile"
     """FastFile starts at once and copies the shards in order; File waits for SageMaker's download."""
     max_hours: float = Field(24.0, gt=0.0, le=120.0)
-    """Hours the job may run (SageMaker ends it then; train.py saves ten minutes earlier)."""
+    """Hours this job may run (SageMaker ends it then; train.py saves ten minutes earlier). A later job has its own."""
     spot: bool = False
     """Spare capacity: much cheaper, may be interrupted, resumes by itself."""
     max_wait_hours: float = Field(0.0, ge=0.0, le=240.0)
@@ -115,10 +120,15 @@ def region_of(flags: Flags) -> str:
     return region or "REGION"
 
 
+def job_minutes(flags: Flags) -> int:
+    """Minutes that one job trains: those given, or what its limit leaves beside the last evaluation and upload."""
+    given = MINUTES.search(flags.flags)
+    return round(float(given[1])) if given else max(1, round(flags.max_hours * 60) - 10)
+
+
 def request(flags: Flags, region: str) -> dict[str, Any]:
     """The CreateTrainingJob request, but for what the SDK adds: the code's channels, the start script, a time stamp."""
-    minutes = max(1, round(flags.max_hours * 60) - 10)
-    more = flags.flags if "max-minutes" in flags.flags else f"{flags.flags} --train.max-minutes {minutes}".strip()
+    more = flags.flags if MINUTES.search(flags.flags) else f"{flags.flags} --train.max-minutes {job_minutes(flags)}"
     run = f"{s3.s3_url(flags.output)}/{flags.name}"
     stopping = {"MaxRuntimeInSeconds": round(flags.max_hours * 3600)}
     if flags.spot:
@@ -130,7 +140,7 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
             "MetricDefinitions": [{"Name": name, "Regex": rf"\b{name}=([-+0-9.eE]+)"} for name in METRICS],
         },
         "RoleArn": flags.role,
-        "HyperParameters": {"preset": flags.preset, "flags": more},
+        "HyperParameters": {"preset": flags.preset, "flags": more.strip()},
         "InputDataConfig": [
             {"ChannelName": CHANNEL, "InputMode": flags.input_mode, "DataSource": {"S3DataSource": source}}
         ],
@@ -144,8 +154,31 @@ def request(flags: Flags, region: str) -> dict[str, Any]:
         },
         "StoppingCondition": stopping,
         "EnableManagedSpotTraining": flags.spot,
-        "Environment": {"VLG_RUN": flags.name, "PYTHONUNBUFFERED": "1"},
+        "Environment": {
+            "VLG_RUN": flags.name,
+            "VLG_CHECKPOINTS": f"{run}/checkpoints",
+            "PYTHONUNBUFFERED": "1",
+        },
     }
+
+
+def remaining(flags: Flags, minutes: int) -> str:
+    """What is left of a run for this job of so many minutes; ConfigError if that is nothing."""
+    facts = newest_in_s3(f"{s3.s3_url(flags.output)}/{flags.name}/checkpoints/{flags.name}")
+    if facts is None:
+        return f"run {flags.name}: no checkpoint in S3 yet, it starts at step 0 and has {minutes} minutes in this job"
+    given = re.search(r"--train\.max[-_]steps[= ]\s*(\d+)", flags.flags)
+    total, step = int(given[1]) if given else facts["max_steps"], facts["step"]
+    if total and step >= total:
+        raise ConfigError(
+            [
+                f"--name {flags.name}: the run is complete, step {step} of {total}: a job would train no step. Raise "
+                f"--train.max-steps in --flags, or choose another --name"
+            ]
+        )
+    end = f" of {total}" if total else ""
+    spent = facts["elapsed_s"] / 60
+    return f"run {flags.name}: at step {step}{end} after {spent:.0f} minutes; this job has {minutes} minutes more"
 
 
 def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
@@ -167,7 +200,6 @@ def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
         TensorBoardOutputConfig,
     )
     from sagemaker.train import ModelTrainer
-    from sagemaker.train.distributed import Torchrun
 
     channel = job_request["InputDataConfig"][0]
     source = channel["DataSource"]["S3DataSource"]
@@ -180,9 +212,8 @@ def trainer(flags: Flags, job_request: dict[str, Any], region: str) -> Any:
         base_job_name=flags.name,
         sagemaker_session=Session(boto_session=boto3.session.Session(region_name=region), default_bucket=bucket),
         source_code=SourceCode(
-            source_dir=str(ROOT), entry_script=ENTRY, requirements=REQUIREMENTS, ignore_patterns=LEFT_OUT
+            source_dir=str(ROOT), command=COMMAND, requirements=REQUIREMENTS, ignore_patterns=LEFT_OUT
         ),
-        distributed=Torchrun(),
         compute=Compute(
             instance_type=resources["InstanceType"],
             instance_count=resources["InstanceCount"],
@@ -249,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         region = region_of(flags)
         job_request = request(flags, region)
         if flags.dry_run:
-            command = f"torchrun … {ENTRY} --preset {flags.preset} --flags {shlex.quote(job_request['HyperParameters']['flags'])}"
-            print(json.dumps({**job_request, "added by the SDK": {"source": str(ROOT), "command": command}}, indent=2))
+            print(json.dumps({**job_request, "added by the SDK": {"source": str(ROOT), "command": COMMAND}}, indent=2))
             return 0
         with s3.readable_errors(f"job {flags.name}"):
+            print(remaining(flags, job_minutes(flags)), file=sys.stderr)
             result = launch(flags, job_request, region)
         print(result)
         if flags.wait:

@@ -11,6 +11,7 @@ An endpoint costs money by the hour, used or not; `--delete` removes all that th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,20 +20,27 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parent):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import autoscaling  # noqa: E402
+from ecr_images import SAGEMAKER, pinned  # noqa: E402
 
 from checkpoint import TRAINING_FILES  # noqa: E402
 from cli import parse_flags, run_main  # noqa: E402
 from config import SETTINGS, ConfigError, FrozenSettings, GenerationParams  # noqa: E402
 from storage import s3  # noqa: E402
 
-VARIANT = "primary"
+# The machine image whose driver goes with the image's CUDA (ProductionVariant.InferenceAmiVersion in the API reference:
+# driver 550 and 580). Without one, GPU machines start with driver 470, which is too old for this torch.
+AMI = {"cu126": "al2-ami-sagemaker-inference-gpu-3-1", "cu130": "al2023-ami-sagemaker-inference-gpu-4-1"}
+STREAM_S = 480  # a stream's longest duration: an update leaves the old machines for so long
 TAG = {"Key": "project", "Value": "victorian-literature-generator"}
 LMI_ACCOUNT, LMI_IMAGE = "763104351884", "djl-inference:0.38.0-lmi29.0.0-cu130"
 VLLM_PROPERTIES = """engine=Python
@@ -48,7 +56,7 @@ class EndpointFlags(FrozenSettings):
     """What both kinds of endpoint need."""
 
     name: str = Field("victorian", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,40}$")
-    """Name of the endpoint."""
+    """Name of the endpoint; in lower case, as SageMaker writes it in ARNs."""
     model: Path | None = None
     """Model folder to pack and upload (runs/NAME/best)."""
     model_data: str = ""
@@ -61,6 +69,10 @@ class EndpointFlags(FrozenSettings):
     """ARN of the role that SageMaker assumes (reads the bucket, pulls the image, writes logs)."""
     region: str = ""
     """AWS region; default: that of the AWS settings."""
+    kms_key: str = ""
+    """KMS key that encrypts the packed model and the machines' disks; default: AWS's own keys."""
+    log_days: Literal[1, 3, 5, 7, 14, 30, 60, 90, 180, 365] = 14
+    """Days that the endpoint's log is kept."""
     wait: bool = True
     """Wait until the endpoint is in service, then try it."""
     delete: bool = False
@@ -84,8 +96,22 @@ class Flags(EndpointFlags):
     """Concurrent requests per machine that scaling aims at."""
     slots: int = Field(16, ge=1, le=4096)
     """Texts that one machine writes at the same time (own engine)."""
+    cuda: Literal["cu126", "cu130"] = "cu126"
+    """CUDA of the image's torch (TORCH_INDEX of the build); chooses the machines' driver."""
+    subnets: str = ""
+    """Subnets of a VPC, separated by commas, in which the machines run; needs --security-groups."""
+    security_groups: str = ""
+    """Security groups of the machines, separated by commas."""
     startup_s: int = Field(600, ge=60, le=3600)
     """Seconds that loading may take."""
+
+
+F = TypeVar("F", bound=EndpointFlags)
+
+
+def lower_case(flags: F) -> F:
+    """The flags with the endpoint's name in lower case: its ARN has it so, and a role's policy is compared with the ARN."""
+    return flags.model_copy(update={"name": flags.name.lower()})
 
 
 def resource_name(name: str, *parts: Any) -> str:
@@ -97,8 +123,6 @@ def pack(folder: Path, engine: str) -> bytes:
     """A model folder as model.tar.gz; the same folder gives the same bytes."""
     import gzip
 
-    if not (folder / "config.json").is_file():
-        raise ConfigError([f"--model {folder}: no config.json there: give a model folder like runs/NAME/best"])
     files = {
         path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in TRAINING_FILES
     }
@@ -138,7 +162,8 @@ def upload_model(flags: EndpointFlags, engine: str) -> str:
             found = client.list_objects_v2(Bucket=flags.bucket, Prefix=key)
             if not found.get("Contents"):
                 print(f"uploading {len(packed) / 1e6:.1f} MB to {url}", file=sys.stderr)
-                client.upload_fileobj(io.BytesIO(packed), flags.bucket, key)
+                sealed = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": flags.kms_key} if flags.kms_key else {}
+                client.upload_fileobj(io.BytesIO(packed), flags.bucket, key, ExtraArgs=sealed)
     return url
 
 
@@ -151,81 +176,87 @@ def check(flags: EndpointFlags, engine: str = "own") -> None:
     errors = []
     if bool(flags.model) == bool(flags.model_data):
         errors.append("give either --model FOLDER or --model-data s3://…/model.tar.gz")
+    if flags.model and not (flags.model / "config.json").is_file():
+        errors.append(f"--model {flags.model}: no config.json there: give a model folder like runs/NAME/best")
     if flags.model and not flags.bucket:
         errors.append("--bucket is missing: the S3 bucket that the packed model goes to")
     if engine == "own" and not flags.image:
         errors.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 4)")
+    if engine == "vllm" and flags.model_data:
+        errors.append(
+            f"--engine vllm cannot serve --model-data {flags.model_data}: the archive lacks what vLLM's image reads beside "
+            f"the model. Fetch it, and let this command pack it: `mkdir -p served && aws s3 cp {flags.model_data} - | "
+            f"tar xz -C served`, then --model served instead of --model-data"
+        )
     if not flags.role:
         errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
     if errors:
         raise ConfigError(errors)
 
 
-def model_request(flags: EndpointFlags, url: str, image: str, environment: dict[str, str]) -> dict[str, Any]:
+def model_request(
+    flags: EndpointFlags, url: str, image: str, environment: dict[str, str], more: dict[str, Any] | None = None
+) -> dict[str, Any]:
     container = {"Image": image, "ModelDataUrl": url, "Environment": environment}
+    more = more or {}
+    parts = [container, flags.role] + ([more] if more else [])
     return {
-        "ModelName": resource_name(flags.name, container, flags.role),
+        "ModelName": resource_name(flags.name, *parts),
         "ExecutionRoleArn": flags.role,
         "PrimaryContainer": container,
+        **more,
         "Tags": [TAG],
     }
 
 
 def config_request(flags: EndpointFlags, model: str, variant: dict[str, Any]) -> dict[str, Any]:
-    variants = [{"VariantName": VARIANT, "ModelName": model, "InitialVariantWeight": 1.0, **variant}]
+    variants = [{"VariantName": autoscaling.VARIANT, "ModelName": model, "InitialVariantWeight": 1.0, **variant}]
+    key = {"KmsKeyId": flags.kms_key} if flags.kms_key else {}
     return {
-        "EndpointConfigName": resource_name(flags.name, variants),
+        "EndpointConfigName": resource_name(flags.name, variants, *key.values()),
         "ProductionVariants": variants,
+        **key,
         "Tags": [TAG],
     }
 
 
+def has_gpu(instance_type: str) -> bool:
+    """Whether a machine type has NVIDIA GPUs: the families g and p (g5, g6e, p4d), but not c7g or inf2."""
+    return instance_type.startswith(("ml.g", "ml.p"))
+
+
 def requests(flags: Flags, url: str) -> list[tuple[str, dict[str, Any]]]:
     """The calls that make the endpoint: (operation, parameters) in order."""
-    if flags.engine == "vllm":
-        region = flags.region or default_region()
-        image = flags.image or f"{LMI_ACCOUNT}.dkr.ecr.{region}.amazonaws.com/{LMI_IMAGE}"
-        environment = {"HF_HUB_OFFLINE": "1"}
+    gpu, own = has_gpu(flags.instance_type), flags.engine == "own"
+    if own:
+        # told cuda, the server does not start without a GPU; left alone, it would write on the CPU at the GPU's price
+        device = {"VLG_DEVICE": "cuda"} if gpu else {}
+        image, environment = flags.image, {"VLG_SLOTS": str(flags.slots), **device}
     else:
-        image, environment = flags.image, {"VLG_SLOTS": str(flags.slots)}
-    model = model_request(flags, url, image, environment)
+        image = flags.image or f"{LMI_ACCOUNT}.dkr.ecr.{flags.region or default_region()}.amazonaws.com/{LMI_IMAGE}"
+        environment = {"HF_HUB_OFFLINE": "1"}
+    place: dict[str, Any] = {"EnableNetworkIsolation": True} if own else {}
+    if flags.subnets:
+        place["VpcConfig"] = {
+            "Subnets": flags.subnets.split(","), "SecurityGroupIds": flags.security_groups.split(",")
+        }  # fmt: skip
+    model = model_request(flags, url, image, environment, place)
     variant = {
         "InstanceType": flags.instance_type,
         "InitialInstanceCount": flags.instances,
         "ContainerStartupHealthCheckTimeoutInSeconds": flags.startup_s,
         "ModelDataDownloadTimeoutInSeconds": flags.startup_s,
+        "RoutingConfig": {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"},
+        **({"InferenceAmiVersion": AMI[flags.cuda if own else "cu130"]} if gpu else {}),
     }
     return [("create_model", model), ("create_endpoint_config", config_request(flags, model["ModelName"], variant))]
 
 
-def scaling(flags: Flags) -> list[tuple[str, dict[str, Any]]]:
-    """The calls that make instances follow the number of concurrent requests."""
-    target = {
-        "ServiceNamespace": "sagemaker",
-        "ResourceId": f"endpoint/{flags.name}/variant/{VARIANT}",
-        "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
-    }
-    policy = {
-        "TargetValue": flags.concurrency,
-        "PredefinedMetricSpecification": {
-            "PredefinedMetricType": "SageMakerVariantConcurrentRequestsPerModelHighResolution"
-        },
-        "ScaleInCooldown": 300,
-        "ScaleOutCooldown": 60,
-    }
-    limits = {"MinCapacity": flags.instances, "MaxCapacity": max(flags.instances, flags.max_instances)}
-    return [
-        ("register_scalable_target", {**target, **limits}),
-        (
-            "put_scaling_policy",
-            {
-                **target,
-                "PolicyName": f"{flags.name}-concurrency",
-                "PolicyType": "TargetTrackingScaling",
-                "TargetTrackingScalingPolicyConfiguration": policy,
-            },
-        ),
-    ]
+def scaling(flags: Flags) -> list[autoscaling.Call]:
+    """The calls that make instances follow the number of concurrent requests; empty where their number is fixed."""
+    if flags.max_instances <= flags.instances:
+        return []
+    return autoscaling.calls(flags.name, flags.instances, flags.max_instances, flags.concurrency)
 
 
 def default_region() -> str:
@@ -259,8 +290,13 @@ def does_not_exist(call: Callable[..., Any], **names: str) -> bool:
     return False
 
 
-def deploy(flags: EndpointFlags, calls: list[tuple[str, dict[str, Any]]], sagemaker: Any) -> str:
-    """Create model and configuration if missing and point the endpoint at them; returns what was done."""
+def deploy(
+    flags: EndpointFlags, calls: list[autoscaling.Call], sagemaker: Any, update: dict[str, Any] | None = None
+) -> str:
+    """Create model and configuration if missing and point the endpoint at them; returns what was done.
+
+    update: more parameters of UpdateEndpoint.
+    """
     model, config = (parameters for _, parameters in calls)
     if does_not_exist(sagemaker.describe_model, ModelName=model["ModelName"]):
         sagemaker.create_model(**model)
@@ -268,43 +304,59 @@ def deploy(flags: EndpointFlags, calls: list[tuple[str, dict[str, Any]]], sagema
     if does_not_exist(sagemaker.describe_endpoint_config, EndpointConfigName=wanted):
         sagemaker.create_endpoint_config(**config)
     if does_not_exist(sagemaker.describe_endpoint, EndpointName=flags.name):
+        keep_logs(flags)
         sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
         return "created"
-    wait_until_stable(sagemaker, flags.name)
-    found = sagemaker.describe_endpoint(EndpointName=flags.name)
-    if found["EndpointStatus"] == "Failed":
+    found = wait_until_stable(sagemaker, flags.name)
+    if found["EndpointStatus"] != "InService":
         sagemaker.delete_endpoint(EndpointName=flags.name)
         sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name)
         sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
         return "created again after a failure"
     if found["EndpointConfigName"] == wanted:
         return "up to date"
-    sagemaker.update_endpoint(EndpointName=flags.name, EndpointConfigName=wanted)
+    sagemaker.update_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, **(update or {}))
     return "updated"
 
 
-def wait_until_stable(sagemaker: Any, name: str, seconds: float = 1800, pause: float = 10) -> None:
-    """Wait while the endpoint is being changed."""
+def log_group(name: str) -> str:
+    return f"/aws/sagemaker/Endpoints/{name}"
+
+
+def keep_logs(flags: EndpointFlags) -> None:
+    """Make the log group that SageMaker would make without an end to its retention."""
+    logs = service("logs", flags)
+    with contextlib.suppress(logs.exceptions.ResourceAlreadyExistsException):
+        logs.create_log_group(logGroupName=log_group(flags.name), tags={TAG["Key"]: TAG["Value"]})
+    logs.put_retention_policy(logGroupName=log_group(flags.name), retentionInDays=flags.log_days)
+
+
+def wait_until_stable(sagemaker: Any, name: str, seconds: float = 2400, pause: float = 10) -> dict[str, Any]:
+    """The endpoint's description once nothing changes it any more."""
     until = time.monotonic() + seconds
-    while sagemaker.describe_endpoint(EndpointName=name)["EndpointStatus"] not in ("InService", "Failed"):
+    while True:
+        found: dict[str, Any] = sagemaker.describe_endpoint(EndpointName=name)
+        if found["EndpointStatus"] in ("InService", "Failed", "UpdateRollbackFailed"):
+            return found
         if time.monotonic() > until:
             raise RuntimeError(f"endpoint {name} is still being changed after {seconds / 60:.0f} minutes: try again")
         time.sleep(pause)
 
 
-def wait_in_service(sagemaker: Any, name: str) -> None:
-    """Return when the endpoint is in service; RuntimeError with SageMaker's reason if it fails."""
-    from botocore.exceptions import WaiterError
+def wait_in_service(sagemaker: Any, name: str, config: str) -> None:
+    """Return when the endpoint is in service with the configuration; RuntimeError with SageMaker's reason if it fails.
 
-    try:
-        sagemaker.get_waiter("endpoint_in_service").wait(
-            EndpointName=name, WaiterConfig={"Delay": 15, "MaxAttempts": 160}
-        )
-    except WaiterError:
-        reason = sagemaker.describe_endpoint(EndpointName=name).get("FailureReason", "no reason given")
+    A failed update ends InService as well, on the configuration before it.
+    """
+    found = wait_until_stable(sagemaker, name)
+    reason = found.get("FailureReason") or "SageMaker gives no reason"
+    log = f"its log: CloudWatch, {log_group(name)}"
+    if found["EndpointStatus"] != "InService":
+        raise RuntimeError(f"endpoint {name} did not start: {reason}; {log}")
+    if found["EndpointConfigName"] != config:
         raise RuntimeError(
-            f"endpoint {name} did not start: {reason}; its log: CloudWatch, /aws/sagemaker/Endpoints/{name}"
-        ) from None
+            f"endpoint {name} could not be updated and still runs {found['EndpointConfigName']}: {reason}; {log}"
+        )
 
 
 def mine(sagemaker: Any, name: str, kind: str) -> Iterator[str]:
@@ -334,13 +386,9 @@ def remove(flags: EndpointFlags) -> list[str]:
 
     done: list[str] = []
     sagemaker = service("sagemaker", flags)
-    resource = f"endpoint/{flags.name}/variant/{VARIANT}"
-    autoscaling = service("application-autoscaling", flags)
-    known = autoscaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[resource])
-    for target in known["ScalableTargets"]:
-        autoscaling.deregister_scalable_target(
-            ServiceNamespace="sagemaker", ResourceId=resource, ScalableDimension=target["ScalableDimension"]
-        )
+    scaler = service("application-autoscaling", flags)
+    if autoscaling.found(scaler, flags.name):
+        autoscaling.remove(scaler, flags.name)
         done.append("scaling policy")
     if not does_not_exist(sagemaker.describe_endpoint, EndpointName=flags.name):
         sagemaker.delete_endpoint(EndpointName=flags.name)
@@ -360,7 +408,7 @@ def remove(flags: EndpointFlags) -> list[str]:
                 client.delete_object(Bucket=flags.bucket, Key=item["Key"])
                 done.append(f"s3://{flags.bucket}/{item['Key']}")
     try:
-        service("logs", flags).delete_log_group(logGroupName=f"/aws/sagemaker/Endpoints/{flags.name}")
+        service("logs", flags).delete_log_group(logGroupName=log_group(flags.name))
         done.append("log group")
     except ClientError as error:
         if error.response["Error"]["Code"] != "ResourceNotFoundException":
@@ -403,16 +451,40 @@ Remove it when you are done:
     python sagemaker/{script} --name {flags.name} --delete {f"--bucket {flags.bucket}" if flags.bucket else ""}"""
 
 
-def deploy_and_test(flags: EndpointFlags, calls: list[tuple[str, dict[str, Any]]], *, stream: bool) -> None:
+def deploy_and_test(
+    flags: EndpointFlags, calls: list[autoscaling.Call], *, stream: bool, update: dict[str, Any] | None = None
+) -> None:
     """Deploy, wait, test, and delete the old versions."""
     sagemaker = service("sagemaker", flags)
-    print(f"endpoint {flags.name}: {deploy(flags, calls, sagemaker)}", file=sys.stderr)
+    print(f"endpoint {flags.name}: {deploy(flags, calls, sagemaker, update)}", file=sys.stderr)
     if flags.wait:
         print("waiting until it is in service (five to ten minutes)", file=sys.stderr)
-        wait_in_service(sagemaker, flags.name)
+        wait_in_service(sagemaker, flags.name, calls[1][1]["EndpointConfigName"])
         runtime = service("sagemaker-runtime", flags, read_timeout=70, retries={"total_max_attempts": 1})
         print(f"sample output: It was{smoke_test(runtime, flags.name, stream)}", file=sys.stderr)
         delete_old_versions(sagemaker, flags.name, {calls[0][1]["ModelName"], calls[1][1]["EndpointConfigName"]})
+
+
+def deploy_scaled(flags: Flags, calls: list[autoscaling.Call]) -> None:
+    """Deploy with the scaling taken away, and make it afterwards; a deployment that fails gets its old scaling back."""
+    scaler, wanted = service("application-autoscaling", flags), scaling(flags)
+    before = autoscaling.found(scaler, flags.name)
+    switch = {"TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}}
+    update: dict[str, Any] = {
+        "DeploymentConfig": {"BlueGreenUpdatePolicy": {**switch, "TerminationWaitInSeconds": STREAM_S}}
+    }
+    if before and wanted:
+        update["RetainAllVariantProperties"] = True  # the number of instances that scaling has arrived at
+    if before:
+        autoscaling.remove(scaler, flags.name)
+    try:
+        deploy_and_test(flags, calls, stream=True, update=update)
+    except BaseException:
+        autoscaling.apply(scaler, before)
+        raise
+    if wanted:  # registering needs an endpoint that is in service
+        wait_in_service(service("sagemaker", flags), flags.name, calls[1][1]["EndpointConfigName"])
+    autoscaling.apply(scaler, wanted)
 
 
 def delete_all(flags: EndpointFlags) -> int:
@@ -425,21 +497,20 @@ def delete_all(flags: EndpointFlags) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = parse_flags(Flags, argv)
+        flags = lower_case(parse_flags(Flags, argv))
         with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return delete_all(flags)
             check(flags, flags.engine)
+            if bool(flags.subnets) != bool(flags.security_groups):
+                raise ConfigError(["--subnets and --security-groups belong together: give both, or none"])
+            if not flags.dry_run:
+                flags = flags.model_copy(update={"image": pinned(flags.image, service("ecr", flags), SAGEMAKER)})
             calls = requests(flags, upload_model(flags, flags.engine))
-            scaled = scaling(flags) if flags.max_instances > flags.instances else []
             if flags.dry_run:
-                print(json.dumps([{name: parameters} for name, parameters in calls + scaled], indent=2))
+                print(json.dumps([{name: parameters} for name, parameters in calls + scaling(flags)], indent=2))
                 return 0
-            deploy_and_test(flags, calls, stream=True)
-            if scaled:
-                autoscaling = service("application-autoscaling", flags)
-                for name, parameters in scaled:
-                    getattr(autoscaling, name)(**parameters)
+            deploy_scaled(flags, calls)
             print(usage(flags, "stream", 2000))
         return 0
 

@@ -24,6 +24,7 @@ for folder in (HERE, HERE.parent):
         sys.path.append(str(folder))
 
 import sagemaker_endpoint_deployment as base  # noqa: E402
+from ecr_images import SAGEMAKER, pinned  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
 from config import ConfigError  # noqa: E402
@@ -70,7 +71,7 @@ def requests(flags: Flags, url: str) -> list[tuple[str, dict[str, Any]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = parse_flags(Flags, argv)
+        flags = base.lower_case(parse_flags(Flags, argv))
         with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return base.delete_all(flags)
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(
                     [f"--provisioned {flags.provisioned} exceeds --max-concurrency {flags.max_concurrency}: lower it"]
                 )
+            if not flags.dry_run:
+                ecr = base.service("ecr", flags)
+                flags = flags.model_copy(update={"image": pinned(flags.image, ecr, SAGEMAKER)})
             calls = requests(flags, base.upload_model(flags, "own"))
             if flags.dry_run:
                 print(json.dumps([{name: parameters} for name, parameters in calls], indent=2))

@@ -21,7 +21,8 @@ from server.lifecycle import lifespan
 from server.middleware import RequestMiddleware
 from server.openapi import openapi_document
 from server.origins import OriginMiddleware
-from server.routes import generate, openai, page, status
+from server.proxy import ProxyMiddleware
+from server.routes import generate, kobold, llama_cpp, openai, page, status
 from server.service import Service
 from server.settings import Settings
 from server.websocket import WebSocketConnection
@@ -42,10 +43,11 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = service
     app.add_middleware(RequestMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(OriginMiddleware, origins=service.origins)
+    app.add_middleware(ProxyMiddleware, trusted=settings.trusted_proxies, root_path=settings.root_path)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnected, on_client_disconnect)
-    for module in (status, generate, openai, page):
+    for module in (status, generate, openai, kobold, llama_cpp, page):
         module.add_routes(app, service)
 
     @app.websocket("/ws")

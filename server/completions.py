@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.errors import ApiError, unexpected
 from server.generation import Generation, finish_all, total_usage
-from server.logprobs import Logprobs
+from server.logprobs import Logprobs, written_token
 from server.service import Service
 from server.streaming import sse
 
@@ -36,6 +36,7 @@ class Completion:
     prompts: list[PromptPart]
     tokenizer: Tokenizer
     n: int  # choices for each prompt, the best of its samples
+    truncated: bool = False  # whether a prompt lost its beginning
     created: int = field(default_factory=lambda: int(time.time()))
 
     def envelope(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class Completion:
             "created": self.created,
             "model": self.model,
             "choices": choices,
+            "truncated": self.truncated,
             **more,
         }
 
@@ -74,9 +76,7 @@ class Completion:
         """Add the token of an event (the end of text, for a `done` with a log-probability); whether there is one."""
         if logprobs is None or event.logprob is None:
             return False
-        token = self.tokenizer.eot if event.kind == "done" else event.token_id
-        assert token is not None
-        logprobs.add(token, event.logprob, event.top)
+        logprobs.add(written_token(self.tokenizer, event), event.logprob, event.top)
         return True
 
     async def events(self, include_usage: bool) -> AsyncGenerator[bytes]:

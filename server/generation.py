@@ -19,12 +19,14 @@ from server.logs import LOG
 if TYPE_CHECKING:
     from config import GenerationParams
     from inference.engine import Event, GenerationRequest
+    from tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
 class Generation:
     """One prompt being continued: the engine's job and what it has written so far.
 
+    on_first gets the seconds to the first token, on_gap those between two tokens of a sample.
     `close()` must be called when nobody wants the text any more; it calls `on_end` once.
     """
 
@@ -32,6 +34,7 @@ class Generation:
     params: GenerationParams
     request_id: str
     on_first: Callable[[float], None] = lambda seconds: None
+    on_gap: Callable[[float], None] = lambda seconds: None
     on_end: Callable[[Generation], None] = lambda generation: None
     begun: float = field(default_factory=time.monotonic)
     first_s: float | None = None
@@ -43,6 +46,7 @@ class Generation:
         n = self.params.n
         self.pieces: list[list[str]] = [[] for _ in range(n)]
         self.counts = [0] * n
+        self.newest = [0.0] * n  # when each sample's newest token came
         self.reasons: list[str | None] = [None] * n
         self.records: list[list[Event]] = [[] for _ in range(n)]
 
@@ -67,9 +71,13 @@ class Generation:
             raise shutting_down()
 
     def _record(self, event: Event) -> None:
+        now = time.monotonic()
         if self.first_s is None:
-            self.first_s = time.monotonic() - self.begun
+            self.first_s = now - self.begun
             self.on_first(self.first_s)
+        elif self.newest[event.index]:
+            self.on_gap(now - self.newest[event.index])
+        self.newest[event.index] = now
         if event.token_id is not None:
             self.tokens += 1
             self.counts[event.index] += 1
@@ -78,6 +86,14 @@ class Generation:
     def text(self, index: int) -> str:
         """What sample `index` has written so far."""
         return "".join(self.pieces[index])
+
+    def stop_string(self, index: int, tokenizer: Tokenizer) -> str:
+        """The stop string that ended sample `index`, which is not part of its text; empty if none did."""
+        if self.reasons[index] != "stop":
+            return ""
+        whole = tokenizer.decode(event.token_id for event in self.records[index] if event.token_id is not None)
+        length = len(self.text(index))
+        return max((stop for stop in self.params.stop if whole.startswith(stop, length)), key=len, default="")
 
     def usage(self) -> dict[str, int]:
         return usage(self.job.prompt_tokens, self.tokens)

@@ -41,7 +41,7 @@ def load(service: Service, loop: asyncio.AbstractEventLoop) -> None:
     settings = service.settings
     begun = time.monotonic()
     try:
-        from checkpoint import find_model
+        from checkpoint import described, find_model
         from inference.engine import Engine
         from storage.gpt2_format import folder_defaults
 
@@ -64,7 +64,8 @@ def load(service: Service, loop: asyncio.AbstractEventLoop) -> None:
         loop.call_soon_threadsafe(service.on_failure)
         return
     service.engine = engine
-    LOG.info("ready", extra={"fields": {"model": engine.name, "seconds": round(time.monotonic() - begun, 2)}})
+    seconds = round(time.monotonic() - begun, 2)
+    LOG.info("ready", extra={"fields": {"model": engine.name, "folder": described(folder, ROOT), "seconds": seconds}})
 
 
 def folder_name(parts: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""OpenAI's logprobs object: names, log-probabilities, alternatives and text offsets of tokens.
+"""Probabilities of tokens as clients read them: OpenAI's logprobs object, and the entries of llama.cpp and KoboldCpp.
 
 >>> logprobs = Logprobs(tokenizer, alternatives=5, offset=len(prompt))
 >>> logprobs.add(token_id, -0.3, [(token_id, " fog", -0.3), ...])
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inference.engine import Event
     from tokenizer import Tokenizer
 
 
@@ -64,3 +65,42 @@ class Logprobs:
         """The object for the tokens added since the last call."""
         taken, self._columns = self._columns, self._empty()
         return taken
+
+
+def token_entry(tokenizer: Tokenizer, event: Event, text: str) -> dict[str, Any]:
+    """A written token with its alternatives, as llama.cpp and KoboldCpp (and OpenAI's chats) answer it.
+
+    event: with a log-probability; a `done` is the end-of-text token. text: what the token shows of the text, which joined
+    over all tokens is the whole text, where a part of a character shows nothing.
+    """
+    token = written_token(tokenizer, event)
+    top = [_entry(tokenizer, other, token_name(tokenizer, other), value) for other, _, value in event.top]
+    for entry in top:
+        if entry["id"] == token:
+            entry["token"] = text  # by which clients find the token among its alternatives
+    return {**_entry(tokenizer, token, text, event.logprob), "top_logprobs": top}
+
+
+def _entry(tokenizer: Tokenizer, token: int, text: str, logprob: float | None) -> dict[str, Any]:
+    return {"id": token, "token": text, "bytes": list(tokenizer.piece(token)), "logprob": logprob}
+
+
+def written_token(tokenizer: Tokenizer, event: Event) -> int:
+    """The id of an event that has a log-probability."""
+    token = tokenizer.eot if event.kind == "done" else event.token_id
+    assert token is not None
+    return token
+
+
+def token_entries(tokenizer: Tokenizer, events: Iterable[Event], text: str) -> list[dict[str, Any]]:
+    """The entries of a whole text's tokens; those that belong to a stop string, which is not in the text, are left out."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    written = [(event, tokenizer.piece(written_token(tokenizer, event))) for event in events]
+    found, shown = [], 0
+    for number, (event, piece) in enumerate(written, 1):
+        characters = len(decoder.decode(piece, number == len(written)))
+        own = text[shown : shown + characters]
+        shown += characters
+        if own or not characters:
+            found.append(token_entry(tokenizer, event, own))
+    return found

@@ -40,6 +40,12 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.gap = Histogram(
+            "vlg_between_tokens_seconds",
+            "Time between two tokens of a text.",
+            buckets=(0.0002, 0.0005, 0.001, 0.002, *SECONDS[:9]),
+            registry=self.registry,
+        )
         self.speed = Histogram(
             "vlg_text_tokens_per_second",
             "Speed of one request's text after its first token.",

@@ -22,7 +22,11 @@ ERRORS: dict[int, str] = {
     429: "The queue is full; Retry-After gives the seconds to wait.",
     503: "The model is loading, could not be loaded, or the server is shutting down.",
 }
-BODIES = ("GenerateBody", "BatchBody", "CompletionBody", "ScoreBody", "OriginalityBody")
+BODIES = (
+    *("GenerateBody", "BatchBody", "CompletionBody", "KoboldBody", "LlamaBody"),
+    *("ScoreBody", "OriginalityBody", "TokenizeBody", "DetokenizeBody", "CountBody"),
+)
+LENGTHS = ("max_tokens", "max_length", "n_predict")  # names of the number of new tokens
 
 MESSAGE: Schema = {
     "type": "object",
@@ -82,12 +86,12 @@ def write_limits(properties: Schema, service: Service) -> None:
     """Write this server's limits and the model's styles into the fields of a request body."""
     limits = service.settings
     tokens, n = limits.max_tokens, limits.max_n
-    for field, limit in (("max_tokens", tokens), ("max_length", tokens), ("n", n), ("best_of", n)):
+    for field, limit in (*((name, tokens) for name in LENGTHS), ("n", n), ("n_cmpl", n), ("best_of", n)):
         for part in bounded(properties.get(field, {})):
             part["maximum"] = min(part["maximum"], limit)
         if isinstance(properties.get(field, {}).get("default"), int):
             properties[field]["default"] = min(properties[field]["default"], limit)
-    for field in ("prompt", "text", "prompts"):
+    for field in ("prompt", "text", "prompts", "content", "memory", "tokens"):
         write_prompt_limits(properties.get(field, {}), service)
     if service.engine is not None and "style" in properties:
         write_styles(properties["style"], list(service.engine.tokenizer.styles))

@@ -93,7 +93,7 @@ class OriginMiddleware(CORSMiddleware):
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=[ANY],
             allow_private_network=True,
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", "X-Prompt-Truncated"],
         )
         self.origins = origins
 

@@ -13,32 +13,29 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from config import SETTINGS, GenerationParams, Setting, unicode_text
+from config import GenerationParams, unicode_text
 from server.errors import bad_value
 from server.settings import ServerFlags
 
 
-def _whole(kind: type[BaseModel], value: Any) -> Any:
+def whole(kind: type[BaseModel], value: Any) -> Any:
     """`2.0` where an integer belongs is that integer, as JSON Schema has it; strict types would refuse it."""
     if not isinstance(value, dict):
         return value
-    return value | {name: int(value[name]) for name in _integers(kind) if _integral(value.get(name))}
+    return value | {name: as_integer(value[name]) for name in _integers(kind) if name in value}
 
 
 @cache
 def _integers(kind: type[BaseModel]) -> list[str]:
-    return [name for name, field in kind.model_fields.items() if _takes_integers(field.annotation)]
+    """Every name under which a body may give an integer."""
+    found: list[str] = []
+    for name, field in kind.model_fields.items():
+        if _takes_integers(field.annotation):
+            alias = field.validation_alias
+            found += [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
+    return found
 
 
 def _takes_integers(annotation: Any) -> bool:
@@ -52,6 +49,11 @@ def _integral(value: Any) -> bool:
     return isinstance(value, float) and value.is_integer()
 
 
+def as_integer(value: Any) -> Any:
+    """`2.0` as 2; anything else as it is."""
+    return int(value) if _integral(value) else value
+
+
 class Body(BaseModel):
     """Base of request bodies: strict types, so that neither `true` nor `"3"` passes for a number."""
 
@@ -62,7 +64,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
-        return _whole(cls, value)
+        return whole(cls, value)
 
 
 Text = Annotated[str, AfterValidator(unicode_text)]
@@ -80,7 +82,7 @@ class SamplingBody(GenerationParams):
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
-        return _whole(cls, value)
+        return whole(cls, value)
 
     def params(self, settings: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:
         """The sampling settings, within this server's limits; ApiError names the one that exceeds them.
@@ -126,108 +128,6 @@ class SocketBody(GenerateBody):
     """A WebSocket's `generate` message."""
 
     action: Literal["generate"]
-
-
-def _completion_prompt(value: Any) -> Any:
-    if isinstance(value, list):
-        value = [[_id(item) for item in part] if isinstance(part, list) else _id(part) for part in value]
-    texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-    if isinstance(value, str) or texts or _token_ids(value):
-        return value
-    if isinstance(value, list) and value and all(_token_ids(item) for item in value):
-        return value
-    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists; none empty")
-
-
-def _id(value: Any) -> Any:
-    return int(value) if _integral(value) else value
-
-
-def _token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
-
-
-_IDS_JSON: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_PROMPT_JSON: dict[str, Any] = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        _IDS_JSON,
-        {"type": "array", "items": _IDS_JSON, "minItems": 1},
-    ]
-}
-CompletionPrompt = Annotated[
-    Text | list[Text] | list[int] | list[list[int]], BeforeValidator(_completion_prompt), WithJsonSchema(_PROMPT_JSON)
-]
-
-
-class StreamOptions(BaseModel):
-    """Extras of a streamed completion."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    include_usage: bool | None = False
-
-
-class _OpenAIOnly(Body):
-    """What OpenAI's request has besides the prompt and the sampling settings."""
-
-    model_config = ConfigDict(**{**Body.model_config, "extra": "allow"})
-
-    model: str | None = None
-    """Name of the model, as in /v1/models."""
-    stream: bool | None = False
-    """Send the text as it is written."""
-    stream_options: StreamOptions | None = None
-    """Only read when streaming."""
-    logprobs: int | None = Field(None, ge=0, le=20)
-    """Log-probability of each token, and of this many most likely ones."""
-    echo: bool | None = False
-    """Begin the answer with the prompt."""
-    user: str | None = None
-    """Ignored."""
-    best_of: int | None = Field(None, ge=1, le=128)
-    """Samples written for each prompt, of which the n with the highest mean log-probability of a token are answered.
-
-    Below n it is n. A stream of the best starts when all samples are complete.
-    """
-    suffix: str | None = Field(None, max_length=0)
-    """Not supported: no infilling."""
-
-
-def _or_null(name: str) -> Any:
-    """A sampling setting as OpenAI's clients send it: null means OpenAI's default, which switches it off."""
-    field, off = GenerationParams.model_fields[name], SETTINGS[name].off
-    kind = Annotated[field.annotation, *(part for part in field.metadata if not isinstance(part, Setting))]  # type: ignore[name-defined]
-    default = field.get_default(call_default_factory=True) if off is None else off
-    return kind | None, Field(default, description=field.description)
-
-
-_OpenAISampling = create_model("_OpenAISampling", __base__=_OpenAIOnly, **{name: _or_null(name) for name in SETTINGS})
-
-
-class CompletionBody(_OpenAISampling):
-    """OpenAI's `POST /v1/completions`, with the extra fields that vLLM has. Fields it does not know are ignored."""
-
-    prompt: CompletionPrompt
-    """A text, token ids, or a list of either."""
-    max_tokens: int | None = Field(16, ge=0, le=100_000)
-    """New tokens at most."""
-    top_k: int | None = Field(0, ge=-1, le=100)
-    """Keep the k most likely tokens; 0 or -1: all."""
-
-    def prompts(self) -> list[str | list[int]]:
-        """Every prompt of the request."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
-
-    def params(self, settings: ServerFlags) -> GenerationParams:
-        """The sampling settings within this server's limits; null means the default."""
-        given = self.model_dump(include=set(GenerationParams.model_fields), exclude_none=True, exclude_unset=True)
-        defaults = {name: setting.off for name, setting in SETTINGS.items() if setting.off is not None}
-        values = {**defaults, "max_tokens": min(16, settings.max_tokens), **given}
-        values["top_k"] = max(0, values["top_k"])
-        return check_limits(GenerationParams(**values), settings)
 
 
 class ScoreBody(Body):
@@ -330,6 +230,99 @@ class CompletionReply(Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    truncated: bool
+    """A prompt was longer than the context, or than truncate_prompt_tokens; its end was kept."""
+
+
+class TokenEntry(Reply):
+    id: int
+    token: str
+    """Its text; of an alternative that is no whole character its bytes, like `bytes:\\xe5`."""
+    bytes: list[int]
+    logprob: float
+    """Natural logarithm."""
+
+
+class WrittenToken(TokenEntry):
+    top_logprobs: list[TokenEntry]
+    """The most likely tokens, the likeliest first."""
+
+
+class SampledEntry(Reply):
+    id: int
+    token: str
+    bytes: list[int]
+    prob: float
+
+
+class SampledToken(SampledEntry):
+    top_probs: list[SampledEntry]
+
+
+class KoboldLogprobs(Reply):
+    content: list[WrittenToken]
+
+
+class KoboldResult(Reply):
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: KoboldLogprobs | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class KoboldReply(Reply):
+    results: list[KoboldResult]
+    """One for each sample."""
+
+
+class LlamaSample(Reply):
+    index: int
+    content: str
+    tokens: list[int]
+    stop: bool
+    model: str
+    tokens_predicted: int
+    tokens_evaluated: int
+    generation_settings: dict[str, Any]
+    """Under llama.cpp's names; `seed` is the one that was used."""
+    prompt: str
+    """As the model read it."""
+    truncated: bool
+    stop_type: Literal["eos", "limit", "word"]
+    stopping_word: str
+    timings: dict[str, float]
+    completion_probabilities: list[WrittenToken] | list[SampledToken] = []
+
+
+LlamaReply = LlamaSample | list[LlamaSample]
+
+
+class TokenPiece(Reply):
+    id: int
+    piece: str | list[int]
+
+
+class TokenizeReply(Reply):
+    tokens: list[int] | list[TokenPiece]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeReply(Reply):
+    content: str
+    prompt: str
+
+
+class TokenizerReply(Reply):
+    tokenizer_class: str
+    eos_token: str | None
+    bos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
 
 
 class ModelReply(Reply):

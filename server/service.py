@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import threading
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from config import GenerationParams
     from evaluation.originality import Index
     from inference.engine import Engine, GenerationRequest, TokenScore
+    from tokenizer import Tokenizer
 
 LONG_PROMPT = 4096  # characters (or ids) from which tokenizing is done in a thread
 
@@ -82,6 +84,27 @@ class Service:
         """ApiError 400 for a prompt beyond this server's limits."""
         limits.check_prompt(prompt, param, self.settings.max_prompt_chars, self.ready().tokenizer.vocab_size)
 
+    async def encode(self, text: str, param: str = "prompt", controls: bool = False) -> list[int]:
+        """The ids of a text; ApiError 400 for one that is too long or has characters outside a small alphabet.
+
+        controls: names like `<|endoftext|>` are read as their tokens.
+        """
+        self.check_prompt(text, param)
+        tokenizer = self.ready().tokenizer
+        encode = partial(with_controls, tokenizer) if controls else tokenizer.encode
+        try:
+            return await asyncio.to_thread(encode, text) if len(text) > LONG_PROMPT else encode(text)
+        except ValueError as error:
+            raise bad_value(f"{param}: {error}", param) from None
+
+    async def newest(self, prompt: str | list[int], limit: int, keep: int = 0) -> tuple[str | list[int], bool]:
+        """(the prompt, or its `limit` newest ids behind its `keep` first ones if it has more; whether it was cut)"""
+        ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(ids) <= limit:
+            return prompt, False
+        keep = min(keep, limit // 2)
+        return [*ids[:keep], *ids[len(ids) - limit + keep :]], True
+
     async def start(
         self,
         prompt: str | list[int],
@@ -89,6 +112,7 @@ class Service:
         *,
         request_id: str | None = None,
         logprobs: int | None = None,
+        post_sampling: bool = False,
         param: str = "prompt",
     ) -> Generation:
         """Submit a prompt to the engine. The caller owns the generation and must close it.
@@ -111,6 +135,7 @@ class Service:
             request_id=request_id,
             deadline_s=self.settings.deadline_s,
             logprobs=logprobs,
+            post_sampling=post_sampling,
         )
         try:
             job = await in_thread(submit) if len(prompt) > LONG_PROMPT else submit()
@@ -123,7 +148,12 @@ class Service:
         except ValueError as error:
             raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from None
         generation = Generation(
-            job, params, request_id, on_first=self.metrics.first.observe, on_end=self._on_generation_end
+            job,
+            params,
+            request_id,
+            on_first=self.metrics.first.observe,
+            on_gap=self.metrics.gap.observe,
+            on_end=self._on_generation_end,
         )
         self.generations.add(generation)
         return generation
@@ -202,6 +232,28 @@ class Service:
                     advice = "build one with python -m evaluation.originality --data FOLDER and start the server with --index FOLDER"
                     raise ApiError(404, f"this server has no originality index: {advice}", code="no_index") from None
             return self.index
+
+
+def with_controls(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text in which the names of reserved tokens are those tokens, as other servers' tokenizers read it."""
+    names = reserved_tokens(tokenizer)
+    if not names:
+        return tokenizer.encode(text)
+    parts = re.split(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})", text)
+    return [id for part in parts for id in ([names[part]] if part in names else tokenizer.encode(part))]
+
+
+def reserved_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """End-of-text and the control tokens by name."""
+    from tokenizer import END_OF_TEXT
+
+    return tokenizer.controls | ({} if tokenizer.eot is None else {END_OF_TEXT: tokenizer.eot})
+
+
+def reserved_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids, with the names of reserved tokens; `with_controls` reads it back."""
+    names = {id: name.encode() for name, id in reserved_tokens(tokenizer).items()}
+    return b"".join(names.get(id) or tokenizer.piece(id) for id in ids).decode("utf-8", "replace")
 
 
 async def in_thread(submit: Callable[[], GenerationRequest]) -> GenerationRequest:

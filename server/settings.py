@@ -28,6 +28,10 @@ class ServerFlags(FrozenSettings):
     """Address to listen on; 0.0.0.0 lets other machines in: set VLG_API_KEYS first."""
     port: int = Field(8000, ge=0, le=65535)
     """Port to listen on; 0: any free one."""
+    root_path: str = Field("", pattern=r"^(/[A-Za-z0-9.\-_~]+)*$")
+    """Prefix under which a proxy serves it, like /writer, whether the proxy strips it or not."""
+    trusted_proxies: str = "127.0.0.1,::1"
+    """Addresses or networks of proxies, separated by commas, whose X-Forwarded- headers count; * for any."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
@@ -62,6 +66,11 @@ class ServerFlags(FrozenSettings):
     """Seconds a WebSocket may stay silent before it is closed."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
+
+
+def client_addresses(address: str) -> str:
+    """What to paste into other programs for a server at `address`, in one line."""
+    return f"OpenAI {address}/v1, KoboldAI {address}/api, llama.cpp {address}"
 
 
 def _comma_list(value: Any) -> Any:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from server.disconnect import wait_for_disconnect
+from server.disconnect import cancelled_on_disconnect, wait_for_disconnect
 from server.errors import ApiError, unexpected
-from server.generation import Generation
+from server.generation import Generation, finish_all
 from server.logs import LOG
 
 if TYPE_CHECKING:
@@ -141,6 +142,31 @@ async def coalesced_tokens(events: AsyncGenerator[Event], flush_s: float) -> Asy
             upcoming.cancel()
             with suppress(asyncio.CancelledError, StopAsyncIteration, ApiError):
                 await upcoming
+
+
+async def event_frames(
+    generation: Generation, frames: Callable[[Event], Iterable[bytes]], error_frame: Callable[[ApiError], bytes]
+) -> AsyncGenerator[bytes]:
+    """The `frames` of each event of a generation; ends with an `error_frame` where it fails midway."""
+    try:
+        async with aclosing(generation.events()) as events:
+            async for event in events:
+                for frame in frames(event):
+                    yield frame
+    except ApiError as error:
+        yield error_frame(error)
+    except Exception:
+        yield error_frame(unexpected("stream", generation.request_id))
+
+
+async def whole_answer(request: Request, generations: Sequence[Generation], answer: Callable[[], Any]) -> Response:
+    """`answer()` as JSON, once all generations are complete; they end as soon as the client hangs up."""
+    try:
+        await cancelled_on_disconnect(request, finish_all(generations))
+        return JSONResponse(answer())
+    finally:
+        for generation in generations:
+            generation.close()
 
 
 class StreamResponse(Response):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,16 @@ from storage.atomic import sha256
 
 PART_BYTES = 16 * 1024 * 1024
 CHECKSUM = "sha256"  # metadata of each object
+S3_ACTIONS = {"HeadObject": "GetObject", "ListObjectsV2": "ListBucket", "HeadBucket": "ListBucket"}
+# Which statement of the policy in docs/aws.md has a service's actions.
+STATEMENTS = {
+    "s3": "Bucket",
+    "ecr": "Images",
+    "sagemaker": "Endpoints",
+    "application-autoscaling": "Endpoints",
+    "logs": "Endpoints",
+    "kms": "Key",
+}
 CHECKSUM_FILES = ("manifest.json", "checksums.json")
 
 
@@ -78,15 +89,26 @@ def explain(error: Exception, place: str) -> str:
         return f"{place}: no such bucket: create it with `aws s3 mb`, or correct its name"
     if code in ("PermanentRedirect", "301", "IllegalLocationConstraintException"):
         return f"{place}: the bucket is in another region: set AWS_DEFAULT_REGION to it"
-    if code in ("AccessDenied", "AccessDeniedException", "403") or status == 403:
-        return (
-            f"{place}: permission denied: the identity needs s3:ListBucket, s3:GetObject and s3:PutObject there "
-            f"(see `aws sts get-caller-identity`)"
-        )
+    if code in ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403") or status == 403:
+        return f"{place}: permission denied: {denial(error)}"
     if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
         return f"{place}: AWS cannot be reached: check the network and AWS_ENDPOINT_URL"
     text = response.get("Error", {}).get("Message") or str(error) or kind
     return f"{place}: {code + ': ' if code else ''}{text}"
+
+
+def denial(error: Exception) -> str:
+    """AWS's sentence about an action that was not allowed, that action, and the statement of docs/aws.md that allows it."""
+    said = str(getattr(error, "response", {}).get("Error", {}).get("Message") or "")
+    named = re.search(r"perform: ([a-z0-9-]+):(\w+)", said)
+    operation = str(getattr(error, "operation_name", ""))
+    service, action = (named[1], named[2]) if named else ("s3", S3_ACTIONS.get(operation, operation or "ListBucket"))
+    statement = "PassRole" if action == "PassRole" else STATEMENTS.get(service, "Gateway")
+    who = "see who you are with `aws sts get-caller-identity`"
+    return (
+        f"{said or 'Forbidden'}. The identity needs {service}:{action}, which statement {statement} of the policy in "
+        f"docs/aws.md grants ({who})"
+    )
 
 
 @contextlib.contextmanager
@@ -191,7 +213,7 @@ def upload_folder(folder: Path | str, url: str, *, keep: Callable[[str], bool] =
     sums = known_checksums(folder)
     with readable_errors(url):
         s3 = client()
-        there = _list_objects(s3, bucket, prefix)
+        there = list_objects(s3, bucket, prefix)
         progress = TransferProgress(f"uploading to {url}:", sum((folder / name).stat().st_size for name in names))
         sent = []
         for name in names:
@@ -217,7 +239,7 @@ def download_folder(url: str, folder: Path | str) -> list[str]:
     bucket, prefix = split(url)
     with readable_errors(url):
         s3 = client()
-        there = _list_objects(s3, bucket, prefix)
+        there = list_objects(s3, bucket, prefix)
         if not there:
             raise S3Error(f"{url}: nothing there: check the prefix with `aws s3 ls {url}/`")
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +284,8 @@ def _download_file(
     return True
 
 
-def _list_objects(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+def list_objects(s3: Any, bucket: str, prefix: str) -> dict[str, int]:
+    """Size in bytes of each object under a prefix, by key."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
 

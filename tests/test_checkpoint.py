@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import (
     CheckpointError,
+    described,
     fetch_model,
     find_model,
     load_model,
@@ -238,6 +239,46 @@ def test_find_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Mo
     assert find_model(best) == find_model(tmp_path / "runs" / "old") == best.with_name("best.old-99999999")
     with pytest.raises(CheckpointError, match=r"--model .*empty: no model there.*python train\.py"):
         find_model(tmp_path / "runs" / "empty")
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "ended", "expected"),
+    [
+        (1.5, None, None, "own"),  # better than the model that comes along
+        (1.8, None, None, "given"),  # worse
+        (None, None, None, "given"),  # not measured
+        (1.5, "max_steps = 12", True, "own"),
+        (1.5, "max_steps = 12", False, "given"),  # stopped: there is something to resume
+        (1.5, "max_steps = 12", None, "given"),  # killed, or still training
+        (1.5, "max_steps = 7", None, "own"),  # from before there was a summary.json: at its last step
+        (1.5, "max_steps = 0", None, "given"),
+    ],
+)
+def test_the_model_that_writes_when_none_is_named(
+    own: float | None, settings: str | None, ended: bool | None, expected: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model, run = random_model(shape(tokenizer)), tmp_path / "runs" / "own"
+    save(tmp_path / "models" / "given", model, tokenizer, val_bpb=1.6, steps=900)
+    for name in ("best", "last"):
+        save(run / name, model, tokenizer, val_bpb=own, steps=7)
+    if settings:
+        (run / "config.toml").write_text(f"[train]\n{settings}\n")
+    if ended is not None:
+        (run / "summary.json").write_text(json.dumps({"done": ended}))
+    found = find_model(root=tmp_path)
+    assert found == (run / "best" if expected == "own" else tmp_path / "models" / "given")
+    assert described(found, tmp_path) in (
+        "runs/own/best (7 steps, 1.500 bits a byte)",
+        "models/given (900 steps, 1.600 bits a byte)",
+    )
+    assert find_model(run) == run / "best"  # whatever it is worth, it can be named
+
+
+def test_a_run_is_all_there_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    best = save(tmp_path / "runs" / "own" / "best", random_model(shape(tokenizer)), tokenizer)
+    (tmp_path / "runs" / "own" / "config.toml").write_text("[train]\nmax_steps = 12\n")
+    assert find_model(root=tmp_path) == best
+    assert described(best) == str(best)
 
 
 def test_fetch_model(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

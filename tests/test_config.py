@@ -175,7 +175,7 @@ def test_all_faults_at_once_each_with_its_flag() -> None:
         dict(top_p=1.1),
         dict(top_p=float("nan")),
         dict(top_k=-1),
-        dict(top_k=101),
+        dict(top_k=1_000_001),
         dict(repetition_penalty=0.0),
         dict(repetition_penalty=float("inf")),
         dict(min_p=1.0),

@@ -15,6 +15,7 @@ import evaluate
 import prepare_data
 from checkpoint import load_model, save_model
 from config import GenerationParams
+from dataset import TokenData
 from evaluate import read_files
 from evaluation import perplexity
 from evaluation.generated import continuations, copied_passages
@@ -23,9 +24,11 @@ from evaluation.metrics import BINS, MetricSums, bleu, distinct, repetition, sel
 from evaluation.originality import Index
 from evaluation.perplexity import score, score_text, sliding_windows
 from evaluation.report import markdown
+from evaluation.yardstick import YardstickSums, yardstick_line
 from support.helpers import nonsense, prepare_text
 from support.tiny_models import TEXT, random_model, save, shape, tiny_tokenizer
 from tokenizer import load_tokenizer
+from training.ngram import NgramModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--samples", "1", "--max-tokens", "8", "--device", "cpu"]
@@ -295,3 +298,36 @@ def test_a_tokenizer_that_cannot_read_a_text_is_named(tmp_path: Path, capsys: An
     (tmp_path / "odd.txt").write_text("the old house №\n", encoding="utf-8")
     assert evaluate.main(["--model", str(folder), "--input", str(tmp_path / "odd.txt"), *FAST]) == 2
     assert "odd.txt" in (message := capsys.readouterr().err) and "№" in message
+
+
+def test_a_model_stands_beside_counting(data: Path, data_model: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Bits a byte of counting, of the model, and of the better mixture, over all validation tokens."""
+    assert evaluate.main(["--model", str(data_model), "--data", str(data), "--out", str(tmp_path), *FAST]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["models"][0]
+    found, tokenizer = report["yardstick"], load_tokenizer(data)
+    counts = NgramModel.counted(TokenData.open(data).train, tokenizer.vocab_size)
+    texts = [tokenizer.encode_array(one.text) for one in prepared_texts(data)]
+    nats = sum(-np.log(counts.probabilities(np.append(tokenizer.eot, ids))).sum() for ids in texts)
+    size = report["total"]["bytes"]
+    assert found["counted"] == pytest.approx(nats / math.log(2) / size)
+    assert found["model"] == pytest.approx(report["total"]["bits_per_byte"])
+    assert found["together"] <= min(found["counted"], found["model"]) + 1e-9 and 0 <= found["share"] <= 1
+    assert (
+        f"counting alone: {found['counted']:.3f}; this model: {found['model']:.3f}"
+        in (tmp_path / "report.md").read_text()
+    )
+    # the data's ids are not this model's: there is nothing to compare
+    assert evaluate.main(["--model", str(model_folder), "--data", str(data), "--out", str(tmp_path), *FAST]) == 0
+    assert "yardstick" not in json.loads((tmp_path / "report.json").read_text())["models"][0]
+
+
+def test_the_best_mixture_is_found() -> None:
+    """Of 1,000 tokens one half is known to counting alone, the other to the model alone: they belong half and half."""
+    sums, other = YardstickSums(), YardstickSums()
+    sums.add(np.full(500, 0.5), np.full(500, 1e-6))
+    other.add(np.full(500, 1e-6), np.full(500, 0.5))
+    sums += other
+    found = sums.figures(size=1000)
+    assert found["share"] == 0.5 and found["together"] == pytest.approx(-math.log2(0.25), abs=1e-4)
+    assert [found["counted"], found["model"]] == pytest.approx([(1 + math.log2(1e6)) / 2] * 2)
+    assert "share 50%" in yardstick_line(found)

@@ -299,3 +299,26 @@ def test_fifty_steps_lose_what_the_plain_computation_loses() -> None:
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0] - 0.5
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_generate_draws_what_the_model_finds_likely() -> None:
+    model = GPT(TINY).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    more = TINY.block_size + 4  # past the context
+    best = model.generate(ids, more, temperature=0)
+    assert best.shape == (2, 3 + more) and torch.equal(best[:, :3], ids)
+    for at in range(3, best.size(1)):
+        assert torch.equal(best[:, at], model(best[:, max(0, at - TINY.block_size) : at])[:, -1].argmax(-1))
+    assert torch.equal(model.generate(ids, more, top_k=1), best)
+    torch.manual_seed(5)
+    drawn = model.generate(ids[:1].repeat(3000, 1), 1, temperature=0.7, top_k=4)[:, -1]
+    logits = model(ids[:1])[0, -1]
+    expected = torch.zeros_like(logits)
+    expected[logits.topk(4).indices] = (logits.topk(4).values / 0.7).softmax(-1)
+    shares = torch.bincount(drawn, minlength=len(logits)) / len(drawn)
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="temperature -1 is negative"):
+        model.generate(ids, 1, temperature=-1)

@@ -54,6 +54,7 @@ BY_HAND = (
     "hf ",
     "curl ",
     "llama-server ",
+    "lm-eval ",
     "aws ",
     "export ",
     "npx ",

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import train
+from checkpoint import finished
 from config import Config, ConfigError, ModelConfig, TrainConfig, load_config
 from dataset import TokenData
 from devices import DistributedContext
 from model import GPT
 from support.helpers import ROOT, TINY_FLAGS, nonsense, prepare_text
-from training import metrics
+from training import metrics, run_folder
 from training import optimizer as optimizers
 from training import state as training_state
 from training import step as training_step
@@ -516,6 +517,43 @@ def test_each_epoch_reports_its_average(tiny_data: Path, tmp_path: Path) -> None
     assert epochs[0]["epoch_loss"] == pytest.approx(sum(first) / len(first))
     assert epochs[-1]["best_epoch_loss"] == min(row["epoch_loss"] for row in epochs)
     assert len((tmp_path / "a/samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_summary_json_says_whether_a_run_has_ended(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert run(tiny_data, out, "--train.max-steps", "2") == 0
+    found = json.loads((out / "summary.json").read_text())
+    assert found["done"] and found["reason"] == "all steps done" and found["steps"] == 2
+    assert finished(out)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the power is cut")
+
+    monkeypatch.setattr(training_step, "take_step", broken)
+    assert train.main(["--resume", "--out", str(out), "--train.max-steps", "4"]) == 1
+    assert not (out / "summary.json").exists()
+    assert not finished(out)
+
+
+def test_texts_in_data_that_a_run_does_not_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setattr(train, "train_in_folder", lambda *_: {})
+    monkeypatch.setattr(metrics, "finish", lambda _: None)
+    assert train.main([]) == 0
+    assert "found" not in capsys.readouterr().err
+    for name in ("one", "two", "three", "four"):
+        (tmp_path / "data" / f"{name}.txt").write_text("It was.")
+    assert train.main([]) == 0
+    told = capsys.readouterr().err
+    assert "found data/four.txt, data/one.txt, data/three.txt …, which this run does not read" in told
+    assert "python train.py --preset starter" in told  # which tests/training and the README's commands run
+    assert train.main(["--preset", "sample"]) == 0
+    assert "found" not in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

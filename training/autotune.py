@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, ConfigError, ModelConfig, TrainConfig, build, to_toml
+from config import ROOT, Config, ConfigError, ModelConfig, TrainConfig, build, to_toml
 
 # (layers, width) from small to large; a head has 64 channels, or 32 where 64 do not divide the width
 SIZES = (
@@ -41,6 +41,11 @@ BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
 PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabulary and encoding, at the slowest
 ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
 START_S = 2.0  # seconds for building the model and opening files
+COUNTED_FROM = 1e6  # bytes of text from which on counted n-grams help (docs/experiments.md)
+COUNTED_WIDTH = 128  # the fewest channels of a model that starts from counts: narrower ones cannot hold the bigrams
+COUNTED_VOCABULARY = 16384  # the most ids for which the start is worth its time
+COUNTED_HALF = 4e6  # tokens after which the counted n-grams teach half as much
+COUNT_RATE = 3e6  # tokens counted in a second
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Budget:
     text: float
 
 
-def model_config(layers: int, width: int, budget: Budget, vocab: int) -> ModelConfig:
-    """The ModelConfig of one size; a wider model gets a longer context."""
+def model_config(layers: int, width: int, budget: Budget, vocab: int, counted: bool = False) -> ModelConfig:
+    """The ModelConfig of one size; a wider model gets a longer context, one that starts from counts a head of its own."""
     block = 64 if width < 192 else 128 if width < 256 else 256 if width < 512 else 512 if width < 768 else 1024
     most = int(budget.text / BYTES_PER_TOKEN / 20)  # at least some twenty different windows in a tiny text
     while block > 32 and block > most:
@@ -63,7 +68,25 @@ def model_config(layers: int, width: int, budget: Budget, vocab: int) -> ModelCo
         n_embd=width,
         block_size=block,
         vocab_size=vocab,
+        tied_head=not counted,
     )
+
+
+def counting_helps(device: str, text: float, vocab: int) -> bool:
+    """Whether n-grams should be counted, for this kind of device, bytes of text and ids (0: not chosen yet).
+
+    A small text has too few of them, a large vocabulary makes the start slow, and on GPUs it has not been measured.
+    """
+    return device == "cpu" and text >= COUNTED_FROM and vocab <= COUNTED_VOCABULARY
+
+
+def counting_s(model: ModelConfig, text: float, rate: float) -> float:
+    """Seconds for counting and for the start made of it, at `rate` FLOP/s."""
+    from training.ngram import MOST_TOKENS
+    from training.ngram_start import POLISH_CONTEXTS, POLISH_STEPS
+
+    steps = POLISH_STEPS * POLISH_CONTEXTS * 6.0 * model.vocab_size * model.n_embd
+    return min(MOST_TOKENS, text / BYTES_PER_TOKEN) / COUNT_RATE + 1.3 * steps / rate
 
 
 def flops_per_token(model: ModelConfig) -> float:
@@ -72,24 +95,30 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6.0 * matrices + 12.0 * model.n_layer * model.n_embd * model.block_size
 
 
-def fitting_vocabulary(width: int, text: float) -> int:
-    """Ids of a new vocabulary: 4096, or 32 per channel if that is more, but each should occur some fifty times in the text."""
-    most = min(max(4096, 32 * width), text / BYTES_PER_TOKEN / 50)
+def fitting_vocabulary(width: int, text: float, counted: bool = False) -> int:
+    """Ids of a new vocabulary: 4096, or 32 per channel if that is more, but each should occur some fifty times in the text.
+
+    Counted n-grams reach further with longer tokens: 8192 with them.
+    """
+    most = min(max(8192 if counted else 4096, 32 * width), text / BYTES_PER_TOKEN / 50)
     return max([size for size in VOCABULARIES if size <= most], default=VOCABULARIES[0])
 
 
-def choose_model(budget: Budget, vocab: int = 0) -> ModelConfig:
+def choose_model(budget: Budget, vocab: int = 0, counted: bool = False) -> ModelConfig:
     """The model size whose ratio of training tokens to block parameters is nearest to the optimum for this compute.
 
     That is 10 for a minute on two cores and about 20 for an hour on a GPU (Hoffmann et al. 2022).
 
-    vocab: ids of texts that are prepared already; 0 chooses. A text that would be read more than MOST_EPOCHS times
-    counts as so many times its length.
+    vocab: ids of texts that are prepared already; 0 chooses. counted: the model starts from counts. A text that would be
+    read more than MOST_EPOCHS times counts as so many times its length.
     """
     candidates = []
     most = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN
     for layers, width in SIZES:
-        model = model_config(layers, width, budget, vocab or fitting_vocabulary(width, budget.text))
+        if counted and width < COUNTED_WIDTH:
+            continue
+        ids = vocab or fitting_vocabulary(width, budget.text, counted)
+        model = model_config(layers, width, budget, ids, counted)
         tokens = min(budget.flops / flops_per_token(model), most)
         good = 10.0 * (tokens * flops_per_token(model) / REFERENCE) ** 0.06
         ratio = tokens / (12 * layers * width**2)
@@ -121,6 +150,8 @@ def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: in
         "schedule": "wsd",
         "decay_fraction": 0.5,
         "weight_decay": 0.1,
+        "ngram_start": not model.tied_head,
+        "ngram_teacher": 0.0 if model.tied_head else COUNTED_HALF,
         "log_interval": max(1, round(steps / 100)),
         "eval_interval": max(10, round(steps / 10)),
         "eval_tokens": max(2048, min(1_000_000, int(tokens / 200))),
@@ -139,7 +170,9 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
 
     from devices import DistributedContext
     from model import GPT
+    from training.model_setup import wrapped
     from training.optimizer import Optimizer
+    from training.split import step_threads, with_parts
     from training.step import take_step
 
     train = TrainConfig(max_steps=1, optimizer="muon")
@@ -153,12 +186,15 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
         while True:
             yield ids[:, :-1], ids[:, 1:]
 
+    train, _ = with_parts(train, guess, rows, distributed)
+    module = wrapped(model, Config(model=guess, train=train), distributed, device)
     source, times = batches(), list[float]()
     end = time.perf_counter() + seconds
-    while len(times) < 4 or time.perf_counter() < end:
-        begin = time.perf_counter()
-        take_step(model, optimizer, scaler, source, 1, train, precision, distributed)  # ends with the loss on the CPU
-        times.append(time.perf_counter() - begin)
+    with step_threads(module):
+        while len(times) < 4 or time.perf_counter() < end:
+            begin = time.perf_counter()
+            take_step(module, optimizer, scaler, source, 1, train, precision, distributed)  # the loss ends on the CPU
+            times.append(time.perf_counter() - begin)
     late = sorted(times[2:])
     return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
 
@@ -241,19 +277,21 @@ def autotune(
     inputs = inputs or (str(ROOT / "data" / "sample"),)
     text = manifest.splits.train.bytes if manifest else text_size(inputs)
     vocab = manifest.tokenizer.vocab_size if manifest else 0
+    counted = counting_helps(device.type, text, vocab)
     seconds = minutes * 60
 
     def left() -> float:
         return seconds - START_S - (time.monotonic() - began)
 
     # 1 the machine, with a model of about the size that will be chosen
-    guess = choose_model(Budget(ASSUMED_RATE[device.type == "cuda"] * seconds, text), vocab)
+    guess = choose_model(Budget(ASSUMED_RATE[device.type == "cuda"] * seconds, text), vocab, counted)
     rate = measured_rate(device, precision, guess)
 
     # 2 the texts, with the vocabulary of the model that the time left after preparing will allow
     if data is None or manifest is None:
         preparing_s = text / PREPARE_RATE / max(1, torch.get_num_threads())
-        vocab = choose_model(Budget(rate * max(0.5 * seconds, left() - preparing_s), text)).vocab_size
+        budget = Budget(rate * max(0.5 * seconds, left() - preparing_s), text)
+        vocab = choose_model(budget, counted=counted).vocab_size
         data = prepared_for(inputs, vocab, data)
         manifest = Manifest.load(data)
     if left() < 10:
@@ -266,12 +304,15 @@ def autotune(
 
     # 3 the model and its training, with the time actually left
     budget = Budget(rate * left(), manifest.splits.train.bytes)
-    model = choose_model(budget, manifest.tokenizer.vocab_size)
+    model = choose_model(budget, manifest.tokenizer.vocab_size, counted)
+    before_s = counting_s(model, budget.text, rate) if counted else 0.0
+    budget = Budget(rate * max(5.0, left() - before_s), budget.text)
     enough = MOST_EPOCHS * budget.text / BYTES_PER_TOKEN * flops_per_token(model)
     ends_early = enough < budget.flops
     budget = Budget(min(enough, budget.flops), budget.text)
     fits = fitting_batch(model, TrainConfig(max_steps=1), 1, available_memory(device), precision, device.type)
-    train, dropout = choose_training(model, budget, round(min(left(), budget.flops / rate) / 60, 3), max(1, fits))
+    training_s = min(left() - before_s, budget.flops / rate)
+    train, dropout = choose_training(model, budget, round(max(5.0, training_s) / 60, 3), max(1, fits))
     tables = {
         "description": f"What {minutes:g} minutes make of {data.name}",
         "model": model.model_dump(exclude={"vocab_used"}) | {"dropout": dropout},

@@ -93,6 +93,13 @@ class InitialState:
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's: optimizer, scaler, sizes
     notes: list[str] = field(default_factory=list)  # what is not as it was before
 
+    def restore(self, optimizer: Optimizer, scaler: Any) -> None:
+        """Give optimizer and loss scaler the checkpoint's state, if there is one."""
+        if self.checkpoint is not None:
+            optimizer.load_state_dict(self.state["optimizer"])
+            if self.state["scaler"]:  # empty where the run had no fp16 before
+                scaler.load_state_dict(self.state["scaler"])
+
 
 def resumed_run(
     checkpoint: Path, data: TokenData, tokenizer: Tokenizer, device: str, dropout: float, new_texts: bool
@@ -201,7 +208,8 @@ class CheckpointWriter:
                     "tokens_per_step": self.tokens_per_step,
                     "texts": content_of(self.data.manifest),
                     "train_tokens": self.data.manifest.splits.train.tokens,
-                    "threads": torch.get_num_threads(),
+                    # where a step is cut into parts, no number depends on the threads
+                    "threads": torch.get_num_threads() if self.config.train.parts <= 1 else 0,
                 }
                 if self.config.train.keep_last > 1:
                     archive_last(self.run)

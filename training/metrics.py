@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.yardstick import yardstick_line
 from storage.atomic import atomic_write_text
 
 METRICS = "metrics.jsonl"
@@ -253,6 +254,9 @@ def draw_losses(folder: Path) -> Path | None:
         axes.plot(*zip(*train, strict=True), color="#9c8b73", linewidth=1, label="training")
     if val:
         axes.plot(*zip(*val, strict=True), color="#7a1f2b", linewidth=2, marker="o", markersize=3, label="validation")
+    counted = [r["counted_loss"] for r in rows if "counted_loss" in r]
+    if counted:
+        axes.axhline(counted[-1], color="#555555", linewidth=1, linestyle="--", label="counting alone")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -264,8 +268,9 @@ def draw_losses(folder: Path) -> Path | None:
 
 def finish(summary: dict[str, Any]) -> None:
     """Print the summary on standard error, with the commands to use next."""
-    done = summary.pop("done")
+    done, yardstick = summary.pop("done"), summary.pop("yardstick")
     print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
+    print(yardstick_line(yardstick), file=sys.stderr)
     run = Path(summary["run"])
     where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     if done:

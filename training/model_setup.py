@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from devices import DistributedContext
     from model import GPT
     from tokenizer import Tokenizer
+    from training.counting import Counting
 
 
 def origin_shape(origin: str) -> dict[str, Any]:
@@ -29,19 +30,21 @@ def origin_shape(origin: str) -> dict[str, Any]:
         raise ConfigError([f"--init-from {origin}: {str(error).removeprefix(f'--model {origin}: ')}"]) from None
 
 
-def shape_faults(origin: str, theirs: dict[str, Any], requested: ModelConfig) -> list[str]:
-    """Shape settings that conflict with --init-from (only context and dropout may differ)."""
+def shape_faults(origin: str, theirs: dict[str, Any], requested: ModelConfig, start: bool = False) -> list[str]:
+    """Settings that conflict with --init-from: of the shape only context and dropout may differ. start: from counts."""
     free = ("block_size", "dropout", "vocab_used")
     return [
         f"--model.{name.replace('_', '-')} {value}: --init-from {origin} has {theirs[name]}: leave it out (only "
         "--model.block-size and --model.dropout can differ)"
         for name, value in requested.model_dump().items()
         if name not in free and value != theirs[name] and not (name == "vocab_size" and not value)
-    ]
+    ] + ([f"--train.ngram-start: --init-from {origin} has weights already: leave one of them out"] if start else [])
 
 
-def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
+def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, counting: Counting) -> GPT:
     """A new model with the tokenizer's vocabulary, or that of `config.init_from` with this run's dropout and context.
+
+    With --train.ngram-start the new model's weights come from `counting`, what has been counted in the training text.
 
     Styles in the texts that the weights do not know yet get new rows of the embedding.
     """
@@ -52,7 +55,12 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(config.train.seed)
     init_from = config.init_from
     if not init_from:
-        return GPT(fitted(config.model, tokenizer))
+        model = GPT(fitted(config.model, tokenizer))
+        if config.train.ngram_start:
+            from training.ngram_start import counted_start
+
+            counted_start(model, counting.model, config.train.seed)
+        return model
     from checkpoint import fetch_model, load_model
 
     folder = fetch_model(init_from)
@@ -100,9 +108,16 @@ def with_rows(model: GPT, tokens: int) -> GPT:
 
 
 def wrapped(model: GPT, config: Config, distributed: DistributedContext, device: torch.device) -> torch.nn.Module:
-    """The model as the loop calls it: compiled and distributed. Saved weights never carry a wrapper's names."""
+    """The model as the loop calls it: split over threads (training/split.py), or compiled and distributed.
+
+    Saved weights never carry a wrapper's names.
+    """
     import torch
 
+    from training.split import SplitModel
+
+    if config.train.parts > 1:
+        return SplitModel(model, config.train.parts)
     module: torch.nn.Module = model
     if distributed.mode == "fsdp":
         from torch.distributed.fsdp import fully_shard

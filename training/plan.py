@@ -199,15 +199,19 @@ class Costs:
     eval_s: float = 0.0  # a token of validation
     sample_s: float = 0.0  # a token of a sample
     save_s: float = 0.0  # writing the weights once
+    counting_s: float = 0.0  # counting n-grams and the start made of them
     peak_bytes: float | None = None  # most memory held, where it was measured
 
 
-def measure_here(config: Config, batch: int, accumulate: int, precision: str, steps: int = 4) -> Costs:
+def measure_here(
+    config: Config, batch: int, accumulate: int, precision: str, steps: int = 4, data: Path | None = None
+) -> Costs:
     """Measure a few real steps, an evaluation, a sample and a checkpoint in a process of their own.
 
-    accumulate: micro-batches in a step. Raises ConfigError if the process runs out of memory.
+    accumulate: micro-batches in a step. data: prepared texts, whose n-grams are counted if the settings say so. Raises ConfigError if the process runs out of memory.
     """
-    job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps}
+    taught = str(data) if data and (config.train.ngram_start or config.train.ngram_teacher) else ""
+    job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps, "taught": taught}
     done = subprocess.run(
         [sys.executable, "-m", "training.plan"],
         cwd=ROOT,
@@ -221,7 +225,7 @@ def measure_here(config: Config, batch: int, accumulate: int, precision: str, st
         raise ConfigError([f"the trial steps at --train.batch-size {batch} failed: {reason[0]}: try a smaller one"])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     step_s = found["micro_batch_s"] * accumulate + found["update_s"]
-    return Costs(step_s, found["eval_s"], found["sample_s"], found["save_s"], found["bytes"])
+    return Costs(step_s, found["eval_s"], found["sample_s"], found["save_s"], found["counting_s"], found["bytes"])
 
 
 def peak_memory() -> int:
@@ -249,37 +253,47 @@ def benchmark_steps(job: dict[str, Any]) -> dict[str, float]:
 
     from devices import DistributedContext, pick_device
     from model import GPT
+    from training.counting import counted_trial
     from training.model_setup import wrapped
     from training.optimizer import Optimizer
+    from training.split import step_threads, with_parts
     from training.step import take_step
 
     config, precision = build(Config, job["config"]), job["precision"]
     device = pick_device(config.train.device)
     distributed = DistributedContext(0, 1, "none", device)
     model = GPT(config.model).to(device)
-    module = wrapped(model, config, distributed, device)
+    train, _ = with_parts(config.train, config.model, job["batch"], distributed)
+    module = wrapped(model, config.model_copy(update={"train": train}), distributed, device)
     optimizer = Optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batches = random_batches(job["batch"], config.model, device)
+    soft, counting_s = None, 0.0
+    if taught := job.get("taught"):
+        began = time.perf_counter()
+        soft, batches = counted_trial(Path(taught), job["batch"], model, config.train)
+        counting_s = time.perf_counter() - began
 
     def step(accumulate: int) -> None:
-        take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, distributed)
+        take_step(module, optimizer, scaler, batches, accumulate, config.train, precision, distributed, soft)
 
     # steps of one micro-batch and of two in turn: their difference is a micro-batch, what remains is the update
-    step(1)
     timings: dict[int, list[float]] = {1: [], 2: []}
-    began = time.perf_counter()
-    while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
-        for accumulate, found in timings.items():
-            found.append(timed(functools.partial(step, accumulate), device))
+    with step_threads(module):
+        step(1)
+        began = time.perf_counter()
+        while len(timings[2]) < job["steps"] or (time.perf_counter() - began < 4 and len(timings[2]) < 50):
+            for accumulate, found in timings.items():
+                found.append(timed(functools.partial(step, accumulate), device))
+        rest = benchmark_non_training(config, model, module, batches, precision, device)
     once, twice = (statistics.median(found) for found in timings.values())
     micro_batch_s = max(twice - once, 0.3 * once)
-    rest = benchmark_non_training(config, model, module, batches, precision, device)
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
     return {
         "micro_batch_s": micro_batch_s,
         "update_s": max(0.0, once - micro_batch_s),
         "bytes": float(peak),
+        "counting_s": counting_s,
         **rest,
     }
 
@@ -358,6 +372,7 @@ def non_training_time(train: TrainConfig, steps: int, epochs: float, val_tokens:
         "evaluation": evaluations * min(train.eval_tokens or val_tokens, val_tokens) * costs.eval_s,
         "samples": samples * train.sample_tokens * costs.sample_s,
         "checkpoints": (evaluations + 3 * saves) * costs.save_s,  # two moments beside the weights
+        "counting": costs.counting_s,
     }
 
 
@@ -482,6 +497,7 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
 
     from corpus.preparation import default_out
     from model import GPT
+    from storage.shards import MANIFEST
     from training.schedule import total_steps
     from training.step import grad_accum_steps
 
@@ -512,7 +528,10 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     if machine.gpu:
         costs, basis = spec_sheet_estimate(machine, gpt.flops_per_token(), tokens_per_step)
     else:
-        costs, basis = measure_here(config, batch, accumulate, machine.precision), "measured over a few steps"
+        folder = data or default_out(preset)
+        taught = folder if (folder / MANIFEST).is_file() else None
+        costs = measure_here(config, batch, accumulate, machine.precision, data=taught)
+        basis = "measured over a few steps"
     epochs = steps * tokens_per_step / corpus if corpus else 0.0
     return Plan(
         preset,

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from storage.shards import Manifest
 
 FREE_SHAPE = ("dropout", "vocab_used")  # settings of the model that have no weights
-FIXED_TRAIN = ("optimizer", "seed")  # the moments are one optimizer's, and the seed orders the texts
+FIXED_TRAIN = (
+    "optimizer",
+    "seed",
+    "ngram_start",
+)  # moments, the order of the texts and the first weights are what they are
 
 
 def refused_settings(
@@ -86,7 +90,7 @@ def check_texts(state: dict[str, Any], manifest: Manifest, folder: Path, accepte
 
 def thread_notes(state: dict[str, Any], device: str, threads: int) -> list[str]:
     """A note where a run on processors goes on with another number of threads, which changes the order of sums."""
-    before = state.get("threads", threads)
+    before = state.get("threads") or threads
     if device != "cpu" or before == threads:
         return []
     return [

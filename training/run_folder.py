@@ -71,6 +71,18 @@ def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     return exclusive_lock(folder / ".lock", refusal)
 
 
+def unread_texts() -> str:
+    """A line for those who expect `python train.py` to read the files they put into data/; empty if there are none."""
+    found = sorted(path.name for path in (ROOT / "data").glob("*.txt"))
+    if not found:
+        return ""
+    names = ", ".join(f"data/{name}" for name in found[:3]) + (" …" if len(found) > 3 else "")
+    return (
+        f"found {names}, which this run does not read: it learns the sample stories. Train on your own with\n"
+        "    python train.py --preset starter\n"
+    )
+
+
 def prepared(folder: Path | None, preset: str) -> Path:
     """The data folder to train on; the preset's own texts are prepared first if need be (by the leader alone)."""
     if folder is not None and str(folder).startswith("s3:"):

@@ -7,30 +7,41 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from checkpoint import SUMMARY
 from config import Config, ModelConfig, TrainConfig, read_toml, to_toml
-from dataset import TokenData, WindowSampler, training_batches
-from devices import DistributedContext, device_name, gpu_memory
-from inference.writing import generate
+from dataset import TokenData, WindowSampler, training_batches, validation_batches
+from devices import DistributedContext, autocast, device_name, gpu_memory
+from evaluation.yardstick import YardstickSums
+from inference.writing import eval_mode, generate
 from model import GPT
 from storage.atomic import atomic_write_text
 from tokenizer import Tokenizer
 from training import plan
 from training.checkpointing import CheckpointWriter, InitialState, Progress, bits_per_byte
+from training.counting import Counting, rows_of
 from training.metrics import RunLog, Throughput, duration, time_left
 from training.model_setup import dividing_batch, unsharded_model
+from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
 from training.resume import schedule_notes
 from training.run_folder import Stop
 from training.schedule import clamp_schedule, time_limited_end_step, total_steps
+from training.split import with_parts
 from training.step import grad_accum_steps, validate
+
+COMPARED_TOKENS = 50_000  # tokens at most that the model and counting are compared on at the end of a run
+MAX_LOGITS = 1 << 26  # numbers of logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,20 @@ def batch_sizes(
     return train, BatchSizes(batch, grad_accum_steps(train, batch, block, distributed.size), distributed.size, block)
 
 
+def step_settings(
+    config: Config, model: ModelConfig, saved: dict[str, Any], distributed: DistributedContext, precision: str
+) -> tuple[Config, TrainConfig, BatchSizes, str]:
+    """(settings for config.toml, settings of the steps, their sizes, a warning or ""), with what is chosen filled in.
+
+    config.toml keeps the shape of `model` and the parts of a step, which a resumed run must not choose anew; saved: see
+    `batch_sizes`. Raises ConfigError as that does.
+    """
+    train, sizes = batch_sizes(config.train, model, saved, distributed, precision)
+    train, warning = with_parts(train, model, sizes.batch_size, distributed)
+    kept = config.train.model_copy(update={"parts": train.parts})
+    return config.model_copy(update={"model": model, "train": kept}), train, sizes, warning
+
+
 @dataclass
 class TrainState:
     """Everything the training loop uses."""
@@ -81,6 +106,7 @@ class TrainState:
     precision: str
     data: TokenData
     tokenizer: Tokenizer
+    counting: Counting
     distributed: DistributedContext
     model: GPT
     module: torch.nn.Module  # the model compiled and distributed: what a step calls
@@ -100,13 +126,30 @@ class TrainState:
     energy_before: float = field(init=False)  # joules of earlier sessions
     saved_s: float = field(init=False)  # the meter's time at the last checkpoint
 
+    teacher: Teacher | None = field(init=False, default=None)  # set as long as it has a share in the targets
+
     def __post_init__(self) -> None:
+        if self.teacher_weight:
+            self.teacher = Teacher(self.counting.model, self.distributed.device)
         self.energy_before, self.saved_s = self.progress.energy_j, self.meter.elapsed_s()
 
     @property
     def epoch(self) -> int:
         """Complete passes over the training text so far."""
         return self.progress.windows // self.sampler.per_epoch
+
+    @property
+    def teacher_weight(self) -> float:
+        """Share of the counted n-grams in the targets of the next step; it depends on the tokens seen alone."""
+        return teacher_weight(self.progress.windows * self.sizes.block_size, self.train.ngram_teacher)
+
+    def soft_targets(self) -> Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None:
+        """What makes the soft targets of a micro-batch in the next step; None if the n-grams no longer teach."""
+        weight = self.teacher_weight
+        if self.teacher is None or not weight:
+            self.teacher = None  # gives its memory back
+            return None
+        return functools.partial(self.teacher.targets, weight=weight)
 
     @property
     def is_time_limited(self) -> bool:
@@ -138,7 +181,10 @@ class TrainState:
 
 
 def announce(state: TrainState, start: InitialState, warnings: list[str]) -> None:
-    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings."""
+    """Write config.toml, and log data, device, sizes and parameters of the run, with any warnings.
+
+    A summary.json of before is removed: until the run ends again it counts as unfinished.
+    """
     data, log, sizes = state.data, state.log, state.sizes
     if start.checkpoint is not None:
         world = start.state["world"]
@@ -148,12 +194,15 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
         for note in [*start.notes, *_schedule_notes(state)]:
             log.say(f"note: {note}")
     write_config(state)
+    if state.distributed.leader:
+        (state.run / SUMMARY).unlink(missing_ok=True)
     for warning in filter(None, warnings):
         log.say(f"warning: {warning}")
+    parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
     splits, steps = data.manifest.splits, f"{state.total_steps:,}" if state.total_steps else "unlimited"
     log.say(
         f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device_name(state.distributed.device)}, {state.precision}   {sizes.tokens_per_step:,} tokens a step, {steps} "
+        f"device {device_name(state.distributed.device)}, {state.precision}, {parts}   {sizes.tokens_per_step:,} tokens a step, {steps} "
         f"steps, context {sizes.block_size}"
     )
     for name, count, size in state.model.report():
@@ -266,6 +315,7 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
         progress.best_val, progress.best_step = loss, progress.step
         state.save(progress, best=True)
     row = {"val_loss": loss, "val_bpb": bits_per_byte(loss, state.data), "best_val_loss": progress.best_val}
+    row |= counted_columns(state)
     if epoch_end and progress.epoch_steps:
         mean = progress.epoch_loss / progress.epoch_steps
         progress.best_epoch_loss = min(progress.best_epoch_loss, mean)
@@ -274,6 +324,36 @@ def evaluate(state: TrainState, epoch_end: bool = False) -> dict[str, Any]:
         row |= {"epoch": epoch, "epoch_loss": mean, "best_epoch_loss": progress.best_epoch_loss}
     state.eval_s = state.meter.elapsed_s() - began
     return row
+
+
+def counted_columns(state: TrainState) -> dict[str, float]:
+    """Columns of a row of metrics with a validation loss: the loss of counting alone, the same in every row."""
+    limit = state.train.eval_tokens
+    loss = state.counting.validation_loss(state.data.val, state.sizes.block_size, limit)
+    return {"counted_loss": loss, "counted_bpb": bits_per_byte(loss, state.data)}
+
+
+@torch.no_grad()
+def compare(state: TrainState) -> dict[str, float]:
+    """Bits a byte of counting, of the model, and of the best mixture, over the first tokens of the validation pass.
+
+    A joint call of all ranks.
+    """
+    config, distributed, sums = state.model.config, state.distributed, YardstickSums()
+    # as in `validate`: under FSDP all ranks must run the same batches
+    rank, world = (0, 1) if distributed.mode == "fsdp" else (distributed.rank, distributed.size)
+    batch = max(1, MAX_LOGITS // (config.block_size * config.vocab_size))
+    limit = min(state.train.eval_tokens or COMPARED_TOKENS, COMPARED_TOKENS)
+    with eval_mode(state.model), autocast(distributed.device, state.precision):
+        for x, y in validation_batches(state.data.val, config.block_size, batch, limit, rank, world):
+            logits = state.model(x.to(distributed.device)).float()
+            found = logits.log_softmax(dim=-1).gather(-1, y.to(distributed.device)[:, :, None])[:, :, 0].exp()
+            counted = state.counting.model.probabilities(rows_of(x, y))
+            sums.add(found.flatten().cpu().double().numpy(), counted.ravel())
+    tokens, *nats = distributed.sum_over_ranks([float(sums.tokens), *sums.nats.tolist()])
+    total = YardstickSums(int(tokens), np.array(nats))
+    split = state.data.manifest.splits.val
+    return total.figures(size=tokens * split.bytes / split.tokens)
 
 
 def log_sample(state: TrainState) -> None:
@@ -298,9 +378,9 @@ def checkpoint(state: TrainState) -> None:
 
 
 def summary(state: TrainState, reason: str) -> dict[str, Any]:
-    """What is printed when a run ends, as `metrics.finish` takes it."""
+    """What is printed when a run ends, as `metrics.finish` takes it; also written to summary.json."""
     progress, speed = state.progress, state.meter.overall()
-    return {
+    found = {
         "reason": reason,
         "run": str(state.run),
         "steps": progress.step,
@@ -313,5 +393,9 @@ def summary(state: TrainState, reason: str) -> dict[str, Any]:
         "energy_kwh": progress.energy_j / 3.6e6 if state.energy else None,
         "checkpoint_s": round(state.save.seconds, 2),
         "folders_written": state.save.folders,
+        "yardstick": compare(state),
         "done": not state.stopped,
     }
+    if state.distributed.leader:
+        atomic_write_text(state.run / SUMMARY, json.dumps(found, indent=2) + "\n")
+    return found

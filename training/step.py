@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ import torch
 
 from config import ConfigError, TrainConfig
 from dataset import TokenStream, validation_batches
-from devices import DistributedContext, autocast
+from devices import DistributedContext, autocast, seed_dropout
 from inference.writing import eval_mode
+from loss import SoftTargets
+from training.split import SplitModel
 
 if TYPE_CHECKING:
     from training.checkpointing import Progress
@@ -49,6 +51,15 @@ def grad_accum_steps(train: TrainConfig, batch_size: int, block_size: int, world
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of the dropout masks of one step on one rank, so that a resumed run needs no saved generator state."""
     return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
+
+
+def seed_step(module: torch.nn.Module, train: TrainConfig, step: int, distributed: DistributedContext) -> None:
+    """Seed the dropout masks of the step after `step` steps."""
+    seed = step_seed(train.seed, step, distributed.rank)
+    if isinstance(module, SplitModel):
+        module.seed_dropout(seed)
+    else:
+        seed_dropout(distributed.device, seed)
 
 
 @torch.no_grad()
@@ -87,28 +98,38 @@ def take_step(
     train: TrainConfig,
     precision: str,
     distributed: DistributedContext,
+    soft: Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None = None,
 ) -> tuple[float, float, bool]:
     """One optimizer step over `grad_accum_steps` micro-batches: (mean loss over them and all ranks, gradient norm, stepped).
 
     Order: scale, backward, unscale, clip, check, step, update, zero. If the loss or the gradient is not finite, no
     parameter changes; with fp16 that is the scaler's normal reaction to an overflow. All ranks decide alike.
+
+    soft: makes the soft targets of a micro-batch (x, y), if a teacher has a share in them.
     """
     # 1 gradients: forward and backward for each micro-batch. backward() adds to .grad, so the result is the gradient of
     # one large batch, while only one micro-batch's activations are in memory.
     total = torch.zeros((), device=distributed.device)
     for number in range(grad_accum_steps):
         x, y = next(batches)  # each [B, T]; y is x one token ahead
+        if isinstance(module, SplitModel):  # small models on CPUs: each thread computes some of the B rows
+            with autocast(distributed.device, precision):
+                total += module.backward(x, y, share=1 / grad_accum_steps, soft=soft)
+            continue
         # All-reduce of the gradients once per step, in the last backward pass; partial sums need no exchange.
         if distributed.mode == "ddp":
             module.require_backward_grad_sync = number == grad_accum_steps - 1  # type: ignore[assignment]
         elif distributed.mode == "fsdp":
             module.set_requires_gradient_sync(number == grad_accum_steps - 1)  # type: ignore[operator]
         with autocast(distributed.device, precision):
-            loss = module(x, y)  # mean over B*T targets, in nats per token
+            loss = module(x, y, *([soft(x, y)] if soft else []))  # mean over B*T targets, in nats per token
         # fp16: small gradients would underflow to zero, so the scaler multiplies the loss and thereby every gradient.
         # The division makes the sum over micro-batches a mean.
         scaler.scale(loss / grad_accum_steps).backward()
         total += loss.detach() / grad_accum_steps  # stays on the device: .item() here would synchronise with the GPU
+
+    if isinstance(module, SplitModel):
+        module.sum_gradients()
 
     # 2 clipping: divide the gradients by the scale, then limit the L2 norm over all parameters to grad_clip (Pascanu et
     # al. 2013), so that one unusual batch cannot throw the weights off

@@ -46,11 +46,14 @@ def downsample(frame: pd.DataFrame, most: int = 1500) -> pd.DataFrame:
 
 
 def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> Any:
-    """Training loss as thin lines, validation loss as thick ones with points; one colour a run."""
+    """Training loss as thin lines, validation loss as thick ones with points, what counting alone reaches as a dashed line.
+
+    One colour a run.
+    """
     import altair as alt
     import pandas as pd
 
-    kinds = {"train_loss": "training", "val_loss": "validation"}
+    kinds = {"train_loss": "training", "val_loss": "validation", "counted_loss": "counting alone"}
     have = [name for name in kinds if name in frame]
     parts = []
     for name in have:
@@ -60,7 +63,9 @@ def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> An
     long = pd.concat(parts, ignore_index=True)
     several = frame["run"].nunique() > 1
     color = (
-        alt.Color("run:N", title=None) if several else alt.Color("kind:N", title=None, sort=["validation", "training"])
+        alt.Color("run:N", title=None)
+        if several
+        else alt.Color("kind:N", title=None, sort=["validation", "training", "counting alone"])
     )
     base = alt.Chart(long).encode(
         x=alt.X(f"{x}:Q", title=AXES[x]),
@@ -72,7 +77,17 @@ def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> An
     val = base.transform_filter("datum.kind == 'validation'").mark_line(
         strokeWidth=2.2, point=alt.OverlayMarkDef(size=36)
     )
-    return alt.layer(train, val).properties(height=HEIGHT)
+    # the same at every step, so a rule across the chart: below it a model is worth more than counting
+    counted = (
+        alt.Chart(long)
+        .transform_filter("datum.kind == 'counting alone'")
+        .mark_rule(strokeDash=[6, 4], strokeWidth=1.4)
+        .encode(
+            y="mean(loss):Q", color=color, tooltip=["kind:N", alt.Tooltip("mean(loss):Q", format=".4f", title="loss")]
+        )
+    )
+    layers = [train, val, counted] if "counted_loss" in have else [train, val]
+    return alt.layer(*layers).properties(height=HEIGHT)
 
 
 def curve_chart(frame: pd.DataFrame, column: str, *, x: str = "step") -> alt.Chart:

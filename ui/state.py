@@ -12,7 +12,7 @@ from typing import Any
 
 import streamlit as st
 
-from checkpoint import newest_model
+from checkpoint import default_model
 from cli import parse_flags
 from config import ROOT, ConfigError, FrozenSettings
 from ui.backends import Backend, BackendError, BackendLocation, connect
@@ -99,14 +99,14 @@ def found_models() -> list[FoundModel]:
 
 
 def default_place() -> BackendLocation | None:
-    """The flags' model or server, otherwise the newest run's model, otherwise the newest under models/; None if there is none."""
+    """The flags' model or server, otherwise that of `checkpoint.default_model`; None if there is none."""
     given = flags()
     if given.server:
         kind: Any = "gateway" if given.server.startswith(("ws://", "wss://")) else "server"
         return BackendLocation(kind, given.server, os.environ.get("VLG_KEY", ""))
     if given.model:
         return BackendLocation("local", str(given.model), dtype=given.dtype)
-    newest = newest_model(given.runs, given.models)
+    newest = default_model(given.runs, given.models)
     return BackendLocation("local", str(newest), dtype=given.dtype) if newest else None
 
 

@@ -2,6 +2,7 @@
 "use strict";
 
 const PING_MS = 4 * 60 * 1000; // gateways close a connection after ten silent minutes
+const SILENCE_MS = 2 * 60 * 1000; // a gateway gives a text up after one minute without a free writer
 const FIRST_RETRY_MS = 500;
 const LAST_RETRY_MS = 30_000;
 
@@ -174,6 +175,7 @@ const REASONS = {
 
 let story = null;
 let line = null;
+let silence = null; // the timer that ends a story nobody writes
 let parameters = []; // [name, JSON schema] of each setting that has a slider
 let described = null; // address of the server that they are from
 let asking = false; // whether the connection has been asked for them
@@ -207,7 +209,19 @@ function busy(on) {
   $("write").disabled = on || !line.open;
 }
 
+/** Give a text up whose server sends nothing more: called again with every message. */
+function listen() {
+  clearTimeout(silence);
+  silence = setTimeout(() => {
+    stop();
+    showError("The server has sent nothing for two minutes, so this text was given up. Try again.");
+    finish(() => "The server fell silent; what was written is kept.");
+    notice("");
+  }, SILENCE_MS);
+}
+
 function finish(described) {
+  clearTimeout(silence);
   if (!story) return;
   story.end(described);
   story = null;
@@ -252,7 +266,10 @@ function onMessage(message) {
     if (message.type === "error" && message.request_id == null) showError(describeError(message.error));
     return;
   }
-  if (message.type === "started") {
+  listen();
+  if (message.type === "queued") {
+    if (!story.started) notice("Waiting for a free writer…");
+  } else if (message.type === "started") {
     story.started = true;
     story.seed = message.seed ?? null;
     notice(message.truncated ? "Writing… (the opening was too long: its end was kept)" : "Writing…");
@@ -318,6 +335,7 @@ function write(event) {
   busy(true);
   notice("Waiting for the first word…");
   line.socket.send(text);
+  listen();
   remember();
 }
 

@@ -10,11 +10,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from server import schemas
-from server.disconnect import cancelled_on_disconnect
-from server.generation import finish, finish_all, generate_reply, total_usage
+from server.generation import generate_reply, total_usage
 from server.openapi import GENERATION_ERRORS, MESSAGE, Responses, event_of, streaming
 from server.service import Service
-from server.streaming import LINES_TYPE, SSE_TYPE, StreamResponse, framed, json_line, messages, sse
+from server.streaming import LINES_TYPE, SSE_TYPE, StreamResponse, framed, json_line, messages, sse, whole_answer
 
 if TYPE_CHECKING:
     from inference.engine import TokenScore
@@ -76,10 +75,7 @@ async def answer(
     if body.stream:
         chunks = framed(messages(generation, settings.flush_ms / 1000), frame)
         return StreamResponse(chunks, [generation], media_type, settings.stall_s)
-    try:
-        return JSONResponse(generate_reply(await cancelled_on_disconnect(request, finish(generation)), service.name))
-    finally:
-        generation.close()
+    return await whole_answer(request, [generation], lambda: generate_reply(generation, service.name))
 
 
 async def answer_batch(service: Service, request: Request, body: schemas.BatchBody) -> Response:
@@ -87,13 +83,12 @@ async def answer_batch(service: Service, request: Request, body: schemas.BatchBo
     prompts: Sequence[str | list[int]] = body.prompts
     params = body.params(service.settings, service.defaults)
     generations = await service.start_all(prompts, params, request.state.request_id, "prompts")
-    try:
-        await cancelled_on_disconnect(request, finish_all(generations))
-    finally:
-        for generation in generations:
-            generation.close()
-    results = [generate_reply(generation, service.name) for generation in generations]
-    return JSONResponse({"results": results, "usage": total_usage(generations), "model": service.name})
+
+    def reply() -> dict[str, Any]:
+        results = [generate_reply(generation, service.name) for generation in generations]
+        return {"results": results, "usage": total_usage(generations), "model": service.name}
+
+    return await whole_answer(request, generations, reply)
 
 
 def token_score(token: TokenScore) -> dict[str, Any]:

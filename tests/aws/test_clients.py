@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
-from local_stack import Quotas, Stack
+from local_stack import Quotas, Stack, load_handlers
 
 from config import GenerationParams, ModelConfig
 from support.forked import PYTHON
@@ -49,7 +49,7 @@ def run_node(folder: Path, url: str) -> dict[str, Any]:
 def test_node_client(stack: Stack, container: FakeContainer, node_modules: Path) -> None:
     seen = run_node(node_modules, stack.url)
     assert seen["refused"] == 403
-    assert [m["type"] for m in seen["whole"]] == ["started", *["token"] * 12, "complete"]
+    assert [m["type"] for m in seen["whole"]] == ["queued", "started", *["token"] * 12, "complete"]
     assert text(seen["whole"]) == "".join(words("It was", 12))
     assert seen["stopped"][-1]["finish_reason"] == "cancelled"
     assert seen["wrong"][-1]["error"]["param"] == "temperature"
@@ -98,6 +98,28 @@ def test_the_web_page_tells_what_the_gateway_itself_refuses(container: FakeConta
         assert "Too Many Requests" in page.inner_text("#error-box")
         page.wait_for_selector("#write:enabled")
     assert not container.requests
+
+
+def test_the_web_page_gives_a_silent_gateway_up(container: FakeContainer) -> None:
+    """An asynchronous invocation is answered 202 before anything runs, and a failed post is not repeated for ever."""
+    relay = load_handlers()
+
+    def deaf(event: dict[str, Any], context: Any) -> Any:
+        if event["requestContext"]["routeKey"] == "generate":
+            return {"statusCode": 200}
+        return relay.router(event, context)
+
+    handlers = {"authorizer": relay.authorizer, "router": deaf, "worker": relay.worker}
+    with Stack(container.url, handlers=handlers) as stack, opened(stack.url) as page:
+        page.clock.install()
+        page.click("#write")
+        page.wait_for_selector("#stop:enabled")
+        page.clock.fast_forward("01:50")
+        assert not page.is_visible("#error-box")
+        page.clock.fast_forward("00:20")
+        page.wait_for_selector("#error-box:visible")
+        assert "sent nothing for two minutes" in page.inner_text("#error-box")
+        page.wait_for_selector("#write:enabled")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +202,7 @@ def test_python_hears_through_the_whole_path_what_generate_writes(address: str, 
 @pytest.mark.slow
 def test_node_hears_the_same(address: str, model: Path, node_modules: Path) -> None:
     seen = run_node(node_modules, address)
-    assert [m["type"] for m in seen["whole"]] == ["started", *["token"] * 12, "complete"]
+    assert [m["type"] for m in seen["whole"]] == ["queued", "started", *["token"] * 12, "complete"]
     assert text(seen["whole"]) == written(model, "It was", 5, 12)
     heard = seen["stopped"]
     assert heard[-1]["finish_reason"] == "cancelled" and 3 <= sum(m["type"] == "token" for m in heard) < 2000

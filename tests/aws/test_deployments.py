@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -31,9 +32,11 @@ def load(name: str) -> Any:
 
 realtime = load("sagemaker_endpoint_deployment")
 serverless = load("sagemaker_serverless_endpoint_deployment")
+ecr_images = sys.modules["ecr_images"]
 
 ROLE = "arn:aws:iam::123456789012:role/SageMaker"
-IMAGE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/victorian:1"
+REPOSITORY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/victorian"
+IMAGE = f"{REPOSITORY}:1"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,23 @@ def account(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     s3.client().create_bucket(Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    push("1")
     return server
+
+
+def push(tag: str, kind: str = ecr_images.DOCKER, layer: str = "zeroth") -> str:
+    """An image in ECR with a manifest of media type `kind`; its digest."""
+    import boto3
+
+    ecr = boto3.client("ecr")
+    with contextlib.suppress(ecr.exceptions.RepositoryAlreadyExistsException):
+        ecr.create_repository(repositoryName="victorian")
+    part = {"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", "size": 1, "digest": layer}
+    manifest = {"schemaVersion": 2, "mediaType": kind, "config": part, "layers": [part], "manifests": [part]}
+    sent = ecr.put_image(
+        repositoryName="victorian", imageManifest=json.dumps(manifest), imageManifestMediaType=kind, imageTag=tag
+    )
+    return sent["image"]["imageId"]["imageDigest"]
 
 
 @pytest.fixture
@@ -103,10 +122,13 @@ def test_a_realtime_endpoint_is_requested(account: str, sent: Any, model: Path) 
     assert realtime.main(arguments(model, *flags)) == 0
     calls = dict(sent)
     assert [name for name, _ in sent] == [
-        "CreateModel", "CreateEndpointConfig", "CreateEndpoint", "RegisterScalableTarget", "PutScalingPolicy",
+        "CreateModel", "CreateEndpointConfig", "CreateLogGroup", "PutRetentionPolicy", "CreateEndpoint",
+        "RegisterScalableTarget", "PutScalingPolicy",
     ]  # fmt: skip
     container = calls["CreateModel"]["PrimaryContainer"]
-    assert container["Image"] == IMAGE and container["Environment"] == {"VLG_SLOTS": "16"}
+    assert container["Image"].startswith(f"{REPOSITORY}@sha256:")
+    assert container["Environment"] == {"VLG_SLOTS": "16"}
+    assert calls["CreateModel"]["EnableNetworkIsolation"] is True
     assert calls["CreateModel"]["ExecutionRoleArn"] == ROLE
     variant = calls["CreateEndpointConfig"]["ProductionVariants"][0]
     assert (variant["InstanceType"], variant["InitialInstanceCount"]) == ("ml.m5.xlarge", 2)
@@ -135,6 +157,25 @@ def test_the_packed_model_holds_the_folder_and_no_training_state(account: str, s
     assert realtime.pack(model, "own") == packed
 
 
+def with_update(service: Any, reason: str = "") -> Any:
+    """UpdateEndpoint, which moto lacks: it is answered and changes nothing, as when the service rolls it back."""
+    from botocore.awsrequest import AWSResponse
+
+    class Raw:
+        def stream(self, *_: object, **__: object) -> Iterator[bytes]:
+            yield b'{"EndpointArn": "arn:aws:sagemaker:eu-west-1:123456789012:endpoint/victorian"}'
+
+    def made(name: str, flags: Any, **settings: Any) -> Any:
+        client = service(name, flags, **settings)
+        reply = lambda **_: AWSResponse("", 200, {}, Raw())  # noqa: E731
+        client.meta.events.register("before-send.sagemaker.UpdateEndpoint", reply)
+        explain = lambda parsed, **_: parsed.update({"FailureReason": reason} if reason else {})  # noqa: E731
+        client.meta.events.register("after-call.sagemaker.DescribeEndpoint", explain)
+        return client
+
+    return made
+
+
 def test_the_same_again_does_nothing_and_a_change_updates(
     account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,21 +185,7 @@ def test_the_same_again_does_nothing_and_a_change_updates(
     assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
     assert sent == []
 
-    recording = realtime.service
-
-    def with_update(name: str, flags: Any, **settings: Any) -> Any:
-        from botocore.awsrequest import AWSResponse
-
-        class Raw:
-            def stream(self, *_: object, **__: object) -> Iterator[bytes]:
-                yield b'{"EndpointArn": "arn:aws:sagemaker:eu-west-1:123456789012:endpoint/victorian"}'
-
-        client = recording(name, flags, **settings)
-        reply = lambda **_: AWSResponse("", 200, {}, Raw())  # noqa: E731
-        client.meta.events.register("before-send.sagemaker.UpdateEndpoint", reply)
-        return client
-
-    monkeypatch.setattr(realtime, "service", with_update)
+    monkeypatch.setattr(realtime, "service", with_update(realtime.service))
     (model / "model.safetensors").write_bytes(b"better" * 100)
     assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
     assert [name for name, _ in sent] == ["CreateModel", "CreateEndpointConfig", "UpdateEndpoint"]
@@ -170,7 +197,9 @@ def test_the_same_again_does_nothing_and_a_change_updates(
 def test_a_serverless_endpoint_is_requested(account: str, sent: Any, model: Path) -> None:
     flags = ["--memory-mb", "3072", "--max-concurrency", "7", "--provisioned", "2", "--tokens-per-s", "4"]
     assert serverless.main(arguments(model, *flags)) == 0
-    assert [name for name, _ in sent] == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
+    assert [name for name, _ in sent if "Log" not in name and "Retention" not in name] == [
+        "CreateModel", "CreateEndpointConfig", "CreateEndpoint",
+    ]  # fmt: skip
     calls = dict(sent)
     variant = calls["CreateEndpointConfig"]["ProductionVariants"][0]
     wanted = {"MemorySizeInMB": 3072, "MaxConcurrency": 7, "ProvisionedConcurrency": 2}
@@ -202,7 +231,6 @@ def test_delete_leaves_nothing_of_its_own(account: str, sent: Any, model: Path) 
     assert serverless.main(arguments(model)) == 0
     sagemaker = boto3.client("sagemaker")
     sagemaker.create_model(ModelName="victorian-novel", ExecutionRoleArn=ROLE, PrimaryContainer={"Image": IMAGE})
-    boto3.client("logs").create_log_group(logGroupName="/aws/sagemaker/Endpoints/victorian")
     assert realtime.main(["--delete", "--bucket", "models"]) == 0
     left = [item["ModelName"] for item in sagemaker.list_models()["Models"]]
     assert sorted(name.rpartition("-")[0] for name in left) == ["victorian", "victorian-serverless"]
@@ -216,6 +244,130 @@ def test_delete_leaves_nothing_of_its_own(account: str, sent: Any, model: Path) 
     assert not autoscaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
     assert not boto3.client("logs").describe_log_groups()["logGroups"]
     assert realtime.main(["--delete"]) == 0
+
+
+def test_a_gpu_endpoint_gets_the_driver_of_its_images_cuda(account: str, sent: Any, model: Path) -> None:
+    """https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html: g5 starts with driver 470 unless told."""
+    import botocore.session
+
+    for flags, ami in ([], "al2-ami-sagemaker-inference-gpu-3-1"), (["--cuda", "cu130"], "al2023-ami-sagemaker-inference-gpu-4-1"):  # fmt: skip
+        sent.clear()
+        assert realtime.main(arguments(model, "--instance-type", "ml.g4dn.xlarge", "--name", f"e{len(flags)}", *flags)) == 0  # fmt: skip
+        calls = dict(sent)
+        assert calls["CreateEndpointConfig"]["ProductionVariants"][0]["InferenceAmiVersion"] == ami
+        assert calls["CreateModel"]["PrimaryContainer"]["Environment"]["VLG_DEVICE"] == "cuda"
+    known = botocore.session.get_session().get_service_model("sagemaker")
+    assert set(realtime.AMI.values()) <= set(known.shape_for("ProductionVariantInferenceAmiVersion").enum)
+    kinds = ("ml.g5.xlarge", "ml.g6e.xlarge", "ml.p4d.24xlarge", "ml.c7g.xlarge", "ml.m5.xlarge", "ml.inf2.xlarge")
+    assert [realtime.has_gpu(kind) for kind in kinds] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["application/vnd.oci.image.index.v1+json", "application/vnd.oci.image.manifest.v1+json",
+     "application/vnd.docker.distribution.manifest.list.v2+json"],
+)  # fmt: skip
+def test_an_image_that_sagemaker_refuses_is_named_before_anything_is_made(
+    account: str, sent: Any, model: Path, capsys: Any, kind: str
+) -> None:
+    """CreateModel answers "Unsupported manifest media type": aws/amazon-sagemaker-feedback#180, mlflow/mlflow#13834."""
+    push("new", kind, kind)
+    for script in (realtime, serverless):
+        assert script.main([*arguments(model), "--image", f"{REPOSITORY}:new"]) == 2
+        said = capsys.readouterr().err
+        assert kind in said and "--provenance=false" in said and "oci-mediatypes=false" in said
+    assert sent == []
+    assert realtime.main([*arguments(model), "--image", f"{REPOSITORY}:absent"]) == 2
+    assert "no such image" in capsys.readouterr().err
+
+
+def test_a_tag_that_was_pushed_again_is_deployed(
+    account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ECR's tags can be moved (imageTagMutability MUTABLE is a repository's default)."""
+    monkeypatch.setattr(realtime, "service", with_update(realtime.service))
+    digests = []
+    for layer in ("first", "second"):
+        digests.append(push("2", layer=layer))
+        assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge", "--image", f"{REPOSITORY}:2")) == 0
+    images = [given["PrimaryContainer"]["Image"] for name, given in sent if name == "CreateModel"]
+    assert images == [f"{REPOSITORY}@{digest}" for digest in digests] and digests[0] != digests[1]
+    assert "UpdateEndpoint" in dict(sent)
+
+
+def test_an_update_that_is_rolled_back_deletes_nothing(
+    account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """After a failed update the endpoint is InService on the configuration before it (DescribeEndpoint's EndpointStatus:
+    RollingBack, "once the rollback completes, endpoint returns to an InService status")."""
+    flags = arguments(model, "--instance-type", "ml.m5.xlarge", "--max-instances", "3")
+    assert realtime.main(flags) == 0
+    kept = dict(sent)["CreateEndpoint"]["EndpointConfigName"]
+    sent.clear()
+    monkeypatch.setattr(
+        realtime, "service", with_update(realtime.service, "the primary container did not pass the ping")
+    )
+    monkeypatch.setattr(realtime, "smoke_test", lambda *_: " sound")
+    (model / "model.safetensors").write_bytes(b"broken" * 100)
+    assert realtime.main([word for word in flags if word != "--no-wait"]) == 1
+    said = capsys.readouterr().err
+    assert "did not pass the ping" in said and kept in said
+    assert not {"DeleteModel", "DeleteEndpointConfig"} & {name for name, _ in sent}
+    scaled = [name for name, _ in sent if "Scal" in name]
+    assert scaled[-2:] == ["RegisterScalableTarget", "PutScalingPolicy"] and "DeregisterScalableTarget" in scaled
+
+
+def test_scaling_survives_an_update(account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deregister, update, register: https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling.html."""
+    import boto3
+
+    flags = arguments(model, "--instance-type", "ml.m5.xlarge")
+    assert realtime.main([*flags, "--max-instances", "4"]) == 0
+    variant = dict(sent)["CreateEndpointConfig"]["ProductionVariants"][0]
+    assert variant["RoutingConfig"] == {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"}
+    sent.clear()
+    made = realtime.service
+    monkeypatch.setattr(realtime, "service", with_update(made))
+    monkeypatch.setattr(realtime, "wait_in_service", lambda *_: None)
+    assert realtime.main([*flags, "--max-instances", "3", "--startup-s", "700"]) == 0
+    order = [
+        name for name, _ in sent if name in ("DeregisterScalableTarget", "UpdateEndpoint", "RegisterScalableTarget")
+    ]
+    assert order == ["DeregisterScalableTarget", "UpdateEndpoint", "RegisterScalableTarget"]
+    update = dict(sent)["UpdateEndpoint"]
+    assert update["RetainAllVariantProperties"] is True
+    assert update["DeploymentConfig"]["BlueGreenUpdatePolicy"]["TerminationWaitInSeconds"] >= 480
+    sent.clear()
+    assert realtime.main([*flags, "--startup-s", "800"]) == 0
+    assert "RetainAllVariantProperties" not in dict(sent)["UpdateEndpoint"]
+    scaler = boto3.client("application-autoscaling")
+    assert not scaler.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
+    assert not scaler.describe_scaling_policies(ServiceNamespace="sagemaker")["ScalingPolicies"]
+
+
+def test_vllm_refuses_an_archive_without_its_files(capsys: Any, tmp_path: Path) -> None:
+    """LMI reads serving.properties and model.py from the archive; a training job's artifact has neither."""
+    words_ = ["--engine", "vllm", "--model-data", "s3://b/runs/x/model.tar.gz", "--role", ROLE, "--dry-run"]
+    assert realtime.main(words_) == 2
+    said = capsys.readouterr().err
+    assert "aws s3 cp s3://b/runs/x/model.tar.gz" in said and "--model served" in said
+
+
+def test_names_are_those_of_the_arn(account: str, sent: Any, model: Path) -> None:
+    """SageMaker writes an endpoint's name in lower case in its ARN, which a policy's Resource is compared with."""
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge", "--name", "Novel")) == 0
+    assert dict(sent)["CreateEndpoint"]["EndpointName"] == "novel"
+
+
+def test_guard_rails_of_an_endpoint(account: str, sent: Any, model: Path, capsys: Any) -> None:
+    flags = ["--instance-type", "ml.m5.xlarge", "--kms-key", "alias/mine", "--log-days", "30"]
+    assert realtime.main(arguments(model, *flags, "--subnets", "subnet-1,subnet-2")) == 2
+    assert "--security-groups" in capsys.readouterr().err
+    assert realtime.main(arguments(model, *flags, "--subnets", "subnet-1,subnet-2", "--security-groups", "sg-1")) == 0
+    calls = dict(sent)
+    assert calls["CreateModel"]["VpcConfig"] == {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]}
+    assert calls["CreateEndpointConfig"]["KmsKeyId"] == "alias/mine"
+    assert calls["PutRetentionPolicy"] == {"logGroupName": "/aws/sagemaker/Endpoints/victorian", "retentionInDays": 30}
 
 
 def test_dry_runs_send_nothing(monkeypatch: pytest.MonkeyPatch, model: Path, capsys: Any) -> None:
@@ -287,7 +439,7 @@ def test_vllm_requests_and_answers_are_this_projects(formatter: Any) -> None:
         "data: [DONE]\n\n",
     ]
     wire = "".join(formatter.answer(piece) + "\n" for piece in pieces).encode()
-    from relay import lines
+    from endpoint import lines
 
     messages = list(lines([wire]))
     assert [m["type"] for m in messages] == ["started", "token", "token", "complete"]

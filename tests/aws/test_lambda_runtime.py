@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -27,14 +28,25 @@ if importlib.util.find_spec("awslambdaric") is None:
     pytest.skip("needs awslambdaric: pip install -r requirements-aws.txt", allow_module_level=True)
 
 
-class Environment:
-    """One Lambda environment: the Runtime API on a socket, and `awslambdaric` asking it for events."""
+@dataclass
+class Answer:
+    """What an environment posted for an event: kind is `response` or `error`."""
 
-    def __init__(self, handler: str):
+    kind: str
+    headers: dict[str, str]
+    chunks: list[bytes]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+
+class RuntimeApi:
+    """Lambda's Runtime API on a socket (https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html)."""
+
+    def __init__(self) -> None:
         self.events: queue.Queue[tuple[str, dict[str, Any], float]] = queue.Queue()
-        self.answers: dict[str, queue.Queue[Any]] = {}
-        self.handler = handler
-        self.process: subprocess.Popen[bytes] | None = None
+        self.answers: dict[str, queue.Queue[Answer]] = {}
         outer = self
 
         class Api(BaseHTTPRequestHandler):
@@ -52,11 +64,19 @@ class Environment:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def chunks(self) -> Iterator[bytes]:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    return
+                while size := int(self.rfile.readline(), 16):
+                    yield self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 *_, request, kind = self.path.split("/")
-                answer = json.loads(body or b"null")
-                outer.answers.get(request, queue.Queue()).put(answer if kind == "response" else RuntimeError(answer))
+                answer = Answer(kind, dict(self.headers), list(self.chunks()))
+                outer.answers.setdefault(request, queue.Queue()).put(answer)
                 self.send_response(202)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -66,7 +86,27 @@ class Environment:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
         self.server.daemon_threads = True
+        self.place = f"127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def ask(self, event: dict[str, Any], seconds: float = 30) -> Answer:
+        """An event for the environment, and its answer."""
+        request = str(uuid.uuid4())
+        self.answers[request] = queue.Queue()
+        self.events.put((request, event, seconds))
+        return self.answers[request].get(timeout=seconds)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Environment:
+    """One Lambda environment: the Runtime API, and `awslambdaric` asking it for events."""
+
+    def __init__(self, handler: str):
+        self.handler, self.api = handler, RuntimeApi()
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, event: dict[str, Any], context: Any) -> Any:
         if self.process is None:
@@ -75,26 +115,22 @@ class Environment:
                 cwd=ROOT / "lambda",
                 env={
                     **os.environ,
-                    "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{self.server.server_port}",
+                    "AWS_LAMBDA_RUNTIME_API": self.api.place,
                     "LAMBDA_TASK_ROOT": str(ROOT / "lambda"),
                     "PYTHONDONTWRITEBYTECODE": "1",
                 },
                 stdout=subprocess.DEVNULL,
             )
-        request = str(uuid.uuid4())
-        self.answers[request] = queue.Queue()
-        self.events.put((request, event, context.get_remaining_time_in_millis() / 1000))
-        answer = self.answers[request].get(timeout=30)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        answer = self.api.ask(event, max(30.0, context.get_remaining_time_in_millis() / 1000))
+        if answer.kind != "response":
+            raise RuntimeError(answer.body.decode())
+        return json.loads(answer.body or b"null")
 
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        self.server.shutdown()
-        self.server.server_close()
+        self.api.close()
 
 
 @pytest.fixture

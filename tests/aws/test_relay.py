@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import websockets
 from aws_fakes import FakeContainer, ask, hear, text, wait_for, words
-from local_stack import Quotas, Stack, load_relay
+from deploy_relay import FILES
+from local_stack import Quotas, Stack, load_handlers
 from pydantic import ValidationError
 from websockets.exceptions import InvalidStatus
 
@@ -56,7 +57,7 @@ def test_tokens_come_one_by_one_before_the_end(stack: Stack, container: FakeCont
 
     produced, messages = talk(stack, conversation)
     assert produced < 20
-    assert [m["type"] for m in messages] == ["started", *["token"] * 20, "complete"]
+    assert [m["type"] for m in messages] == ["queued", "started", *["token"] * 20, "complete"]
     assert {m["request_id"] for m in messages} == {"one"}
     assert [m["seq"] for m in messages if m["type"] == "token"] == list(range(20))
     assert [m["text"] for m in messages if m["type"] == "token"] == words("It was", 20)
@@ -148,9 +149,15 @@ def test_only_a_known_token_opens_the_gateway(stack: Stack, monkeypatch: pytest.
     assert refused(stack.url, origin="https://elsewhere.org") == 403
     assert refused(stack.url, origin="https://example.org") == 101
     assert refused(stack.url) == 101
-    monkeypatch.setenv("TOKENS", "")
+    monkeypatch.delenv("ALLOWED_ORIGINS")
+    stack.admit("guest", "guest", expires=int(time.time()) + 60)
+    assert refused(f"{bare}?token=guest") == 101
+    stack.admit("guest", "guest", expires=int(time.time()) - 1)
+    assert refused(f"{bare}?token=guest") == 403
+    stack.tables["tokens"].items.clear()
     assert refused(stack.url) == 403
     assert refused(bare + "?token=") == 403
+    stack.admit("local", "local")
 
 
 @pytest.mark.parametrize(
@@ -206,11 +213,11 @@ def test_ping_and_a_refusal_leave_the_connection_usable(stack: Stack, container:
 def test_an_empty_prompt_and_a_missing_id_are_allowed(stack: Stack, container: FakeContainer) -> None:
     async def conversation(socket: Any) -> list[dict[str, Any]]:
         await socket.send('{"action": "generate", "prompt": "", "max_tokens": 2}')
-        started = json.loads(await socket.recv())
-        return [started, *await hear(socket, started["request_id"])]
+        queued = json.loads(await socket.recv())
+        return [queued, *await hear(socket, queued["request_id"])]
 
     messages = talk(stack, conversation)
-    assert messages[0]["type"] == "started" and len(messages[0]["request_id"]) == 32
+    assert messages[0]["type"] == "queued" and len(messages[0]["request_id"]) == 32
     assert messages[-1]["type"] == "complete"
 
 
@@ -347,7 +354,7 @@ def test_an_event_delivered_twice_generates_once(stack: Stack, container: FakeCo
     stack.faults.duplicate_events = True
     messages = generate(stack, max_tokens=9)
     wait_for(lambda: len(outcomes(stack)) == 2)
-    assert [m["type"] for m in messages] == ["started", *["token"] * 9, "complete"]
+    assert [m["type"] for m in messages] == ["queued", "started", *["token"] * 9, "complete"]
     assert len(container.requests) == 1
     assert sorted(result["outcome"] for result in outcomes(stack)) == ["complete", "duplicate"]
 
@@ -362,7 +369,64 @@ def test_a_full_worker_is_told_and_frees_the_place(stack: Stack, container: Fake
         return first + await hear(socket, "r2")
 
     messages = talk(stack, conversation)
-    assert messages[0]["error"]["code"] == "unavailable" and messages[-1]["type"] == "complete"
+    assert [m["type"] for m in messages[:2]] == ["queued", "error"]
+    assert messages[1]["error"]["code"] == "unavailable" and messages[-1]["type"] == "complete"
+
+
+def test_a_text_that_finds_no_worker_waits_and_is_told(container: FakeContainer) -> None:
+    """Invoke answers 202 though all reserved workers are busy; Lambda queues the event and sends it to the destination when
+    it has grown too old (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-error-handling.html)."""
+    container.pace = 0.05
+
+    async def conversation(socket: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        await ask(socket, "long", max_tokens=2000)
+        while json.loads(await socket.recv())["type"] != "token":
+            pass
+        began = time.monotonic()
+        await ask(socket, "second", max_tokens=2)
+        second = await hear(socket, "second")
+        assert second[0]["at"] - began < 0.4
+        stack.functions.event_age_s = 20.0
+        await ask(socket, "third", max_tokens=2)  # the second one's place is free again
+        await socket.send('{"action": "stop", "request_id": "long"}')
+        return second, await hear(socket, "third")
+
+    with Stack(container.url, workers=1, environment={"STOP_POLL_MS": "50", "MAX_ACTIVE": "2"}) as stack:
+        stack.functions.event_age_s = 0.5
+        second, third = talk(stack, conversation)
+    assert [m["type"] for m in second] == ["queued", "error"]
+    assert second[1]["error"]["code"] == "unavailable" and "all writers are busy" in second[1]["error"]["message"]
+    assert [m["type"] for m in third] == ["queued", "started", "token", "token", "complete"]
+
+
+def test_a_worker_that_dies_is_told(container: FakeContainer) -> None:
+    """A handler that raises, or an environment that is killed, ends in the destination as well: RetriesExhausted."""
+    relay = load_handlers()
+
+    def dies(event: dict[str, Any], context: Any) -> Any:
+        raise MemoryError
+
+    handlers = {"authorizer": relay.authorizer, "router": relay.router, "worker": dies}
+    with Stack(container.url, handlers=handlers) as stack:
+        messages = generate(stack)
+        items = list(stack.tables["requests"].items.values())
+    assert messages[-1]["error"]["code"] == "endpoint_failed" and all("ended" in item for item in items)
+
+
+def test_an_allowance_for_a_day_is_kept(container: FakeContainer) -> None:
+    with Stack(container.url) as stack:
+        stack.admit("local", "local", daily=50)
+        assert generate(stack, "a", max_tokens=30)[-1]["type"] == "complete"
+        refused = generate(stack, "b", max_tokens=30)[-1]["error"]
+        assert refused["code"] == "allowance_exceeded" and "today's 50" in refused["message"]
+        assert generate(stack, "c", max_tokens=20)[-1]["type"] == "complete"
+        container.fault = "error_amid"
+        stack.admit("local", "local", daily=100)
+        assert generate(stack, "d", max_tokens=50)[-1]["type"] == "error"
+        container.fault = ""
+        wait_for(lambda: not stack.functions.running)
+        assert generate(stack, "e", max_tokens=47)[-1]["type"] == "complete", "what was not written was given back"
+        assert generate(stack, "f", max_tokens=1)[-1]["type"] == "error"
 
 
 def test_fifty_clients_at_once(stack: Stack, container: FakeContainer) -> None:
@@ -385,10 +449,20 @@ def test_a_serverless_endpoint_answers_whole(container: FakeContainer) -> None:
         generate(stack, max_tokens=1)
         container.requests.clear()
         messages = generate(stack, max_tokens=6, n=2)
-    assert [m["type"] for m in messages] == ["started", "token", "token", "complete"]
+    assert [m["type"] for m in messages] == ["queued", "started", "token", "token", "complete"]
     assert [text(messages, index) for index in range(2)] == ["".join(words("It was", 6, index)) for index in range(2)]
     assert messages[-1]["streamed"] is False and messages[-1]["usage"]["completion_tokens"] == 12
     assert [request["stream"] for request in container.requests] == [False]
+
+
+def test_an_endpoint_that_was_missing_once_streams_afterwards(container: FakeContainer) -> None:
+    """InvokeEndpoint answers ValidationError also for an endpoint that is not there yet, or a body that is too long
+    (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html, Errors)."""
+    with Stack(container.url) as stack:
+        stack.endpoint.name = "not-made-yet"
+        assert generate(stack, "a", max_tokens=2)[-1]["error"]["code"] == "endpoint_failed"
+        stack.endpoint.name = "victorian"
+        assert generate(stack, "b", max_tokens=2)[-1]["streamed"] is True
 
 
 def test_a_long_whole_answer_fits_its_frames(
@@ -422,7 +496,7 @@ def test_a_container_that_restarts(served: Any) -> None:
 
 
 def test_the_gateways_clocks(container: FakeContainer) -> None:
-    relay = load_relay()
+    relay = load_handlers()
 
     def slow(event: dict[str, Any], context: Any) -> Any:
         if event["requestContext"]["routeKey"] == "ping":
@@ -571,8 +645,8 @@ def test_a_style_goes_through_the_gateway_to_the_model() -> None:
 
 
 def test_the_package_needs_only_what_the_runtime_has() -> None:
-    allowed = set(sys.stdlib_module_names) | {"boto3", "botocore", "limits", "wire"}
-    for name in ("relay.py", "limits.py", "wire.py"):
+    allowed = set(sys.stdlib_module_names) | {"boto3", "botocore", "limits", "wire", "endpoint"}
+    for name in FILES:
         for node in ast.walk(ast.parse((ROOT / "lambda" / name).read_text())):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -585,8 +659,11 @@ def test_the_ledgers_calls_are_dynamodbs(monkeypatch: pytest.MonkeyPatch) -> Non
     moto = pytest.importorskip("moto", reason="needs moto: pip install -r requirements-aws.txt")
     import boto3
 
-    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "TABLE_NAME": "ledger"}.items():
+    names = {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x"}
+    for name, value in {f"AWS_{name}": value for name, value in names.items()}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TABLE_NAME", "ledger")
+    monkeypatch.setenv("TOKENS_TABLE", "tokens")
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_DYNAMODB"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
@@ -598,14 +675,27 @@ def test_the_ledgers_calls_are_dynamodbs(monkeypatch: pytest.MonkeyPatch) -> Non
             AttributeDefinitions=[{"AttributeName": name, "AttributeType": "S"} for name, _ in keys],
             BillingMode="PAY_PER_REQUEST",
         )
-        load_relay()
+        load_handlers()
         import wire
 
-        requests = wire.RequestTable(wire.Settings.read(), "c=")
+        requests = wire.RequestTable(wire.RelaySettings.read(), "c=")
         assert not requests.start("r") and not requests.request_stop("r")
         assert requests.register("r") and not requests.register("r")
         assert requests.active() == ["r"]
         assert requests.start("r") and not requests.start("r")
         assert not requests.stop_requested("r") and requests.request_stop("r") and requests.stop_requested("r")
-        requests.end("r")
+        assert requests.end("r") and not requests.end("r")
         assert requests.active() == [] and not requests.stop_requested("other")
+        boto3.client("dynamodb").create_table(
+            TableName="tokens",
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        tokens = wire.TokenTable(wire.RelaySettings.read())
+        access = wire.Access("h", "alice", 100)
+        day = tokens.spend(access, 60)
+        assert day and tokens.spend(access, 41) is None and tokens.spend(access, 101) is None
+        tokens.give_back("h", day, 20)
+        assert tokens.spend(access, 60) == day and tokens.spend(access, 1) is None
+        assert tokens.spend(wire.Access("other", "bob"), 10**6) == "" and tokens.find("unknown") is None

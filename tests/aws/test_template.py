@@ -56,10 +56,12 @@ def test_the_transform_accepts_it(template: dict[str, Any], monkeypatch: pytest.
     from samtranslator.translator.transform import transform
 
     body = json.loads(json.dumps(template))
-    body["Globals"]["Function"]["CodeUri"] = "s3://bucket/relay.zip"
+    for function in of(body, "AWS::Serverless::Function").values():
+        if "CodeUri" in function["Properties"]:
+            function["Properties"]["CodeUri"] = "s3://bucket/relay.zip"
     made = transform(body, {}, managed_policy_loader=None, feature_toggle=None)
     functions = of(made, "AWS::Lambda::Function")
-    assert set(functions) == {"AuthorizerFunction", "RouterFunction", "WorkerFunction"}
+    assert set(functions) == {"AuthorizerFunction", "RouterFunction", "WorkerFunction", "ModelFunction"}
     assert samtranslator
     config = of(made, "AWS::Lambda::EventInvokeConfig")
     assert [entry["Properties"]["MaximumRetryAttempts"] for entry in config.values()] == [0]
@@ -80,7 +82,7 @@ def test_routes_and_the_authorizer_on_connect(template: dict[str, Any]) -> None:
     deployment = template["Resources"]["Deployment"]
     assert set(deployment["DependsOn"]) == set(of(template, "AWS::ApiGatewayV2::Route"))
     assert template["Resources"]["Api"]["Properties"]["RouteSelectionExpression"] == "$request.body.action"
-    assert template["Parameters"]["Tokens"]["Default"] == "" and template["Parameters"]["Tokens"]["NoEcho"] is True
+    assert "Tokens" not in template["Parameters"], "tokens do not belong into a stack's parameters"
 
 
 def test_timeouts_fit_the_gateway(template: dict[str, Any]) -> None:
@@ -92,9 +94,39 @@ def test_timeouts_fit_the_gateway(template: dict[str, Any]) -> None:
         assert properties["Timeout"] == seconds, "the local stack must run it as AWS does"
         assert properties["Handler"] == f"relay.{name}"
         assert seconds <= (900 if name == "worker" else 29)
-    worker = functions["WorkerFunction"]["Properties"]
-    assert worker["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
-    assert worker["ReservedConcurrentExecutions"] == {"Ref": "Workers"}
+    assert functions["ModelFunction"]["Properties"]["Timeout"] == TIMEOUTS["worker"]
+    for name in ("WorkerFunction", "ModelFunction"):
+        reserved = functions[name]["Properties"]["ReservedConcurrentExecutions"]
+        assert reserved["Fn::If"][:2] == ["Reserves", {"Ref": "Workers"}], "an account may have nothing to reserve"
+
+
+def test_a_text_without_a_worker_is_not_lost(template: dict[str, Any]) -> None:
+    """Throttled events are queued, retried up to their greatest age, and then sent to the on-failure destination
+    (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-error-handling.html)."""
+    (config,) = of(template, "AWS::Lambda::EventInvokeConfig").values()
+    events = config["Properties"]
+    assert events["MaximumRetryAttempts"] == 0 and events["MaximumEventAgeInSeconds"] == 60
+    assert events["DestinationConfig"]["OnFailure"] == {"Destination": {"Fn::GetAtt": ["RouterFunction", "Arn"]}}
+    (policy,) = of(template, "AWS::IAM::Policy").values()
+    (statement,) = policy["Properties"]["PolicyDocument"]["Statement"]
+    assert statement["Action"] == "lambda:InvokeFunction" and policy["Properties"]["Roles"] == [{"Ref": "WorkerRole"}]
+    assert config["DependsOn"] == "WorkerDestination", "the service tries the destination when it is set"
+    alarms = {body["Properties"]["MetricName"] for body in of(template, "AWS::CloudWatch::Alarm").values()}
+    assert "AsyncEventsDropped" in alarms
+
+
+def test_the_models_url_streams_and_may_be_called(template: dict[str, Any]) -> None:
+    """A URL needs both permissions since October 2025 (https://docs.aws.amazon.com/lambda/latest/dg/urls-auth.html)."""
+    (url,) = of(template, "AWS::Lambda::Url").values()
+    assert url["Properties"]["InvokeMode"] == "RESPONSE_STREAM" and url["Condition"] == "InLambda"
+    granted = [body["Properties"] for body in of(template, "AWS::Lambda::Permission").values() if body.get("Condition")]
+    assert {body["Action"] for body in granted} == {"lambda:InvokeFunctionUrl", "lambda:InvokeFunction"}
+    assert "Cors" not in url["Properties"], "the function decides which pages may read its answers"
+
+
+def test_a_budget_is_watched_where_somebody_is_told(template: dict[str, Any]) -> None:
+    (budget,) = of(template, "AWS::Budgets::Budget").values()
+    assert budget["Condition"] == "HasBudget" and budget["Properties"]["Budget"]["TimeUnit"] == "MONTHLY"
 
 
 def test_stage_is_throttled_and_named_as_the_permissions(template: dict[str, Any]) -> None:
@@ -106,11 +138,11 @@ def test_stage_is_throttled_and_named_as_the_permissions(template: dict[str, Any
 
 def test_roles_name_actions_and_resources(template: dict[str, Any]) -> None:
     wanted = {
-        "AuthorizerRole": {"logs:CreateLogStream", "logs:PutLogEvents"},
+        "AuthorizerRole": {"logs:CreateLogStream", "logs:PutLogEvents", "dynamodb:GetItem"},
         "RouterRole": {"logs:CreateLogStream", "logs:PutLogEvents", "dynamodb:PutItem", "dynamodb:UpdateItem",
                        "dynamodb:Query", "lambda:InvokeFunction", "execute-api:ManageConnections"},
         "WorkerRole": {"logs:CreateLogStream", "logs:PutLogEvents", "dynamodb:GetItem", "dynamodb:UpdateItem",
-                       "sagemaker:InvokeEndpoint", "execute-api:ManageConnections"},
+                       "dynamodb:PutItem", "dynamodb:Query", "sagemaker:InvokeEndpoint", "execute-api:ManageConnections"},
     }  # fmt: skip
     for name, body in of(template, "AWS::IAM::Role").items():
         properties = body["Properties"]
@@ -118,12 +150,15 @@ def test_roles_name_actions_and_resources(template: dict[str, Any]) -> None:
         found = set()
         for policy in properties["Policies"]:
             for statement in policy["PolicyDocument"]["Statement"]:
+                if "Fn::If" in statement:
+                    assert statement["Fn::If"][0] == "HasKey" and "kms:Decrypt" in statement["Fn::If"][1]["Action"]
+                    continue
                 actions = statement["Action"]
                 found |= set([actions] if isinstance(actions, str) else actions)
                 assert statement["Resource"] != "*" and isinstance(statement["Resource"], dict)
         assert found == wanted[name] and not any("*" in action for action in found)
     for name, body in of(template, "AWS::Serverless::Function").items():
-        role = name.replace("Function", "Role")
+        role = "WorkerRole" if name == "ModelFunction" else name.replace("Function", "Role")
         assert body["Properties"]["Role"] == {"Fn::GetAtt": [role, "Arn"]}
 
 
@@ -137,13 +172,13 @@ def test_every_function_logs_where_logs_expire(template: dict[str, Any]) -> None
 
 
 def test_environment_is_what_the_handlers_read(template: dict[str, Any]) -> None:
-    source = "".join((ROOT / "lambda" / name).read_text() for name in ("relay.py", "wire.py"))
+    source = "".join((ROOT / "lambda" / name).read_text() for name in ("relay.py", "wire.py", "writer.py"))
     read = set(re.findall(r'(?:get|environ\.get)\("([A-Z_]+)"', source))
     given = set(template["Globals"]["Function"]["Environment"]["Variables"])
     for body in of(template, "AWS::Serverless::Function").values():
         given |= set(body["Properties"].get("Environment", {}).get("Variables", {}))
     assert given <= read, "a variable that nobody reads"
-    assert read - given == {"MANAGEMENT_ENDPOINT", "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI"}
+    assert read - given == {"MANAGEMENT_ENDPOINT", "AWS_ENDPOINT_URL_APIGATEWAYMANAGEMENTAPI", "MODEL_FOLDER"}
 
 
 def test_limits_are_those_of_the_template(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +193,7 @@ def test_limits_are_those_of_the_template(template: dict[str, Any], monkeypatch:
         value = variables[name]
         default = parameters[value["Ref"]]["Default"] if isinstance(value, dict) else value
         assert float(default) == getattr(limits, name), name
-    read = wire.Settings.read()
+    read = wire.RelaySettings.read()
     found = (read.max_tokens, read.max_samples, read.max_prompt_bytes, read.max_active)
     found += (read.flush_s * 1000, read.poll_s * 1000, read.silence_s)
     assert dict(zip(names, found, strict=True)) == {name: getattr(limits, name) for name in names}
@@ -171,6 +206,6 @@ def test_alarms_watch_metrics_that_exist(template: dict[str, Any]) -> None:
     for body in alarms:
         if body["Properties"]["Namespace"] == "VictorianGenerator":
             assert f'"{body["Properties"]["MetricName"]}"' in source
-    dashboard = template["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"]
+    dashboard = template["Resources"]["Dashboard"]["Properties"]["DashboardBody"]["Fn::Sub"][0]
     widgets = json.loads(re.sub(r"\$\{[^}]+\}", "x", dashboard))["widgets"]
     assert len(widgets) == 6

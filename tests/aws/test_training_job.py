@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aws_fakes import wait_for
 
 from support.helpers import ROOT
+from support.tiny_models import random_model, save, shape, tiny_tokenizer
 
 
 def load(name: str) -> Any:
@@ -29,6 +35,7 @@ def load(name: str) -> Any:
 
 launcher = load("launch_training_job")
 entry = load("job_entry")
+mirror = sys.modules["checkpoint_mirror"]
 
 ROLE = "arn:aws:iam::123456789012:role/SageMaker"
 WANTED = ["--data", "s3://bucket/data/victorian", "--output", "s3://bucket/runs", "--role", ROLE, "--region", "us-east-1"]  # fmt: skip
@@ -124,30 +131,33 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def test_an_artifact_out_of_a_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
-    last = tmp_path / "run" / "last"
-    last.mkdir(parents=True)
+    last = save(tmp_path / "run" / "last", random_model(shape(tiny_tokenizer())), tiny_tokenizer())
     for name in (
-        "config.json",
-        "model.safetensors",
         "training_state.safetensors",
         "training_state.json",
         "checksums.json",
     ):
         (last / name).write_text("{}")
+    torn = save(tmp_path / "run" / "best", random_model(shape(tiny_tokenizer())), tiny_tokenizer())
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
     entry.keep_model(tmp_path / "run", tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names and not any("training" in name for name in names)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
 
 
 def test_a_job_trains_resumes_and_leaves_a_model(job: dict[str, str], tmp_path: Path) -> None:
-    run = tmp_path / "ml" / "checkpoints" / "tiny"
+    run = tmp_path / "ml" / "run" / "tiny"
 
     def train(flags: str) -> None:
         assert entry.main(["--preset", "starter", "--flags", f"{TINY} {flags}"], job) == 0
 
     train("--train.max-steps 10")
+    assert (run / "tensorboard").resolve() == tmp_path / "ml" / "output" / "tensorboard"
+    assert {path.name for path in mirrored(tmp_path)} >= {"step-000010", "best-000010"}
+    shutil.rmtree(run)  # the next machine has only what SageMaker brings back
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "model" / "training_state.safetensors").exists()
-    assert (run / "tensorboard").resolve() == tmp_path / "ml" / "output" / "tensorboard"
     job["TRAINING_JOB_NAME"] = "second"
     train("--train.max-steps 20")
     steps = [row["step"] for row in rows(run) if "train_loss" in row]
@@ -158,39 +168,193 @@ def test_a_job_trains_resumes_and_leaves_a_model(job: dict[str, str], tmp_path: 
     assert (run / weights).read_bytes() == (run.parent / "whole" / weights).read_bytes()
 
 
-def test_a_checkpoint_that_was_under_way_is_passed_over(job: dict[str, str], tmp_path: Path) -> None:
-    run = tmp_path / "ml" / "checkpoints" / "tiny"
+def mirrored(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "ml" / "checkpoints" / "tiny").iterdir())
+
+
+def test_a_checkpoint_that_arrived_damaged_is_passed_over(job: dict[str, str], tmp_path: Path) -> None:
     words = ["--preset", "starter", "--flags", f"{TINY} --train.max-steps 15"]
     assert entry.main(words, job) == 0
-    kept = sorted(path.name for path in run.glob("last*"))
-    assert len(kept) == 2 and "last" in kept
-    with (run / "last" / "model.safetensors").open("r+b") as file:
+    newest = tmp_path / "ml" / "checkpoints" / "tiny" / "step-000015"
+    shutil.copytree(newest, newest.with_name("step-000020"))
+    with (newest.with_name("step-000020") / "model.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"torn")
-    assert entry.sound_checkpoints(run) == 1
-    assert not (run / "last").exists()
-    job["TRAINING_JOB_NAME"] = "second"
-    assert entry.main(words, job) == 0
-    assert (run / "last").is_dir()
+    (newest.with_name("step-000025")).mkdir()
+    facts = mirror.Mirror(newest.parent, tmp_path / "drafts").restore(tmp_path / "restored")
+    assert facts["step"] == 15 and facts["max_steps"] == 15
+    assert (tmp_path / "restored" / "last" / "model.safetensors").is_file()
+    assert (tmp_path / "restored" / "config.toml").is_file() and (tmp_path / "restored" / "best").is_dir()
 
 
 def test_without_any_whole_checkpoint_the_job_starts_over(job: dict[str, str], tmp_path: Path) -> None:
-    run = tmp_path / "ml" / "checkpoints" / "tiny"
-    (run / "last").mkdir(parents=True)
-    (run / "last" / "config.json").write_text("{}")
+    (tmp_path / "ml" / "checkpoints" / "tiny" / "step-000005").mkdir(parents=True)
+    (tmp_path / "ml" / "checkpoints" / "tiny" / "step-000005" / "config.json").write_text("{}")
+    run = tmp_path / "ml" / "run" / "tiny"
+    run.mkdir(parents=True)
     (run / "config.toml").write_text("broken")
     assert entry.main(["--preset", "starter", "--flags", f"{TINY} --train.max-steps 5"], job) == 0
     assert rows(run)[-1]["step"] == 5
 
 
 def test_flags_of_the_job() -> None:
-    made = entry.training_flags(
-        ["--preset", "victorian", "--flags", "--train.lr 1e-4"], Path("/data"), Path("/run"), True
+    words = ["--preset", "victorian", "--flags", "--train.lr 1e-4 --train.max-minutes 590"]
+    flags = ["--preset", "victorian", "--data", "/data", "--out", "/run", "--train.lr", "1e-4", "--train.max-minutes"]
+    assert entry.training_flags(words, Path("/data"), Path("/run"), None) == [*flags, "590"]
+    made = entry.training_flags(words, Path("/data"), Path("/run"), {"elapsed_s": 600 * 60.0})
+    assert made == [*flags, "1190", "--resume"], "the job's minutes come on top of those trained before"
+
+
+class S3Mirror(mirror.Mirror):
+    """Checkpoints of a machine whose folder is copied in random order, a file at a time; `there` is what has been copied.
+
+    SageMaker's documentation promises no order (https://docs.aws.amazon.com/sagemaker/latest/dg/model-checkpoints.html). After
+    each change on the machine some of the changes that are still to be copied are, removals as well.
+    """
+
+    def __init__(self, root: Path, chance: random.Random):
+        super().__init__(root / "here", root / "drafts", self.is_whole)
+        self.chance, self.safe = chance, False
+        self.here: dict[str, bytes] = {}
+        self.there: dict[str, bytes] = {}
+        self.complete: dict[str, set[str]] = {}  # the files of each checkpoint that was written to its end
+
+    def is_whole(self, name: str) -> bool:
+        return name in self.complete and self.complete[name] <= set(self.there)
+
+    def place(self, draft: Path, target: Path) -> None:
+        self.here[str(target.relative_to(self.folder))] = draft.read_bytes()
+        super().place(draft, target)
+        if target.name == mirror.MARKER:
+            self.complete[target.parent.name] = {name for name in self.here if name.startswith(target.parent.name)}
+        self.copy(self.chance.randrange(4))
+
+    def _prune(self, kind: str) -> None:
+        super()._prune(kind)
+        left = {path.name for path in self.folder.iterdir()}
+        self.here = {name: body for name, body in self.here.items() if name.split("/")[0] in left}
+
+    def copy(self, count: int) -> None:
+        for _ in range(count):
+            due = sorted(self.here.keys() ^ self.there.keys())
+            if not due:
+                return
+            name = self.chance.choice(due)
+            if name in self.here:
+                self.there[name] = self.here[name]
+            else:
+                del self.there[name]
+            found = any(self.is_whole(checkpoint) for checkpoint in self.complete)
+            assert found or not self.safe, "a stop now would find no whole checkpoint"
+            self.safe = self.safe or found
+
+    def bring_back(self, folder: Path) -> Path:
+        """What the next machine finds."""
+        for name, body in self.there.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(body)
+        return folder
+
+
+def simulate(root: Path, seed: int, stop: int = 60) -> S3Mirror:
+    """A run that saves a checkpoint every ten steps up to `stop`; its files are tiny, and named as those of a real one."""
+    from storage import atomic
+
+    machine, run = S3Mirror(root, random.Random(seed)), root / "run"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text("[train]\nmax_steps = 60\n")
+    for step in range(10, stop + 1, 10):
+        with atomic.atomic_folder(run / "last") as draft:
+            (draft / "config.json").write_text(f"weights {step}")
+            state = {"step": step, "progress": {"elapsed_s": step * 60.0}}
+            (draft / "training_state.json").write_text(json.dumps(state))
+            atomic.write_sums(draft, step)
+        machine.save(run)
+        machine.copy(machine.chance.randrange(6))
+    return machine
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where the system has one: thousands of small files are removed again."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 100), *(pytest.param(n, 300, marks=pytest.mark.slow) for n in (100, 400, 700))]
+)
+def test_a_whole_checkpoint_is_found_whenever_the_machine_is_taken(
+    memory: Path, first: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand orders, of which each is looked at after every single copy, and restored from at its end."""
+    monkeypatch.setattr("os.fsync", lambda number: None)
+    for seed in range(first, first + count):
+        root = memory / str(seed)
+        machine = simulate(root, seed, stop=40)
+        facts = mirror.Mirror(machine.bring_back(root / "back"), root).restore(root / "restored")
+        newest = max((name for name in machine.complete if machine.is_whole(name)), default="")
+        assert (facts is None) == (not newest) and (facts is None or facts["step"] == int(newest[5:]))
+        assert facts is not None or not machine.safe
+        shutil.rmtree(root)
+
+
+def test_what_is_left_is_said_before_a_job_is_paid_for(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    from config import ConfigError
+    from storage import s3
+
+    for name, value in {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "t", "SECRET_ACCESS_KEY": "t", "DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    with contextlib.suppress(s3.client().exceptions.BucketAlreadyOwnedByYou):
+        s3.client().create_bucket(Bucket="left")
+    flags = launcher.Flags(name="tiny", output="s3://left/runs", data="s3://left/data", role=ROLE, max_hours=2)
+    minutes = launcher.job_minutes(flags)
+    assert "starts at step 0 and has 110 minutes" in launcher.remaining(flags, minutes)
+    machine = simulate(tmp_path, 1)
+    machine.copy(1000)
+    s3.upload_folder(machine.bring_back(tmp_path / "back"), "s3://left/runs/tiny/checkpoints/tiny")
+    with pytest.raises(ConfigError, match="step 60 of 60: a job would train no step"):
+        launcher.remaining(flags, minutes)
+    more = flags.model_copy(update={"flags": "--train.max-steps 90 --train.max-minutes 30"})
+    assert launcher.remaining(more, launcher.job_minutes(more)) == (
+        "run tiny: at step 60 of 90 after 60 minutes; this job has 30 minutes more"
     )
-    assert made == [
-        "--preset", "victorian", "--data", "/data", "--out", "/run",
-        "--train.lr", "1e-4", "--train.keep-last", "2", "--resume",
-    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_trainer_through_the_jobs_first_process(job: dict[str, str], tmp_path: Path) -> None:
+    """SageMaker sends SIGTERM to the container's first process (docs: "How Amazon SageMaker Runs Your Training Image"); the
+    SDK's script runs `eval "$CMD"` (sagemaker.train.templates), in which `exec` puts torchrun into the shell's place."""
+    flags = f"{TINY} --train.max-steps 1000000 --train.checkpoint-interval 0 --train.eval-interval 0"
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run --master_port 0 "$@"\n')
+    torchrun.chmod(0o755)
+    variables = {
+        **os.environ,
+        **job,
+        "SM_HPS": json.dumps({"preset": "starter", "flags": flags}),
+        "OMP_NUM_THREADS": "1",
+    }
+    variables["PATH"] = f"{torchrun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = f"CMD='{launcher.COMMAND.replace('python3', sys.executable)}'\neval \"$CMD\""
+    with (tmp_path / "log").open("w") as log:
+        shell = subprocess.Popen(["bash", "-c", script + "\necho the shell goes on"], cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+    try:
+        wait_for(lambda: "train_loss=" in (tmp_path / "log").read_text() or shell.poll() is not None, 120)
+        shell.terminate()
+        shell.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM" in said, said[-3000:]
+    assert "the shell goes on" not in said
+    assert any(mirror.marker(path) for path in mirrored(tmp_path)), "a checkpoint was saved and copied"
 
 
 def has_sdk() -> bool:
@@ -332,5 +496,5 @@ def test_the_sdks_start_script_runs_our_source(launched: Any, shards: Path, tmp_
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (ml / "model" / "model.safetensors").is_file()
-    assert (ml / "checkpoints" / "victorian" / "last").is_dir()
+    assert list((ml / "checkpoints" / "victorian").glob("step-*/complete.json"))
     assert "train_loss=" in done.stdout + done.stderr

@@ -26,6 +26,7 @@ from evaluation.held_out import prepared_texts
 from evaluation.perplexity import sliding_windows
 from evaluation.style_report import summary
 from generate import main
+from inference.compiled import CompiledStep
 from inference.decoder import BatchDecoder, Sequence
 from inference.engine import Engine
 from inference.writing import generate
@@ -435,13 +436,13 @@ def test_the_style_stays_in_front_when_the_window_rolls(
 ) -> None:
     model, tokenizer = styled
     read: list[list[int]] = []
-    prefill = GPT.prefill
+    prefill = BatchDecoder._prefill
 
-    def watched(self: GPT, ids: Any, *given: Any, **more: Any) -> Any:
-        read.append(list(ids))
-        return prefill(self, ids, *given, **more)
+    def watched(self: BatchDecoder, states: Any) -> None:
+        read.append(list(states[0].pending))
+        prefill(self, states)
 
-    monkeypatch.setattr(GPT, "prefill", watched)
+    monkeypatch.setattr(BatchDecoder, "_prefill", watched)
     monkeypatch.setattr(tokenizer, "eot", None)
     params = GenerationParams(**WRITE, style="ash:0.5,birch:0.5", max_tokens=80, keep=3)
     (result,) = generate(model, tokenizer, "It was the best of times", params)
@@ -500,9 +501,9 @@ def test_a_blend_is_the_weighted_mean_of_log_probabilities(styled: tuple[GPT, To
     given = [torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-3.0, 1.0, 4.0])]
     rest = torch.full((tokenizer.vocab_size - 3,), -30.0)
     for state, logits in zip(sequence.states, given, strict=True):
-        state.logits = torch.cat((logits, rest))
+        state.logits = torch.cat((logits, rest)).numpy()
     expected = (0.75 * given[0].log_softmax(-1) + 0.25 * given[1].log_softmax(-1)).softmax(-1)
-    assert torch.allclose(sequence.take_logits()[:3].softmax(-1), expected, atol=1e-6)
+    assert torch.allclose(torch.from_numpy(sequence.take_logits())[:3].softmax(-1), expected, atol=1e-6)
     assert all(state.logits is None for state in sequence.states)
 
 
@@ -523,7 +524,7 @@ def test_a_failure_in_one_style_ends_its_text_alone(
     model, tokenizer = styled
     with Engine(model, tokenizer, slots=4) as engine:
         alone = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40)).result()[0].text
-        decode, birch = GPT.decode, tokenizer.styles["birch"]
+        step, birch = CompiledStep.__call__, tokenizer.styles["birch"]
         guilty: list[int] = []
         prefill = BatchDecoder._prefill
 
@@ -532,13 +533,13 @@ def test_a_failure_in_one_style_ends_its_text_alone(
             if self.prefix_cache[states[0].slot].ids[:1] == [birch]:
                 guilty.append(states[0].slot)
 
-        def failing(self: GPT, ids: Any, cache: Any, slots: Any, rows: int = 0) -> Any:
+        def failing(self: CompiledStep, cache: Any, ids: Any, slots: Any, last: int | None = None) -> Any:
             if any(slot in guilty and cache.length[slot] > 8 for slot in slots):
                 raise RuntimeError("out of memory")
-            return decode(self, ids, cache, slots, rows)
+            return step(self, cache, ids, slots, last)
 
         monkeypatch.setattr(BatchDecoder, "_prefill", watched)
-        monkeypatch.setattr(GPT, "decode", failing)
+        monkeypatch.setattr(CompiledStep, "__call__", failing)
         blend = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40, style="ash,birch"))
         other = engine.submit("It was", GenerationParams(**WRITE, max_tokens=40))
         events = list(blend)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from config import GenerationParams
-from inference import decoder, quantize
+from inference import compiled, decoder, quantize
+from inference.compiled import CompiledStep
 from inference.decoder import BatchDecoder, Event, Sequence
 from model import GPT
 from support.tiny_models import random_model, shape, tiny_tokenizer
@@ -71,17 +73,24 @@ def write(model: GPT, asked: list[Asked], slots: int, every: int = 1) -> list[tu
     return [(found[text], text.output_ids) for text in texts]
 
 
-@pytest.fixture(params=["plain", "packed", "float16", "int8", "weight-only int8", "bfloat16"])
+@pytest.fixture(
+    params=["plain", "without kernels", "float32", "float16", "int8", "bfloat16", "two threads", "chunks by torch"]
+)
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> GPT:
     """The same small model, prepared in each of the ways."""
-    monkeypatch.setattr(quantize, "MIN_PACKED", 0)
     made = random_model(shape(tiny_tokenizer(), block_size=48, n_embd=64, n_layer=2), seed=2)
-    if request.param == "weight-only int8":
-        quantize.replace_linears(made, quantize.WeightOnlyInt8)
+    if request.param == "without kernels":
+        monkeypatch.setattr(compiled, "load_kernels", lambda: None)
+    elif request.param == "two threads":
+        monkeypatch.setattr(compiled, "MIN_THREADED", 0)
+        monkeypatch.setattr(compiled, "THREADS", 2)
+    elif request.param == "chunks by torch":
+        monkeypatch.setattr(compiled, "LONGEST", 4)
+        monkeypatch.setattr(compiled, "native_bf16", lambda device: True)
+        monkeypatch.setattr(compiled, "MIN_THREADED", 0)
+        quantize.prepare(made, "float16")
     elif request.param != "plain":
-        used, _ = quantize.prepare(made, "float32" if request.param == "packed" else request.param)
-        if request.param in ("float16", "int8") and used != request.param:
-            pytest.skip(f"no {request.param} kernels on this machine")
+        assert quantize.prepare(made, request.param) == (request.param, "")
     return made
 
 
@@ -98,26 +107,29 @@ def test_a_sequence_is_the_same_in_any_batch(model: GPT, monkeypatch: pytest.Mon
 
 def test_logits_do_not_depend_on_the_batch(model: GPT) -> None:
     """Stronger than equal texts: the very bits of the logits, alone and as any row of each count."""
-    counts = quantize.row_counts(model)
-    cache = model.new_cache(16)
+    batch = BatchDecoder(model, 16)
+    batch.free_slots = []
     ids = [3 + slot for slot in range(16)]
-    for slot in range(16):
-        model.prefill(ids[: slot + 1], cache, slot)
+    states = [decoder.SequenceState([], 1.0, ids[: slot + 1], slot) for slot in range(16)]
+    for state in states:
+        batch._prefill([state])
 
-    def step(slots: list[int]) -> torch.Tensor:
-        rows = next(count for count in counts if count >= len(slots))
-        logits = model.decode([ids[slot] for slot in slots], cache, slots, rows)
+    def step(slots: list[int]) -> list[np.ndarray]:
         for slot in slots:
-            cache.length[slot] -= 1
-        return logits
+            states[slot].pending = [ids[slot]]
+        for first in range(0, len(slots), batch.row_counts[-1]):
+            batch._decode([states[slot] for slot in slots[first : first + batch.row_counts[-1]]])
+        for slot in slots:
+            batch.cache.length[slot] -= 1
+        return [states[slot].logits.copy() for slot in slots]
 
     alone = [step([slot])[0] for slot in range(16)]
-    for size in range(1, min(16, counts[-1]) + 1):
+    for size in range(1, 17):
         for first in (0, 16 - size):
             slots = list(range(first, first + size))
-            for batch in (slots, slots[::-1]):
-                for slot, logits in zip(batch, step(batch), strict=True):
-                    assert torch.equal(logits, alone[slot])
+            for order in (slots, slots[::-1]):
+                for slot, logits in zip(order, step(order), strict=True):
+                    assert np.array_equal(logits, alone[slot])
 
 
 def greedy(model: GPT, ids: list[int], tokens: int, keep: int, allowed: float = 1e-3) -> list[int]:
@@ -191,7 +203,7 @@ def test_padding_ids_are_never_drawn() -> None:
     model = random_model(shape(tiny_tokenizer(), padding=40, block_size=32), seed=9)
     tokenizer = tiny_tokenizer()
     wanted = GenerationParams(max_tokens=300, temperature=2.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-    for dtype in ("plain", "float32", "int8"):
+    for dtype in ("plain", "float16", "int8"):
         if dtype != "plain":
             model = random_model(shape(tiny_tokenizer(), padding=40, block_size=32), seed=9)
             quantize.prepare(model, dtype)
@@ -218,14 +230,14 @@ def test_a_failure_ends_only_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -
     ]
     for text in texts:
         batch.add(text)
-    decode, failing = model.decode, texts[2]
+    step, failing = CompiledStep.__call__, texts[2]
 
-    def broken(ids: list[int], cache: Any, slots: list[int], rows: int = 0) -> torch.Tensor:
+    def broken(self: Any, cache: Any, ids: list[int], slots: list[int], last: int | None = None) -> Any:
         if failing.slot in slots and len(failing.output_ids) == 5 and failing in batch.sequences:
             raise RuntimeError("out of memory")
-        return decode(ids, cache, slots, rows)
+        return step(self, cache, ids, slots, last)
 
-    monkeypatch.setattr(model, "decode", broken)
+    monkeypatch.setattr(CompiledStep, "__call__", broken)
     found, errors = dict.fromkeys(texts, ""), []
     while batch.sequences:
         for text, event in batch.step():
@@ -239,17 +251,20 @@ def test_a_failure_ends_only_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(batch.free_slots) == [0, 1, 2, 3]
 
 
-def test_a_prompt_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of one prompt share its prefill, and so does a later sequence that begins with the same chunks."""
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_prompt_is_prefilled_once(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one prompt share its prefill, and so does a later sequence that begins alike."""
+    if not kernels:
+        monkeypatch.setattr(compiled, "load_kernels", lambda: None)
     monkeypatch.setattr(decoder, "CHUNK", 4)
     model = random_model(shape(tiny_tokenizer(), block_size=48, n_embd=64), seed=2)
     read: list[int] = []
-    prefill = model.prefill
-    monkeypatch.setattr(model, "prefill", lambda ids, *rest, **more: (read.extend(ids), prefill(ids, *rest, **more))[1])
     tokenizer = tiny_tokenizer()
     prompt = [id % 256 for id in range(1, 15)]
     wanted = GenerationParams(max_tokens=5)
     batch = BatchDecoder(model, 4)
+    read_chunk = batch._read
+    monkeypatch.setattr(batch, "_read", lambda ids, slot: (read.extend(ids), read_chunk(ids, slot))[1])
 
     def run(ids: list[int], count: int) -> None:
         for index in range(count):
@@ -261,9 +276,17 @@ def test_a_prompt_is_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == prompt
     run(prompt, 1)
     assert read == prompt
+    written = Sequence(tokenizer, prompt, wanted, seed=1, index=0, context=48)
+    batch.add(written)
+    while batch.sequences:
+        batch.step()
+    assert read == prompt and len(written.output_ids) == 5
     read.clear()
     run([*prompt[:9], 99, 98, 97], 1)
-    assert read == [prompt[8], 99, 98, 97]  # two whole chunks of four were known
+    assert read == ([99, 98, 97] if kernels else [prompt[8], 99, 98, 97])  # or two whole chunks of four
+    read.clear()
+    run([*written.ids[:-1], 96, 95], 1)  # goes on where a text ended, but for its last token, which was never read
+    assert read == ([96, 95] if kernels else [*written.ids[12:-1], 96, 95])
 
 
 def test_a_long_prompt_delays_the_others_by_one_chunk_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

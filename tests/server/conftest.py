@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from support.api_support import client, engine, live, model, tokenizer
+from support.api_support import client, ending, engine, live, model, tokenizer
 
-__all__ = ["client", "engine", "live", "model", "tokenizer"]
+__all__ = ["client", "ending", "engine", "live", "model", "tokenizer"]

@@ -156,4 +156,4 @@ def test_schemathesis_finds_nothing(engine: Engine) -> None:
                 case.call_and_validate()
 
             check()
-    assert len(operations) == 13
+    assert len(operations) == 32

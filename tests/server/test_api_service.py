@@ -268,6 +268,7 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
         'vlg_requests_total{method="POST",route="/generate",status="200"}',
         'vlg_request_seconds_count{route="/generate"}',
         "vlg_first_token_seconds_count",
+        "vlg_between_tokens_seconds_count",
         "vlg_text_tokens_per_second_count",
         "vlg_running",
         "vlg_waiting",
@@ -276,7 +277,8 @@ def test_request_ids_metrics_and_logs_without_prompts(client: TestClient, caplog
         "vlg_tokens_per_s",
     ):
         assert name in metrics, name
-    assert float(re.search(r"^vlg_tokens_total (\S+)", metrics, re.M)[1]) > 4  # type: ignore[index]
+    assert float(re.search(r"^vlg_between_tokens_seconds_count (\S+)", metrics, re.M)[1]) >= 3  # type: ignore[index]
+    assert float(re.search(r"^vlg_tokens_total (\S+)", metrics, re.M)[1]) >= 4  # type: ignore[index]
 
 
 def test_log_lines_are_json_and_hide_keys() -> None:

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from starlette.testclient import TestClient
 
-import api
-from config import ModelConfig
-from inference.engine import Engine
 from model import GPT
 from server.logprobs import token_name
-from support.api_support import PARAMS, PROMPT, TEXT, events, settings
-from tokenizer import Tokenizer, train_bpe, with_styles
-
-
-@pytest.fixture(scope="module")
-def ending() -> Iterator[tuple[TestClient, GPT, Tokenizer]]:
-    """A client of a model that finds the end of text likeliest after PROMPT."""
-    tokenizer = with_styles(train_bpe([TEXT * 20], 300), ["austen", "dickens"])
-    torch.manual_seed(1)
-    size = tokenizer.vocab_size
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=size, vocab_used=size)).eval()
-    states: list[torch.Tensor] = []
-    hook = model.ln_f.register_forward_hook(lambda module, given, output: states.append(output.detach()))
-    model(torch.tensor([tokenizer.encode(PROMPT)]))
-    hook.remove()
-    with torch.no_grad():
-        model.wte.weight[tokenizer.eot] = states[-1].reshape(-1, 32)[-1]
-    engine = Engine(model, tokenizer, name="ending", slots=8)
-    with TestClient(api.create_app(settings(), engine)) as client:
-        yield client, model, tokenizer
-    engine.close(5)
+from support.api_support import PARAMS, PROMPT, events
+from tokenizer import Tokenizer
 
 
 def logprobs_of(client: TestClient, **body: Any) -> list[dict[str, list[Any]]]:

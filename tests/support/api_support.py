@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from config import ModelConfig
 from inference.engine import Engine
 from model import GPT
 from server.settings import Settings, read_settings
-from tokenizer import Tokenizer, train_bpe
+from tokenizer import Tokenizer, train_bpe, with_styles
 
 if TYPE_CHECKING:
     import openai
@@ -39,6 +40,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT:
+    return tiny_model(tokenizer)
+
+
+def tiny_model(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(1)
     size = tokenizer.vocab_size
     return GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=size, vocab_used=size)).eval()
@@ -61,10 +66,35 @@ def client(engine: Engine) -> Iterator[TestClient]:
         yield client
 
 
+def ending_model(tokenizer: Tokenizer, prompt: str) -> GPT:
+    """A tiny model that finds the end of text likeliest after `prompt`."""
+    model = tiny_model(tokenizer)
+    states: list[torch.Tensor] = []
+    hook = model.ln_f.register_forward_hook(lambda module, given, output: states.append(output.detach()))
+    model(torch.tensor([tokenizer.encode(prompt)]))
+    hook.remove()
+    with torch.no_grad():
+        model.wte.weight[tokenizer.eot] = states[-1].reshape(-1, 32)[-1]
+    return model
+
+
+@pytest.fixture(scope="module")
+def ending() -> Iterator[tuple[TestClient, GPT, Tokenizer]]:
+    """A client of a model that finds the end of text likeliest after PROMPT."""
+    tokenizer = with_styles(train_bpe([TEXT * 20], 300), ["austen", "dickens"])
+    model = ending_model(tokenizer, PROMPT)
+    engine = Engine(model, tokenizer, name="ending", slots=8)
+    with TestClient(api.create_app(settings(), engine)) as client:
+        yield client, model, tokenizer
+    engine.close(5)
+
+
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The app behind a real socket; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=3))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=3)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -99,6 +129,13 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     blocks = [block for block in answer.text.split("\n\n") if block]
     assert all(block.startswith("data: ") for block in blocks)
     return [json.loads(block[6:]) for block in blocks if block != "data: [DONE]"]
+
+
+def kobold_events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, data) of each event of KoboldAI's API, read as Kobold Lite does; nothing may lie between them."""
+    form = re.compile(r"^event: (.*)\ndata: (.*)(\r?\n){2}", re.M)
+    assert form.sub("", text) == ""
+    return [(match[1], json.loads(match[2])) for match in form.finditer(text)]
 
 
 def texts(messages: list[dict[str, Any]], n: int = 1) -> list[str]:

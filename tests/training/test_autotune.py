@@ -11,11 +11,19 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from config import ConfigError, ModelConfig, TrainConfig, read_toml
+from config import Config, ConfigError, ModelConfig, TrainConfig, build, read_toml
 from model import GPT
 from support.helpers import nonsense, prepare_text
 from training import autotune
-from training.autotune import Budget, choose_model, choose_training, fitting_vocabulary, flops_per_token
+from training.autotune import (
+    Budget,
+    choose_model,
+    choose_training,
+    counting_helps,
+    counting_s,
+    fitting_vocabulary,
+    flops_per_token,
+)
 from training.schedule import decay_start_step, lr_scale, time_limited_end_step
 
 
@@ -70,6 +78,27 @@ def test_more_compute_buys_larger_models() -> None:
 def test_the_cost_is_the_models_own() -> None:
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=300, bias=False)
     assert flops_per_token(shape) == pytest.approx(GPT(shape).flops_per_token(), rel=0.01)
+
+
+def test_a_model_that_starts_from_counts_is_wide_and_has_a_head_of_its_own() -> None:
+    """Its channels hold the bigrams; its vocabulary is larger, as n-grams of longer tokens reach further."""
+    budget = Budget(3e12, 6e7)
+    plain, counted = choose_model(budget), choose_model(budget, counted=True)
+    assert plain.tied_head and plain.n_embd < 128 and plain.vocab_size == 4096
+    assert not counted.tied_head and counted.n_embd == 128 and counted.vocab_size == 8192
+    tables = [choose_training(model, budget, 1, fits=64)[0] for model in (plain, counted)]
+    assert [table["ngram_start"] for table in tables] == [False, True]
+    assert not tables[0]["ngram_teacher"] and tables[1]["ngram_teacher"] > 0
+    config = {"model": counted.model_dump(), "train": tables[1]}
+    assert not build(Config, config).faults()
+
+
+def test_counting_is_for_texts_that_are_large_enough() -> None:
+    assert counting_helps("cpu", 6e7, 0) and counting_helps("cpu", 6e7, 8192)
+    assert not counting_helps("cpu", 2e5, 0)  # too little to count
+    assert not counting_helps("cpu", 6e7, 50257)  # a start that takes minutes
+    assert not counting_helps("cuda", 6e7, 0)
+    assert counting_s(choose_model(Budget(3e12, 6e7), counted=True), 6e7, 5e10) < 30
 
 
 def test_a_small_text_holds_the_model_and_its_vocabulary_back() -> None:

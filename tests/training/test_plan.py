@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,28 @@ def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_counts_what_a_run_will_count(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial process is told of the prepared texts, starts its model from them and takes its steps with the teacher."""
+    config = load_config(
+        values={
+            "model": {"n_layer": 1, "n_head": 1, "n_embd": 48, "block_size": 16, "tied_head": False, "vocab_size": 0},
+            "train": {"ngram_start": True, "ngram_teacher": 1e6, "device": "cpu", "precision": "fp32"},
+        }
+    )
+    monkeypatch.setattr(plan.time, "perf_counter", itertools.count().__next__)  # every look at the clock is a second
+    answers: list[dict] = []
+
+    def trial(*_: object, input: str, **__: object) -> subprocess.CompletedProcess:
+        job = json.loads(input)
+        assert job["taught"] == str(tiny_data)
+        answers.append(plan.benchmark_steps(job | {"batch": 2}))
+        return subprocess.CompletedProcess([], 0, stdout=json.dumps(answers[0]), stderr="")
+
+    monkeypatch.setattr(plan.subprocess, "run", trial)
+    found = plan.make_plan("sample", config, tiny_data, "here")
+    assert found.non_training_s["counting"] == answers[0]["counting_s"] == 1
+
+
 def test_unprepared_data_uses_known_figures() -> None:
     args, config = train.read_args(["--preset", "victorian"])
     assert plan.corpus_tokens(args.preset, config, args.data) == (2_900_000_000, 5_242_880)
@@ -112,7 +137,7 @@ def test_unprepared_data_uses_known_figures() -> None:
 
 
 def test_overhead_of_evaluation_samples_and_checkpoints() -> None:
-    costs = plan.Costs(step_s=1.0, eval_s=0.01, sample_s=0.5, save_s=2.0)
+    costs = plan.Costs(step_s=1.0, eval_s=0.01, sample_s=0.5, save_s=2.0, counting_s=3.0)
     settings = TrainConfig(
         max_steps=100, eval_interval=30, eval_tokens=50, sample_interval=40, sample_tokens=10, checkpoint_minutes=0
     )
@@ -120,6 +145,7 @@ def test_overhead_of_evaluation_samples_and_checkpoints() -> None:
         "evaluation": 4 * 50 * 0.01,  # at 30, 60, 90 and the end
         "samples": 3 * 10 * 0.5,  # before the first step, at 40 and 80
         "checkpoints": (4 + 3) * 2.0,  # a best each time, one last of three times the bytes
+        "counting": 3.0,  # once, before the first step
     }
     each = settings.model_copy(update={"eval_interval": 0, "sample_interval": 0, "each_epoch": True, "eval_tokens": 0})
     assert (

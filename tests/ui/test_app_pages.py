@@ -556,6 +556,7 @@ def test_the_model_page_changes_folder_number_format_and_server(
     (other / "model.safetensors").touch()
     (other / "README.md").write_text("---\nlicense: mit\n---\n\nTrained on *novels*.\n")
     visit(page.run(), "model")
+    assert any(code.value.startswith("python api.py --model ") for code in page.at.code)
     page.at.selectbox(key="model_path").set_value(str(other))
     page.at.selectbox(key="model_dtype").set_value("int8")
     page.run().click("use_model")
@@ -572,3 +573,5 @@ def test_the_model_page_changes_folder_number_format_and_server(
         assert opened[-1] == BackendLocation("gateway" if "wss" in address else "server", address, "secret")
         shown = page.texts().replace("\\", "")
         assert address.partition("?")[0] in shown and "token=" not in shown
+        pasted = "".join(code.value for code in page.at.code)
+        assert (f"OpenAI {address}/v1" in pasted) is ("wss" not in address) and "token=" not in pasted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def draw_parts(backend: Backend) -> None:
     )
 
 
+def draw_addresses(place: BackendLocation) -> None:
+    """What to paste into other programs: of a server its addresses, of a folder how to start one."""
+    if place.kind == "gateway":
+        return
+    from server.settings import client_addresses
+
+    st.subheader("Write in another program", anchor=False)
+    if place.kind == "server":
+        st.code(client_addresses(place.where.partition("?")[0].rstrip("/")).replace(", ", "\n"), language=None)
+    else:
+        st.code(f"python api.py --model {shlex.quote(place.where)}", language="sh")
+        st.code(client_addresses("http://127.0.0.1:8000").replace(", ", "\n"), language=None)
+
+
 def draw_exports(place: BackendLocation, backend: Backend) -> None:
     """Downloads of the model in other programs' formats, made on request."""
     if not isinstance(backend, LocalBackend):
@@ -176,6 +191,7 @@ def draw() -> None:
         st.subheader(state.plain(backend.name), anchor=False)
         st.caption(state.plain(now.where if now.kind == "local" else now.where.partition("?")[0]))
         draw_parts(backend)
+        draw_addresses(now)
         draw_exports(now, backend)
         draw_card(now)
 
