@@ -18,7 +18,7 @@ SIZE = 128
 FEWEST = 12  # shingles of a text that can be compared
 SHINGLE = 32  # letters
 LIKE = 0.5  # share of common shingles from which two texts are one book
-LARGEST = 4 << 20  # bytes of a text that are looked at
+LARGEST = 1 << 19  # bytes of a text that are looked at
 COMMON = 50  # texts that share a shingle which then tells nothing
 LETTERS = bytes(
     byte + 32 if 65 <= byte <= 90 else byte if 97 <= byte <= 122 or byte >= 128 else 32 for byte in range(256)
