@@ -170,12 +170,11 @@ def fit(config: Config, data: TokenData, run: Path, args: TrainArgs, distributed
     from dataset import WindowSampler
     from devices import device_name, energy_meter, peak_flops, pick_precision
     from tokenizer import load_tokenizer
-    from training.checkpointing import CheckpointWriter, InitialState
+    from training.checkpointing import CheckpointWriter, InitialState, resumed_run
     from training.counting import Counting
     from training.metrics import RunLog, Throughput
     from training.model_setup import start_model, wrapped
     from training.optimizer import Optimizer
-    from training.resume import resumed_run
     from training.run_folder import newest_valid_checkpoint
     from training.schedule import clamp_schedule, total_steps
     from training.split import step_threads

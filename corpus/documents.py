@@ -148,6 +148,10 @@ class SourceFile(Protocol):
         """What the file tells about its only document: `author`, `title`, `language`, `year`."""
 
     @property
+    def sketches(self) -> Sequence[bytes]:
+        """`duplicates.sketch` of each document; none of rows, which `--drop-duplicates` compares whole."""
+
+    @property
     def split(self) -> str:
         """`train` or `val` where the source itself defines the split, otherwise empty."""
 

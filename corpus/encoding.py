@@ -42,11 +42,13 @@ class EncodedBatch:
     """Documents that are in no split: duplicates, and those without text."""
 
 
-def validation_split(corpus: Corpus, fraction: float, dropped: np.ndarray | None = None) -> np.ndarray:
+def validation_split(
+    corpus: Corpus, fraction: float, dropped: np.ndarray | None = None, alike: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
     """Choose the validation documents, bool [documents]: the source's own split, otherwise a fixed pseudo-random choice.
 
     At least one document, and never all; none where there is only one document, which is split by position instead.
-    `dropped` ones, bool [documents], are not chosen.
+    `dropped` ones, bool [documents], are not chosen. Documents that are `alike` stay together, where others are left.
     """
     chosen = np.zeros(corpus.documents, dtype=bool)
     if any(file.split == "val" for file in corpus.files):
@@ -55,9 +57,16 @@ def validation_split(corpus: Corpus, fraction: float, dropped: np.ndarray | None
             chosen[first : first + file.documents] = file.split == "val"
             first += file.documents
         return chosen
-    order = np.argsort(corpus.keys(), kind="stable")
+    keys, group = corpus.keys(), np.arange(corpus.documents)
+    for numbers in alike:
+        keys[list(numbers)], group[list(numbers)] = keys[numbers[0]], numbers[0]
+    order = np.argsort(keys, kind="stable")
     order = order if dropped is None else order[~dropped[order]]
-    chosen[order[: min(max(1, round(len(order) * fraction)), len(order) - 1)]] = True
+    count = min(max(1, round(len(order) * fraction)), len(order) - 1)
+    edges = np.flatnonzero(np.diff(group[order])) + 1  # where no two that are alike would be parted
+    if len(edges):
+        count = int(edges[np.argmin(np.abs(edges - count))])
+    chosen[order[:count]] = True
     return chosen
 
 

@@ -31,6 +31,7 @@ from pydantic import Field
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
 from corpus.documents import TEXT_FIELD, DocumentError, Locked, ReadOptions, SourceFile
+from corpus.duplicates import near_duplicates
 from corpus.encoding import (
     DROP,
     TRAIN,
@@ -44,7 +45,7 @@ from corpus.encoding import (
     find_duplicates,
     validation_split,
 )
-from corpus.finder import Corpus, inspect, readable, search, skipped_line
+from corpus.finder import SHOWN, Corpus, inspect, readable, search, skipped_line
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
@@ -352,7 +353,7 @@ def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags)
                 digests.append(found)
                 progress.add(file.size)
         dropped = find_duplicates(corpus, digests)
-    validate = validation_split(corpus, flags.val_fraction, dropped)
+    validate = validation_split(corpus, flags.val_fraction, dropped, _alike(corpus))
     roles = np.where(dropped, DROP, np.where(validate, VAL, TRAIN)).astype(np.uint8)
     if corpus.documents > 1 or validate.any():
         return EncodingPlan(corpus, options, roles, ())
@@ -367,6 +368,29 @@ def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags)
         )
     before = np.cumsum([0, *lengths[:-1]])
     return EncodingPlan(corpus, options, roles, [cut - int(start) for start in before])
+
+
+def _alike(corpus: Corpus) -> list[list[int]]:
+    """Groups of documents that are nearly the same, of which the names are printed."""
+    numbers: list[int] = []
+    sketches: list[bytes] = []
+    names: list[str] = []
+    first = 0
+    for file in corpus.files:
+        for at, found in enumerate(file.sketches[: file.documents]):
+            numbers.append(first + at)
+            sketches.append(found)
+            names.append(file.name if file.documents == 1 else f"{file.name}, book {at + 1}")
+        first += file.documents
+    groups = near_duplicates(sketches)
+    for group in groups[:SHOWN]:
+        print(
+            f"nearly the same text, kept on one side of the split: {', '.join(names[at] for at in group)}",
+            file=sys.stderr,
+        )
+    if len(groups) > SHOWN:
+        print(f"… and {len(groups) - SHOWN} more such groups", file=sys.stderr)
+    return [[numbers[at] for at in group] for group in groups]
 
 
 def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[str]:

@@ -1,12 +1,12 @@
 """Checkpoints of a run: what resuming needs, and how it is written and read.
 
+>>> start = resumed_run(checkpoint, data, tokenizer)       # model, progress and training state, exactly as saved
 >>> save = CheckpointWriter(run, config, data, tokenizer, model, optimizer, scaler, distributed, batch, tokens_per_step)
 >>> save(progress, best=False)                             # last/, atomically
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config
+from config import Config, ConfigError
 from training.model_setup import full_state_dict
+from training.resume import check_texts, content_of, thread_notes
 
 if TYPE_CHECKING:
     from dataset import TokenData
     from devices import DistributedContext
     from model import GPT
-    from storage.shards import Manifest
     from tokenizer import Tokenizer
     from training.optimizer import Optimizer
 
@@ -68,6 +68,10 @@ class Progress:
         """Whether a loss lies more than a nat above the running average, after its first 46 steps."""
         return self.average_weight > 0.6 and loss > self.running_loss + 1.0
 
+    def begun_anew(self) -> Progress:
+        """Steps and time so far, and nothing of what was measured on the texts, which are others from here on."""
+        return Progress(step=self.step, elapsed_s=self.elapsed_s, energy_j=self.energy_j, skipped=self.skipped)
+
     def to_state(self) -> dict[str, Any]:
         """The fields under their keys on disk."""
         return {ON_DISK.get(name, name): value for name, value in asdict(self).items()}
@@ -97,12 +101,28 @@ class InitialState:
                 scaler.load_state_dict(self.state["scaler"])
 
 
-def content_of(manifest: Manifest) -> str:
-    """sha256 (hex) over the shards: prepared anew, the same texts are the same, whenever and wherever they were."""
-    splits = (manifest.splits.train, manifest.splits.val)
-    return hashlib.sha256(
-        json.dumps([[shard.sha256 for shard in split.shards] for split in splits]).encode()
-    ).hexdigest()
+def resumed_run(
+    checkpoint: Path, data: TokenData, tokenizer: Tokenizer, device: str, dropout: float, new_texts: bool
+) -> InitialState:
+    """Model, progress and training state of a checkpoint, with this rate of dropout.
+
+    Raises ConfigError if the data has another tokenizer, or, unless they are `new_texts`, other texts.
+    """
+    import torch
+
+    from checkpoint import load_model, load_training
+
+    model, kept = load_model(checkpoint, dropout=dropout)
+    if kept.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
+        )
+    state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
+    start = InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
+    anew, start.notes = check_texts(state, data.manifest, data.folder, new_texts)
+    start.progress = start.progress.begun_anew() if anew else start.progress
+    start.notes += thread_notes(state, device, torch.get_num_threads())
+    return start
 
 
 def description(origin: str, texts: str) -> str:
@@ -188,8 +208,8 @@ class CheckpointWriter:
                     "tokens_per_step": self.tokens_per_step,
                     "texts": content_of(self.data.manifest),
                     "train_tokens": self.data.manifest.splits.train.tokens,
-                    "threads": torch.get_num_threads(),
-                    "parts": self.config.train.parts,
+                    # where a step is cut into parts, no number depends on the threads
+                    "threads": torch.get_num_threads() if self.config.train.parts <= 1 else 0,
                 }
                 if self.config.train.keep_last > 1:
                     archive_last(self.run)

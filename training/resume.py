@@ -1,29 +1,30 @@
 """What a resumed run may change: every setting given beside `--resume` is applied, or refused by name before anything is written.
 
->>> faults = refused_settings(own, given, args)                       # own: the run's config.toml
->>> start = resumed_run(checkpoint, data, tokenizer, "cpu", dropout, new_texts=False)    # exactly as saved
+>>> faults = refused_settings(own, given, model, train)               # own: the run's config.toml
+>>> anew, notes = check_texts(state, data.manifest, folder, False)    # raises ConfigError for other texts
 >>> notes += schedule_notes(own_train, train, step, total_before, total)
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import ConfigError, ModelConfig, TrainConfig, preset_values
-from training.checkpointing import InitialState, Progress, content_of
 from training.schedule import lr_scale
 
 if TYPE_CHECKING:
-    from dataset import TokenData
     from storage.shards import Manifest
-    from tokenizer import Tokenizer
 
 FREE_SHAPE = ("dropout", "vocab_used")  # settings of the model that have no weights
-FIXED_TRAIN = ("optimizer", "seed")  # the moments are one optimizer's, and the seed orders the texts
-KEPT = ("step", "elapsed_s", "energy_j", "skipped")  # what progress keeps where the texts are others
+FIXED_TRAIN = (
+    "optimizer",
+    "seed",
+    "ngram_start",
+)  # moments, the order of the texts and the first weights are what they are
 
 
 def refused_settings(
@@ -43,7 +44,7 @@ def refused_settings(
         before = kind(**own.get(table, {})).model_dump()
         for name, value in wanted.model_dump().items():
             fixed = name in names if names else name not in FREE_SHAPE
-            if fixed and value != before[name]:
+            if fixed and value != before[name] and (name, value) != ("vocab_size", 0):  # 0: the tokenizer's
                 faults.append(
                     f"--{table}.{name.replace('_', '-')} {value}: this run has {before[name]}, which cannot change: leave it "
                     "out, or begin another run with --init-from and another --out"
@@ -60,60 +61,37 @@ def _is_preset(preset: str, own: dict[str, Any]) -> bool:
     return all(held.get(name) == value for name, value in shape.items() if name not in ("dropout", "vocab_size"))
 
 
-def resumed_run(
-    checkpoint: Path, data: TokenData, tokenizer: Tokenizer, device: str, dropout: float, new_texts: bool
-) -> InitialState:
-    """Model, progress and training state of a checkpoint, with this rate of dropout.
+def content_of(manifest: Manifest) -> str:
+    """sha256 (hex) over the shards: prepared anew, the same texts are the same, whenever and wherever they were."""
+    splits = (manifest.splits.train, manifest.splits.val)
+    return hashlib.sha256(
+        json.dumps([[shard.sha256 for shard in split.shards] for split in splits]).encode()
+    ).hexdigest()
 
-    Raises ConfigError if the data has another tokenizer, or, unless they are `new_texts`, other texts.
+
+def check_texts(state: dict[str, Any], manifest: Manifest, folder: Path, accepted: bool) -> tuple[bool, list[str]]:
+    """(whether the progress has to begin anew, since the texts are others than the checkpoint's, notes for the log).
+
+    state: the checkpoint's training state. Raises ConfigError where they are others and not `accepted`.
     """
-    import torch
-
-    from checkpoint import load_model, load_training
-
-    model, kept = load_model(checkpoint, dropout=dropout)
-    if kept.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            [f"--data {data.folder}: not the tokenizer this run was trained with: give the run's own data"]
-        )
-    state = load_training(checkpoint, verify=False)  # its checksums were compared when it was found
-    start = InitialState(model, Progress.from_state(state["progress"]), checkpoint, state)
-    start.notes = check_texts(start, data.manifest, data.folder, new_texts)
-    start.notes += thread_notes(state, device, torch.get_num_threads())
-    return start
-
-
-def check_texts(start: InitialState, manifest: Manifest, folder: Path, accepted: bool) -> list[str]:
-    """Whether a run goes on with its own texts; notes for the log. With other texts, which have to be `accepted`, the
-    progress begins anew where it speaks of them. Raises ConfigError."""
-    held = start.state.get("texts", "")
+    held = state.get("texts", "")
     if not held or held == content_of(manifest):
-        return ["--new-texts: these are the run's own texts, and nothing begins anew"] if held and accepted else []
+        return False, ["--new-texts: these are the run's own texts, and nothing begins anew"] if accepted else []
     if not accepted:
         raise ConfigError(
             [
                 f"--data {folder}: other texts than this run was trained on ({manifest.splits.train.tokens:,} training tokens, "
-                f"before {start.state.get('train_tokens', 0):,}): give its own, or add --new-texts, with which the position in "
+                f"before {state.get('train_tokens', 0):,}): give its own, or add --new-texts, with which the position in "
                 "the texts, epochs, best/ and patience begin anew"
             ]
         )
-    start.progress = begun_anew(start.progress)
-    return ["--new-texts: the position in the texts, epochs, best/ and patience begin anew"]
-
-
-def begun_anew(progress: Progress) -> Progress:
-    """Progress that keeps steps and time, and nothing of what was measured on the old texts."""
-    kept = {field.name: getattr(progress, field.name) for field in fields(progress) if field.name in KEPT}
-    return replace(type(progress)(), **kept)
+    return True, ["--new-texts: the position in the texts, epochs, best/ and patience begin anew"]
 
 
 def thread_notes(state: dict[str, Any], device: str, threads: int) -> list[str]:
-    """A note where a run on processors goes on with another number of threads, which changes the order of sums.
-
-    Steps in parts (`--train.parts`) are summed in the order of the parts, however many threads there are.
-    """
-    before = state.get("threads", threads)
-    if device != "cpu" or before == threads or state.get("parts", 1) > 1:
+    """A note where a run on processors goes on with another number of threads, which changes the order of sums."""
+    before = state.get("threads") or threads
+    if device != "cpu" or before == threads:
         return []
     return [
         f"{before} threads before, {threads} now: sums are formed in another order, and the weights will not be those of an "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 from corpus.documents import DocumentError, Locked, LockedError, Piece, ReadOptions, clean_document
+from corpus.duplicates import sketch
 from storage.catalogue import author_of
 
 YEAR = re.compile(r"(?<!\d)\d{4}(?!\d)")
@@ -59,6 +60,7 @@ class BookFile(ABC):
     facts: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
+    sketches: tuple[bytes, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -77,7 +79,8 @@ class BookFile(ABC):
         except DocumentError as error:
             return f"{path}: {error}"
         text = book.whole(options)
-        return cls(name, path, len(text.encode("utf-8", "replace")), int(bool(text.strip())), book.facts(), split=split)
+        data = text.encode("utf-8", "replace")
+        return cls(name, path, len(data), int(bool(text.strip())), book.facts(), split=split, sketches=(sketch(data),))
 
     def chunks(self, first: int) -> Iterator[BookChunk]:
         yield BookChunk(type(self), first, self.path, self.size)

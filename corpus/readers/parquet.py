@@ -50,6 +50,7 @@ class ParquetFile:
     counts: dict[str, int] = field(default_factory=dict)
     split: str = ""
     facts: dict[str, str] = field(default_factory=dict)
+    sketches: tuple[bytes, ...] = ()
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> ParquetFile | str:

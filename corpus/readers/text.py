@@ -22,6 +22,7 @@ from corpus.documents import (
     layout_of,
     licence_counts,
 )
+from corpus.duplicates import LARGEST, sketch
 from storage.catalogue import HEAD, author_of
 
 OTHER_FORMATS = {  # how files that are not plain text begin
@@ -53,6 +54,7 @@ class TextFile:
     texts: tuple[Text, ...]
     counts: dict[str, int]
     split: str = ""
+    sketches: tuple[bytes, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -76,7 +78,7 @@ class TextFile:
                 counts |= licence_counts(books, seen.size)
                 if gutenberg.undone(seen.size, books):
                     counts["licences_kept"] = 1
-            texts = []
+            texts, sketches = [], []
             for begin, stop in books:
                 begin = max(begin, start)
                 sample = _part(file, begin, min(stop, begin + LAYOUT_SAMPLE))
@@ -84,7 +86,8 @@ class TextFile:
                 if layout.width:
                     counts["unwrapped_documents"] = counts.get("unwrapped_documents", 0) + 1
                 texts.append(Text(_cuts(file, begin, stop, layout), layout))
-            return cls(name, path, tuple(texts), counts, split)
+                sketches.append(sketch(_part(file, begin, min(stop, begin + LARGEST))))
+            return cls(name, path, tuple(texts), counts, split, tuple(sketches))
 
     @property
     def documents(self) -> int:

@@ -195,6 +195,8 @@ def epub_book(version: int) -> bytes:
         notes = "".join(f'<div class="footnote" id="n{at}"><p>{escape(note)}</p></div>' for at, note in enumerate(NOTES, 1))  # fmt: skip
         mark = '<sup><a href="#n{0}">{0}</a></sup>'
     body = html_blocks(mark, version == 3)
+    if version == 3:  # whose DOCTYPE names no characters
+        body = body.replace("&eacute;", "&#233;").replace("&mdash;", "&#8212;")
     cut = body.index("<hr/>")
     chapters = {"c1": body[:cut] + notes, "c2": "<div>" + body[cut:] + "</div>"}
     return epub(chapters, version)

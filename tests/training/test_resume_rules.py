@@ -117,14 +117,15 @@ def test_a_rate_that_jumps_is_said_with_what_follows(begun: Path, capsys: pytest
     assert "learning rate goes" not in capsys.readouterr().err
 
 
-def test_another_number_of_threads_is_said(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert resume(begun, "--train.max-steps", 7) == 0
-    finally:
-        torch.set_num_threads(threads)
-    assert f"note: {threads} threads before, {threads + 1} now" in capsys.readouterr().err
+@pytest.mark.parametrize("parts", ["1", "2"])
+def test_another_number_of_threads_is_said(
+    parts: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    assert run(tiny_data, tmp_path / "run", *SHORT, "--train.parts", parts) == 0
+    torch.set_num_threads(2)
+    assert resume(tmp_path / "run", "--train.max-steps", 7) == 0
+    # where a step is cut into parts, no number depends on the threads
+    assert ("note: 1 threads before, 2 now" in capsys.readouterr().err) == (parts == "1")
 
 
 def test_a_run_is_resumed_from_another_folder(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
