@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, cast, get_origin
@@ -142,8 +143,23 @@ def _one_flag(argv: Sequence[str], name: str, **kind: Any) -> Any:
     return parser.parse_known_args(argv)[0].value
 
 
+def any_character_can_be_printed() -> None:
+    """Let no text be lost to the code page of Windows or of a bare locale, which lack most characters.
+
+    A file or pipe then gets UTF-8; a terminal shows what its code page has, and `?` for the rest. What the user asks for by
+    PYTHONIOENCODING stays, with `?` too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
+        if encoding == "utf8" or not hasattr(stream, "reconfigure"):
+            continue
+        wanted = stream.isatty() or bool(os.environ.get("PYTHONIOENCODING"))
+        stream.reconfigure(encoding=None if wanted else "utf-8", errors="replace")
+
+
 def run_main(body: Callable[[], int]) -> int:
     """Run a script's body: 2 with the message on standard error for bad settings, 1 for a named failure."""
+    any_character_can_be_printed()
     try:
         return body()
     except ConfigError as error:

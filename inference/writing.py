@@ -41,9 +41,12 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int], style: str = "") -> list[int]:
     """The ids of a prompt; an empty one becomes the tokenizer's start id, or nothing where a style begins the text.
 
-    Raises ValueError for ids that the tokenizer does not have and StyleError for such a style.
+    A text's line ends become those that models read in training, and a byte-order mark is left out: some editors and
+    pipes add them, and a model has never seen them. Raises ValueError for ids that the tokenizer does not have and StyleError for such a style.
     """
     styled = bool(tokenizer.blend(style))
+    if isinstance(prompt, str):
+        prompt = prompt.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     size = tokenizer.vocab_size
     for id in ids:

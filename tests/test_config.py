@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -283,3 +284,24 @@ class Bare(FrozenSettings):
 )
 def test_a_flag_without_its_value(words: str, plan: str) -> None:
     assert parse_flags(Bare, words.split()).plan == plan
+
+
+TEXT = "“Fœtus” — ἀγάπη"
+PRINTS = f"import sys; from cli import run_main; sys.exit(run_main(lambda: print({TEXT!a}) or 0))"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        # a locale without characters beyond ASCII, as on a bare server; of Windows the like holds for `>`
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, TEXT.encode()),
+        ({"PYTHONIOENCODING": "cp1252"}, "“Fœtus” — ?????".encode("cp1252")),
+        ({"PYTHONIOENCODING": "utf-8"}, TEXT.encode()),
+    ],
+    ids=["no code page", "asked for", "UTF-8"],
+)
+def test_a_code_page_loses_no_text(environment: dict[str, str], expected: bytes) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
+    command = [sys.executable, "-c", PRINTS]
+    done = subprocess.run(command, cwd=ROOT, env=plain | environment, capture_output=True)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr

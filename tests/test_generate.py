@@ -155,6 +155,12 @@ def test_an_empty_prompt_and_ids(model: GPT) -> None:
             generate(model, tokenizer, [1, wrong], PARAMS)
 
 
+@pytest.mark.parametrize("given", ["It was\r\nthe end", "It was\rthe end", "\ufeffIt was\nthe end"], ids=ascii)
+def test_line_ends_and_a_mark_of_other_programs_are_not_read(given: str) -> None:
+    tokenizer = tiny_tokenizer()
+    assert encode_prompt(tokenizer, given) == tokenizer.encode("It was\nthe end")
+
+
 @pytest.mark.parametrize("length", [1, 35, 36, 37, 47, 48, 49, 144])
 @pytest.mark.parametrize("keep", [0, 6, 400])
 def test_a_prompt_beyond_the_context_keeps_its_end(model: GPT, length: int, keep: int) -> None:
