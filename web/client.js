@@ -302,12 +302,17 @@ function describeError(error) {
   return error && error.message ? String(error.message) : "The server reported an error.";
 }
 
-function values() {
-  const body = {};
-  for (const [field, schema] of parameters) {
+/** The settings that stand elsewhere than the server's defaults, by name; what is not sent, the model's folder decides. */
+function moved() {
+  const found = parameters.map(([field, schema]) => {
     const value = Number($(field).value);
-    body[field] = schema.type === "integer" ? Math.round(value) : value;
-  }
+    return [field, schema.type === "integer" ? Math.round(value) : value, schema.default];
+  });
+  return Object.fromEntries(found.filter(([, value, usual]) => value !== usual).map(([field, value]) => [field, value]));
+}
+
+function values() {
+  const body = moved();
   const seed = $("seed").value.trim();
   const style = $("style").value.trim();
   if (style) body.style = style;
@@ -432,8 +437,7 @@ const KEPT = "victorian-generator";
 
 function remember() {
   try {
-    const kept = Object.fromEntries(parameters.map(([field]) => [field, $(field).value]));
-    localStorage.setItem(KEPT, JSON.stringify({ ...kept, opening: $("opening").value }));
+    localStorage.setItem(KEPT, JSON.stringify({ ...moved(), opening: $("opening").value }));
   } catch {
     // private windows and files may have no storage
   }
@@ -449,7 +453,7 @@ function kept() {
 
 function recallSettings() {
   const values = kept();
-  for (const [field] of parameters) if (values[field]) set(field, values[field]);
+  for (const [field] of parameters) if (values[field] !== undefined) set(field, values[field]);
 }
 
 function recallOpening() {

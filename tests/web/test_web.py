@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -164,6 +165,27 @@ def test_the_settings_are_those_of_the_server(engine: Engine, browser: Any) -> N
         page.fill("#temperature", "0.7")
         page.click("#reset")
         assert page.input_value("#temperature") == "1.3"
+
+
+def test_a_setting_is_sent_when_it_was_moved(engine: Engine, browser: Any) -> None:
+    sent: list[dict[str, Any]] = []
+    with serving(engine, free_port()) as address, opened(browser, address) as page:
+        page.on("websocket", lambda socket: socket.on("framesent", lambda text: sent.append(json.loads(text))))
+
+        def settings_sent(**moved: str) -> dict[str, Any]:
+            page.goto(address)
+            page.wait_for_selector(".lamp.open")
+            page.wait_for_selector("#temperature")
+            for name, value in moved.items():
+                page.fill(f"#{name}", value)
+            page.click("#write")
+            page.locator(".text").filter(has_text=re.compile(r".{3}", re.DOTALL)).wait_for()
+            begun = [message for message in sent if message["action"] == "generate"][-1]
+            return {name: begun[name] for name in begun.keys() & SETTINGS.keys()}
+
+        assert settings_sent() == {}
+        assert settings_sent(temperature="0", max_tokens="7") == {"temperature": 0, "max_tokens": 7}
+        assert settings_sent() == {"temperature": 0, "max_tokens": 7}  # the page remembers what was moved
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
