@@ -7,7 +7,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check "lm-eval[api]==0.4.13" "transformers==5.24.0" "tokenizers" 2>/dev/null
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check "lm-eval[api]==0.4.13" "transformers==5.24.0" "tokenizers==0.23.3" 2>/dev/null
 cat > "$folder/show.py" <<'PY'
 import json
 import os

@@ -313,7 +313,7 @@ def test_bad_flags_end_with_2_and_missing_models_with_1(
 
 def test_the_folder_s_own_settings_are_the_defaults(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(
-        json.dumps({"max_new_tokens": 7, "temperature": 0.5, "top_k": 5000, "top_p": 0.5, "do_sample": True})
+        json.dumps({"max_new_tokens": 7, "temperature": 0.5, "top_k": 5_000_000, "top_p": 0.5, "do_sample": True})
     )
     assert folder_defaults(tmp_path) == {"temperature": 0.5, "top_p": 0.5, "max_tokens": 7}
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.1}')

@@ -211,7 +211,7 @@ def test_two_processes_killed_and_resumed_are_exact(tiny_data: Path, tmp_path: P
         wait_for(lambda: newest_checkpoint(out) is not None and (out / "metrics.jsonl").exists())
     finally:
         kill_tree(process)
-    text = together(2, tiny_data, out, "--resume")
+    text = together(2, tiny_data, out, *flags, "--resume")
     assert "resumed at step" in text
     assert_equal_runs(whole, out)
 

@@ -103,7 +103,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(1)
     size = tokenizer.vocab_size
-    made = GPT(ModelConfig(n_layer=6, n_head=4, n_embd=128, block_size=128, vocab_size=size, vocab_used=size))
+    # large enough for some seconds of writing, in which a test can press Stop
+    made = GPT(ModelConfig(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=size, vocab_used=size))
     folder = tmp_path_factory.mktemp("app") / "runs" / "tiny" / "best"
     save_model(folder, made, tokenizer, card={"description": "test"}, generation=GenerationParams(temperature=1.0))
     return folder
