@@ -17,7 +17,8 @@ from pathlib import Path
 from cli import flag_value, parse_flags, run_main
 from config import ROOT, ConfigError, load_config
 from corpus import sources
-from corpus.preparation import PREPARED_FILES, PrepareFlags, default_out, join_parts, prepare
+from corpus.out_folder import PREPARED_FILES
+from corpus.preparation import PrepareFlags, default_out, join_parts, prepare
 
 
 def read_flags(given: Sequence[str]) -> PrepareFlags:

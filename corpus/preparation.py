@@ -15,12 +15,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,19 +45,17 @@ from corpus.encoding import (
     validation_split,
 )
 from corpus.finder import SHOWN, Corpus, inspect, readable, search, skipped_line
+from corpus.out_folder import draft_folder, refuse_foreign, replace_out, restore_old, up_to_date
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress, run_in_child
-from storage.atomic import atomic_write_text, exclusive_lock
+from storage.atomic import atomic_write_text
 from storage.catalogue import Catalogue
 from storage.shards import SPLITS, Manifest, ShardWriter, Source, TokenizerIdentity, join
 from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer, style_room, train_bpe, with_styles
 
 STATE = "state.json"
-PREPARED_FILES = re.compile(
-    r"(train|val)_\d{6}\.bin|manifest\.json|tokenizer\.json|tokenizer_config\.json|documents\.json|originality|state\.json(\.tmp)?"
-)
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
 CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
 RECIPE = 3  # raise it whenever the same texts and settings give other shards
@@ -125,14 +122,14 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
     ConfigError (what to change in the flags), DocumentError (what is wrong with the texts), OSError.
     """
     begun = time.monotonic()
-    _restore_old(out)
-    _refuse_foreign(out)
+    restore_old(out)
+    refuse_foreign(out)
     with contextlib.ExitStack() as stack:
         # 1 files: which they are, and whether `out` already holds what they give
         files, skipped = _input_files(flags, out, stack)
         settings = _settings(flags)
         identity = _identity(settings, files)
-        if (kept := _up_to_date(out, identity)) is not None:
+        if (kept := up_to_date(out, identity)) is not None:
             print(f"{out}: already prepared from these texts with these settings", file=sys.stderr)
             return kept
         if flags.tokenizer == "gpt2" and not flags.tokenizer_from:
@@ -149,7 +146,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         styles = _document_styles(pool, corpus, flags)
 
         # 4 tokenizer: the one that the flags request; in a resumed preparation, the one it began with
-        draft = stack.enter_context(_draft_folder(out))
+        draft = stack.enter_context(draft_folder(out))
         state = _saved_state(draft, identity)
         tokenizer = load_tokenizer(draft) if state else _make_tokenizer(flags, plan, pool, draft, styles)
         if styles:
@@ -170,21 +167,21 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         manifest = _manifest(tokenizer, writers, source, cleaning)
         manifest.save(draft)
         (draft / STATE).unlink()
-        _replace_out(draft, out)
+        replace_out(draft, out)
     _print_summary(out, manifest, time.monotonic() - begun)
     return manifest
 
 
 def join_parts(folders: Sequence[Path], out: Path) -> Manifest:
     """Put prepared folders together into `out`, atomically. Raises ManifestError, ConfigError, OSError."""
-    _refuse_foreign(out)
-    with _draft_folder(out) as draft:
+    refuse_foreign(out)
+    with draft_folder(out) as draft:
         for path in draft.iterdir():
             path.unlink()
         begun = time.monotonic()
         manifest = join(folders, draft)
         load_tokenizer(folders[0]).save(draft)
-        _replace_out(draft, out)
+        replace_out(draft, out)
     _print_summary(out, manifest, time.monotonic() - begun)
     return manifest
 
@@ -564,84 +561,6 @@ def _manifest(
             "max_id": max(writer.max_id for writer in writers.values()),
         }
     )
-
-
-# The folder that is written: a draft beside it, which replaces it when it is complete
-
-
-def _old_folder(out: Path) -> Path:
-    """Temporary path of the old folder during the swap."""
-    return out.with_name(f".{out.name}.old")
-
-
-def _restore_old(out: Path) -> None:
-    """Put the old folder back where a crash left `out` neither old nor new."""
-    if _old_folder(out).exists() and not out.exists():
-        _old_folder(out).rename(out)
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Refuse to replace what this program did not write."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError([f"--out {out} is a file: give a folder"])
-    foreign = (
-        [path.name for path in out.iterdir() if not PREPARED_FILES.fullmatch(path.name) and path.name[0] != "."]
-        if out.exists()
-        else []
-    )
-    if foreign:
-        raise ConfigError(
-            [f"--out {out} holds {foreign[0]}, which is no prepared data: give another --out, or move it away"]
-        )
-
-
-def _up_to_date(out: Path, identity: str) -> Manifest | None:
-    """The manifest in `out`, if it was made from the same texts with the same settings and its shards are there."""
-    try:
-        manifest = Manifest.load(out)
-        width = np.dtype(manifest.dtype).itemsize
-        for name in SPLITS:
-            for shard in getattr(manifest.splits, name).shards:
-                if (out / shard.file).stat().st_size != shard.tokens * width:
-                    return None
-        load_tokenizer(out)
-    except (ValueError, OSError):
-        return None
-    return manifest if manifest.source.identity == identity else None
-
-
-@contextlib.contextmanager
-def _draft_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` to write into, locked against a second preparation.
-
-    A ValueError (unfit texts or settings) removes it; whatever else ends the block leaves it for the next preparation.
-    """
-    draft = out.with_name(f".{out.name}.part")
-    refusal = f"--out {out}: another prepare_data.py is writing it: wait for it, or give another --out"
-    with exclusive_lock(out.with_name(f".{out.name}.lock"), refusal):
-        draft.mkdir(exist_ok=True)
-        try:
-            yield draft
-        except ValueError:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-
-
-def _replace_out(draft: Path, out: Path) -> None:
-    """Put `draft` in the place of `out`. After a crash in between the next preparation finds `out` in `_old_folder`."""
-    old = _old_folder(out)
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    try:
-        draft.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def _print_summary(out: Path, manifest: Manifest, seconds: float) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import prepare_data
-from corpus import cleaning, encoding, finder, preparation
+from corpus import cleaning, encoding, finder, out_folder, preparation
 from corpus.documents import ReadOptions
 from corpus.finder import find, inspect
 from storage import shards
@@ -466,7 +466,7 @@ def test_the_old_folder_stands_until_the_new_one_is_whole(
 def test_a_second_preparation_of_the_same_folder_is_refused(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with preparation._draft_folder(tmp_path / "out"):
+    with out_folder.draft_folder(tmp_path / "out"):
         assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 2
     assert "another prepare_data.py" in capsys.readouterr().err
     assert run("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out") == 0
