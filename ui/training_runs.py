@@ -129,9 +129,13 @@ def runs(folder: Path) -> list[Run]:
     return sorted(found, key=Run.last_change, reverse=True)
 
 
+# Suffixes of books that can be uploaded: those of `corpus.readers.registry`, which takes a second to load.
+BOOKS = (".txt", ".md", ".epub", ".docx", ".html", ".htm", ".xhtml", ".fb2", ".odt", ".rtf")
+
+
 def free_name(folder: Path, name: str) -> str:
     """`name`, or `name-2`, `name-3` … if a folder or text of that name exists."""
-    taken = {path.name.removesuffix(".txt") for path in folder.glob("*")}
+    taken = {name for path in folder.glob("*") for name in (path.name, path.stem)}
     candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
     return next(candidate for candidate in candidates if candidate not in taken)
 
@@ -139,11 +143,13 @@ def free_name(folder: Path, name: str) -> str:
 def save_texts(folder: Path, texts: Mapping[str, bytes]) -> None:
     """Write uploaded texts into `folder` under safe names. Raises TrainingError where there are none."""
     if not any(content.strip() for content in texts.values()):
-        raise TrainingError("no texts were given: choose at least one .txt file that is not empty")
+        raise TrainingError("no texts were given: choose at least one file that is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     for original, content in texts.items():
-        stem = re.sub(r"[^\w.-]+", "_", Path(original.replace("\\", "/")).stem).strip("._") or "text"
-        (folder / f"{free_name(folder, stem)}.txt").write_bytes(content)
+        path = Path(original.replace("\\", "/"))
+        stem = re.sub(r"[^\w.-]+", "_", path.stem).strip("._") or "text"
+        suffix = path.suffix.lower() if path.suffix.lower() in BOOKS else ".txt"
+        (folder / f"{free_name(folder, stem)}{suffix}").write_bytes(content)
 
 
 def start(

@@ -519,8 +519,23 @@ def test_runs_are_read_while_they_are_written(tmp_path: Path) -> None:
         training_runs.stop(run)
     with pytest.raises(training_runs.TrainingError, match="no texts"):
         training_runs.save_texts(tmp_path / "t", {"a.txt": b"  "})
-    training_runs.save_texts(tmp_path / "t", {"../../x y.txt": b"one", "x y.txt": b"two"})
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["x_y-2.txt", "x_y.txt"]
+    given = {
+        "../../x y.txt": b"one",
+        "x y.txt": b"two",
+        "Emma.EPUB": b"three",
+        "a/Emma.epub": b"four",
+        "run.sh": b"five",
+    }
+    training_runs.save_texts(tmp_path / "t", given)
+    names = ["Emma-2.epub", "Emma.epub", "run.txt", "x_y-2.txt", "x_y.txt"]
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == names
+
+
+def test_every_kind_of_book_can_be_uploaded() -> None:
+    from corpus.readers.registry import SUFFIXES
+
+    rows = {".jsonl", ".parquet", ".markdown"}  # tables of many texts are prepared at the terminal
+    assert set(training_runs.BOOKS) == set(SUFFIXES) - rows
 
 
 @pytest.mark.parametrize(

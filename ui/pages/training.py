@@ -190,8 +190,8 @@ def draw_start(expanded: bool) -> None:
                 "Measures this machine and chooses the model that learns most from your texts in the given minutes."
             )
         files = st.file_uploader(  # one label for both: a widget with another label would lose its files
-            "Texts to learn from (plain text, UTF-8). Leave empty to use the preset's texts or the sample stories",
-            type=["txt", "md"],
+            "Texts to learn from (plain text, EPUB, Word and others). Leave empty to use the preset's texts or the sample stories",
+            type=[suffix.removeprefix(".") for suffix in training_runs.BOOKS],
             accept_multiple_files=True,
         )
         if preset:
