@@ -397,7 +397,7 @@ class CopyArgs(FrozenSettings):
     """Copy a model folder with its weights in another number format: half the size, for sharing."""
 
     model: Path | None = None
-    """The model folder to copy, which stays as it is; default: the newest."""
+    """The model folder to copy, which stays as it is; default: as for generate.py."""
     out: Path | None = None
     """The folder to write."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

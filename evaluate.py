@@ -42,7 +42,7 @@ with warnings.catch_warnings():
         """Evaluate a model, or two side by side, on held-out texts and on what it writes."""
 
         model: str = ""
-        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: the newest in runs/ or models/."""
+        """Model folder, run folder, or a GPT-2 on the Hugging Face hub; default: as for generate.py."""
         compare: str = ""
         """A second model, evaluated on the same texts."""
         data: Path | None = None

@@ -1,6 +1,6 @@
 """Export a model: a GGUF file for llama.cpp, a self-contained web page, a folder for transformers.
 
-    python export.py --to gguf                                        # the newest model, as NAME.gguf in this folder
+    python export.py --to gguf                                        # the model as for generate.py, as NAME.gguf here
     python export.py --model runs/sample/best --to html               # NAME.html: opens in any browser, needs no server
     python export.py --model runs/sample/best --to hf --out models/mine
 
@@ -30,7 +30,7 @@ class ExportArgs(FrozenSettings):
     """Write a model in a form that other programs run: hf (transformers), gguf (llama.cpp), html (a browser)."""
 
     model: Path | None = None
-    """A model folder or a run's; default: the newest. It stays as it is."""
+    """A model folder or a run's; default: as for generate.py. It stays as it is."""
     to: Literal["hf", "gguf", "html"] | None = None
     """The form to write."""
     out: Path | None = None

@@ -21,7 +21,7 @@ class ServerFlags(FrozenSettings):
     """The server's settings: each is a flag of `api.py` and an environment variable (VLG_HOST, VLG_PORT, ...)."""
 
     model: Path | None = None
-    """Model folder; default: the newest run's, otherwise the newest under models/."""
+    """Model folder; default: the newest finished run that is better than those in models/, else the newest of these."""
     name: str = Field("", max_length=200)
     """Name of the model in answers; empty: its folder's name."""
     host: str = "127.0.0.1"

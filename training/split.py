@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig, TrainConfig
 from devices import DistributedContext
-from loss import IGNORE
+from loss import IGNORE, SoftTargets
 from model import GPT, RECOMPUTE_FROM
 
 T = TypeVar("T")
@@ -147,7 +147,7 @@ class SplitModel(nn.Module):
         return torch.stack([loss * share for loss, share in zip(losses, shares, strict=True)]).sum()
 
     def backward(
-        self, x: Tensor, y: Tensor, share: float, soft: Callable[[Tensor, Tensor], Any] | None = None
+        self, x: Tensor, y: Tensor, share: float, soft: Callable[[Tensor, Tensor], SoftTargets] | None = None
     ) -> Tensor:
         """Add the gradient of `share` times the mean loss of a micro-batch x, y [B, T] to the parts'; returns that loss.
 

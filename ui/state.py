@@ -27,7 +27,7 @@ class AppFlags(FrozenSettings):
     """The app's flags, given after `--`: `streamlit run app.py -- --model runs/sample/best`."""
 
     model: Path | None = None
-    """Model folder at the start; default: the newest run's, otherwise the newest under models/."""
+    """Model folder at the start; default: the newest finished run that is better than those in models/, else the newest of these."""
     server: str = ""
     """Use a server (http://…) or a gateway (wss://…) instead. The API key is read from VLG_KEY."""
     dtype: str = "auto"
@@ -106,8 +106,8 @@ def default_place() -> BackendLocation | None:
         return BackendLocation(kind, given.server, os.environ.get("VLG_KEY", ""))
     if given.model:
         return BackendLocation("local", str(given.model), dtype=given.dtype)
-    newest = default_model(given.runs, given.models)
-    return BackendLocation("local", str(newest), dtype=given.dtype) if newest else None
+    found = default_model(given.runs, given.models)
+    return BackendLocation("local", str(found), dtype=given.dtype) if found else None
 
 
 def place() -> BackendLocation | None:
