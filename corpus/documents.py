@@ -36,15 +36,28 @@ UTF_16 = "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW`"
 
 
 class DocumentError(ValueError):
-    """A text that cannot be read; the message names the file, the place and the fix."""
+    """A text that cannot be read; the message names the file, the place and the fix.
+
+    kind: what such a file is called where a folder is read without it; empty where it is worth stopping for.
+    """
+
+    def __init__(self, message: str, kind: str = "damaged"):
+        super().__init__(message)
+        self.kind = kind
 
 
-class LockedError(DocumentError):
-    """A book whose content is encrypted and for which there is no remedy."""
+class Unreadable(str):
+    """Why a file cannot be read that is `kind` (encrypted, damaged): a folder is read without it."""
 
+    kind: str
 
-class Locked(str):
-    """Why a file cannot be read, where there is no remedy: a folder is read without it."""
+    def __new__(cls, why: str, kind: str) -> Unreadable:
+        made = super().__new__(cls, why)
+        made.kind = kind
+        return made
+
+    def __reduce__(self) -> tuple[type[Unreadable], tuple[str, str]]:
+        return Unreadable, (str(self), self.kind)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -21,11 +21,13 @@ import numpy as np
 
 from corpus.documents import Chunk, DocumentError, ReadOptions, SourceFile
 from corpus.finder import Corpus
+from corpus.word_table import WordTable
 from storage.shards import SPLITS
-from tokenizer import Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
+from tokenizer import BytePairTokenizer, Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
 
 TRAIN, VAL, DROP = 0, 1, 2  # the role of a document; TRAIN and VAL index SPLITS
 BATCH_BYTES = 1 << 18  # bytes of chunks that a worker takes together
+TABLE_CHARACTERS = 8192  # of a text for which looking words up is faster than merging them
 VOCABULARY_BYTES = 1 << 28  # a vocabulary is learned from about this much text, taken evenly; more hardly changes it
 
 
@@ -110,7 +112,7 @@ def encode(
     styles: for each document, the control id if it has a style and begins here, otherwise -1.
     Raises DocumentError for a text that cannot be read or holds characters that the tokenizer lacks.
     """
-    coder = _load_tokenizer(*tokenizer)
+    coder, encode_text = _load_tokenizer(*tokenizer)
     end_of_text = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
     tokens: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
     made = EncodedBatch({}, size=sum(chunk.size for chunk in chunks))
@@ -135,7 +137,7 @@ def encode(
                         tokens[name].append(styles[at : at + 1].astype(coder.dtype))
                     begun = piece.document
                     try:
-                        tokens[name].append(coder.encode_array(text))
+                        tokens[name].append(encode_text(text))
                     except TokenizerError as error:
                         raise DocumentError(f"{chunk.path}: {error}") from None
                     made.bytes[name] += piece.bytes if cut is None else len(text.encode())
@@ -190,9 +192,14 @@ def distinct_characters(chunks: list[Chunk], options: ReadOptions) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(where: str, fingerprint: str) -> Tokenizer:
-    """A worker's tokenizer; `fingerprint` is part of the cache key, so that a re-saved tokenizer is reloaded."""
-    return gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
+def _load_tokenizer(where: str, fingerprint: str) -> tuple[Tokenizer, Callable[[str], np.ndarray]]:
+    """A worker's tokenizer and the quickest way to encode with it; `fingerprint` is part of the cache key, so that a
+    re-saved tokenizer is reloaded."""
+    coder = gpt2_tokenizer() if where == "gpt2" else load_tokenizer(Path(where))
+    if not isinstance(coder, BytePairTokenizer):
+        return coder, coder.encode_array
+    table = WordTable(coder)
+    return coder, lambda text: (table.encode if len(text) >= TABLE_CHARACTERS else coder.encode_array)(text)
 
 
 class Batch(NamedTuple):

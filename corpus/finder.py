@@ -13,6 +13,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import YEAR_FIELD, Chunk, ReadOptions, SourceFile
+from corpus.documents import YEAR_FIELD, Chunk, DocumentError, ReadOptions, SourceFile
 from corpus.readers import archive
 from corpus.readers.content import ABOUT, ARCHIVES, OBJECT, is_text, kind_of, suffix_of
 from corpus.readers.registry import READERS, SUFFIXES, reader_of
@@ -80,7 +81,7 @@ def search(inputs: Iterable[str], unpack_into: Path | None = None) -> Found:
     """Each file of `inputs` (files, folders, globs) once. Archives and lists of rows are unpacked into `unpack_into`.
 
     Folders are searched through, and sorted; hidden files, and those that are no texts, are skipped there. Raises
-    ConfigError with every input that holds nothing, DocumentError for an archive that cannot be unpacked.
+    ConfigError with every input that holds nothing, DocumentError for the only file if that cannot be unpacked.
     """
     found: dict[Path, tuple[Path, str]] = {}
     skipped: list[tuple[str, str]] = []
@@ -115,9 +116,15 @@ def _unpacked(files: list[tuple[Path, str]], folder: Path, skipped: list[tuple[s
         except OSError:  # named when it is inspected
             result.append((path, name))
             continue
-        for member in archive.unpack(path, name, folder):
-            if _is_chosen(member.path, member.name, skipped):
-                result.append((member.path, member.name))
+        try:
+            members = list(archive.unpack(path, name, folder))
+        except DocumentError as error:
+            if len(files) == 1 or not error.kind:
+                raise
+            print(error, file=sys.stderr)
+            skipped.append((name, error.kind))
+            continue
+        result += [(member.path, member.name) for member in members if _is_chosen(*member, skipped)]
     return result
 
 

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
-from corpus.documents import TEXT_FIELD, DocumentError, Locked, ReadOptions, SourceFile
+from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile, Unreadable
 from corpus.duplicates import near_duplicates
 from corpus.encoding import (
     DROP,
@@ -303,8 +303,10 @@ def _inspect_files(
     with Progress("checking", sum(item.path.stat().st_size for item in files)) as progress:
         for item, file in zip(files, pool.map(inspect, arguments), strict=True):
             progress.add(item.path.stat().st_size)
-            if isinstance(file, Locked) and len(files) > 1:
-                left_out.append((item.name, "encrypted"))
+            if isinstance(file, Unreadable) and file.kind and len(files) > 1:
+                left_out.append((item.name, file.kind))
+                counts["skipped_files"] += 1
+                print(file, file=sys.stderr)
             elif isinstance(file, str):
                 bad.append(file)
             elif not file.documents:
@@ -321,7 +323,7 @@ def _inspect_files(
         )
     if bad:
         print(f"left out:\n{shown}", file=sys.stderr)
-        counts["skipped_files"] = len(bad)
+        counts["skipped_files"] += len(bad)
     if left_out:
         print(skipped_line(len(good), left_out), file=sys.stderr)
     if not good:

@@ -50,7 +50,7 @@ def unpack(path: Path, name: str, folder: Path, depth: int = 1) -> Iterator[Memb
         yield _dated(target, name, path)
         return
     if depth > DEEPEST:
-        raise DocumentError(f"{path}: archives in archives, more than {DEEPEST} deep: unpack it")
+        raise DocumentError(f"{path}: archives in archives, more than {DEEPEST} deep: unpack it", kind="")
     try:
         for inner, file in _members(path, suffix):
             own = "/".join([name, *_parts(inner)]) if inner else re.sub(r"\.(gz|bz2|xz)$", "", name)
@@ -65,7 +65,7 @@ def unpack(path: Path, name: str, folder: Path, depth: int = 1) -> Iterator[Memb
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, gzip.BadGzipFile) as error:  # fmt: skip
         raise DocumentError(f"{path}: a damaged or incomplete archive ({error}): copy or download it again") from None
     except RuntimeError:  # zipfile's word for a password
-        raise DocumentError(f"{path}: this archive is encrypted: unpack it with its password") from None
+        raise DocumentError(f"{path}: this archive is encrypted: unpack it with its password", "encrypted") from None
 
 
 def _members(path: Path, suffix: str) -> Iterator[tuple[str, IO[bytes]]]:
@@ -122,7 +122,9 @@ def _copy(file: IO[bytes], target: Path, archive: Path) -> None:
         while data := file.read(BLOCK):
             size += len(data)
             if size > LARGEST:
-                raise DocumentError(f"{archive}: it unpacks to more than {LARGEST >> 30} GiB: unpack it yourself")
+                raise DocumentError(
+                    f"{archive}: it unpacks to more than {LARGEST >> 30} GiB: unpack it yourself", kind=""
+                )
             out.write(data)
 
 
@@ -166,4 +168,4 @@ def _list_items(path: Path) -> Iterator[Any]:
                 yield item
                 at = stop
         except UnicodeDecodeError as error:
-            raise DocumentError(f"{path}: not UTF-8 ({error.reason}); convert it to UTF-8") from None
+            raise DocumentError(f"{path}: not UTF-8 ({error.reason}); convert it to UTF-8", kind="") from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
-from corpus.documents import DocumentError, Locked, LockedError, Piece, ReadOptions, clean_document
+from corpus.documents import DocumentError, Piece, ReadOptions, Unreadable, clean_document
 from corpus.duplicates import sketch
 from storage.catalogue import author_of
 
@@ -67,17 +67,15 @@ class BookFile(ABC):
     def extract(cls, path: Path) -> Book:
         """The text of a file: paragraphs separated by blank lines.
 
-        Raises DocumentError with cause and remedy, of which LockedError where there is no remedy; OSError.
+        Raises DocumentError with cause and remedy, OSError.
         """
 
     @classmethod
     def inspect(cls, path: Path, name: str, options: ReadOptions, split: str) -> Self | str:
         try:
             book = cls.extract(path)
-        except LockedError as error:
-            return Locked(f"{path}: {error}")
         except DocumentError as error:
-            return f"{path}: {error}"
+            return Unreadable(f"{path}: {error}", error.kind)
         text = book.whole(options)
         data = text.encode("utf-8", "replace")
         return cls(name, path, len(data), int(bool(text.strip())), book.facts(), split=split, sketches=(sketch(data),))

@@ -61,8 +61,10 @@ def _text_parts(data: bytes) -> dict[str, bytes]:
     """The XML parts of a document by name. Raises DocumentError where `data` is no whole Word document."""
     if data.startswith(OLE):
         if "EncryptedPackage".encode("utf-16-le") in data:
-            raise DocumentError("this Word document is encrypted: open it with its password and save it without one")
-        raise DocumentError(f"a document of Word before 2007 (.doc): {SAVE_AGAIN}")
+            raise DocumentError(
+                "this Word document is encrypted: open it with its password and save it without one", "encrypted"
+            )
+        raise DocumentError(f"a document of Word before 2007 (.doc): {SAVE_AGAIN}", "Word before 2007")
     if not data.startswith(b"PK"):
         raise DocumentError(f"not a Word document: {SAVE_AGAIN}, or as .txt")
     parts = read_parts(data, "a Word document", lambda name: name.endswith((".xml", ".rels")))

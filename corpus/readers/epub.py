@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from corpus.documents import DocumentError, LockedError
+from corpus.documents import DocumentError
 from corpus.readers.book import Book, BookFile
 from corpus.readers.markup import decode_markup, markup_text, parse_markup, roles, tag_of, take_notes
 from corpus.readers.package import attribute, find_all, parse_part, part_names, read_parts, resolve
@@ -106,14 +106,16 @@ def _reading_order(package: Any, base: str, items: dict[str, Item]) -> tuple[lis
 
 
 def _refuse_encrypted(parts: dict[str, bytes], texts: list[str]) -> None:
-    """Raise LockedError where text is encrypted; fonts may be obfuscated."""
+    """Raise DocumentError where text is encrypted; fonts may be obfuscated."""
     if ENCRYPTION not in parts:
         return
     for entry in find_all(parse_part(parts, ENCRYPTION), "encrypteddata"):
         methods = [attribute(method, "Algorithm") for method in find_all(entry, "encryptionmethod")]
         targets = [resolve("", attribute(target, "URI")) for target in find_all(entry, "cipherreference")]
         if any(target in texts for target in targets) and not all(method in OBFUSCATION for method in methods):
-            raise LockedError("this EPUB book is encrypted (DRM), and only the shop's own programs can read it")
+            raise DocumentError(
+                "this EPUB book is encrypted (DRM), and only the shop's own programs can read it", "encrypted"
+            )
 
 
 def _parse(parts: dict[str, bytes], names: list[str], item: Item) -> Any:

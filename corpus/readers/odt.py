@@ -31,7 +31,9 @@ class OdtFile(BookFile):
             raise DocumentError(f"not {cls.kind}: open it in a word processor and save it as .odt")
         parts = read_parts(data, cls.kind, lambda name: name.endswith(".xml"))
         if "META-INF/manifest.xml" in parts and find_all(parse_part(parts, "META-INF/manifest.xml"), "encryption-data"):
-            raise DocumentError("this document is encrypted: open it with its password and save it without one")
+            raise DocumentError(
+                "this document is encrypted: open it with its password and save it without one", "encrypted"
+            )
         bodies = find_all(parse_part(parts, "content.xml"), "text")
         if not bodies:
             raise DocumentError(f"not {cls.kind}: it holds no text")

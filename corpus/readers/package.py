@@ -27,7 +27,7 @@ def read_parts(data: bytes, kind: str, wanted: Callable[[str], bool]) -> dict[st
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DocumentError(f"{kind}, damaged or incomplete ({error}): copy or download it again") from None
     except RuntimeError:  # zipfile's word for a password
-        raise DocumentError("this zip archive is encrypted: unpack it with its password") from None
+        raise DocumentError("this zip archive is encrypted: unpack it with its password", "encrypted") from None
 
 
 def part_names(file: Path | IO[bytes]) -> list[str]:

@@ -22,6 +22,7 @@ from corpus.documents import (
     DocumentError,
     Piece,
     ReadOptions,
+    Unreadable,
     clean_document,
     null_row,
     skipped_row,
@@ -74,7 +75,7 @@ class ParquetFile:
                     years = table.read(columns=[YEAR_FIELD]).column(0).cast(pyarrow.int64()).fill_null(-1).to_numpy()
                     keep = (years >= options.years[0]) & (years <= options.years[1])
         except pyarrow.ArrowInvalid as error:
-            return f"{path}: not {cls.kind} ({str(error).splitlines()[0]})"
+            return Unreadable(f"{path}: not {cls.kind} ({str(error).splitlines()[0]})", "damaged")
         size = 0
         for group in map(facts.row_group, range(facts.num_row_groups)):
             columns = map(group.column, range(group.num_columns))

@@ -18,6 +18,7 @@ from corpus.documents import (
     DocumentError,
     Piece,
     ReadOptions,
+    Unreadable,
     clean_part,
     layout_of,
     licence_counts,
@@ -64,7 +65,7 @@ class TextFile:
             head = file.read(len(BOM) + 8)
             for beginning, what in OTHER_FORMATS.items():
                 if head.startswith(beginning):
-                    return f"{path}: this is {what}"
+                    return Unreadable(f"{path}: this is {what}", "PDF" if what.startswith("a PDF") else "")
             seen = _read_through(file)
             if seen.problem:
                 return f"{path}: {seen.problem}"

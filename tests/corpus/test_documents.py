@@ -127,7 +127,8 @@ def test_what_cannot_be_read_is_named_before_any_work(
     out = tmp_path / "out"
     assert run("--input", texts, "--tokenizer", "char", "--out", out) == 1
     error = capsys.readouterr().err
-    assert "2 of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
+    stops = 1 if name in ("book.txt", "table.parquet") else 2  # a folder is read without those two, which are named
+    assert f"{stops} of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
     assert "--skip-bad-files" in error
     assert re.search(message, error)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "good"}

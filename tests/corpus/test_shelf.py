@@ -101,6 +101,34 @@ def test_what_cannot_be_read_is_named(
     assert {path.name for path in tmp_path.iterdir()} <= {name, ".out.lock"}
 
 
+def test_a_folder_is_read_without_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = "EncryptedPackage".encode("utf-16-le")
+    bad = {
+        "cut.epub": (shelf.epub({"c1": "<p>x</p>"})[:-300], "damaged"),
+        "locked.odt": (shelf.odt_book(encrypted=True), "encrypted"),
+        "locked.docx": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600) + package, "encrypted"),
+        "cut.zip": (BOOKS["books.zip"][:-300], "damaged"),
+        "cut.txt.gz": (BOOKS["packed.txt.gz"][:-9], "damaged"),
+        "cut.parquet": (shelf.parquet_book()[:-20], "damaged"),
+        "list.json": (b'[{"text": "one"}, {"text": ', "damaged"),
+        "named.txt": (b"%PDF-1.7 words", "PDF"),
+    }
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, (data, _) in bad.items():
+        (texts / name).write_bytes(data)
+    for number in range(3):
+        (texts / f"good {number}.txt").write_text(f"number {number}, a text long enough.\n" * 9, encoding="utf-8")
+    arguments = ("--input", texts, "--tokenizer", "char", "--out", tmp_path / "out")
+    assert run(*arguments) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if "files read" in line)
+    assert line.startswith(f"3 of {3 + len(bad)} files read; {len(bad)} skipped: ")
+    assert all(f"{name} ({kind})" in line for name, (_, kind) in bad.items())
+    (texts / "old.txt").write_bytes("Café, in an old encoding.".encode("latin-1"))  # which can be converted
+    assert run(*arguments) == 1
+    assert "not UTF-8 at byte offset 3" in capsys.readouterr().err
+
+
 EPUB_CASES: list[tuple[dict[str, str], dict[str, str], str]] = [
     ({"c1": "<p>one</p>", "c2": "<p>two</p>", "c10": "<p>ten</p>"}, {"spine": "<itemref idref='c2'/><itemref idref='c1'/><itemref idref='c10'/>"}, "two\n\none\n\nten"),
     ({"c1": "<p>one</p>", "c2": "<p>aside</p>"}, {"spine": "<itemref idref='c1'/><itemref idref='c2' linear='no'/>"}, "one"),
