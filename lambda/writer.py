@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
+import gc
 import json
 import os
 import sys
@@ -65,6 +66,19 @@ def service() -> Service:
     made = Service(settings, engine)
     made.defaults = folder_defaults(folder)
     return made
+
+
+def start() -> None:
+    """Load the model while the environment is being made.
+
+    Nothing of it is garbage: looking for some would take a tenth of the time, and again in the first texts.
+    """
+    gc.disable()
+    try:
+        service()
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def messages(settings: RelaySettings, request: Message, trace: str, reader: relay.Reader) -> Iterator[Message]:
@@ -206,9 +220,9 @@ def _generate(
 
 
 if __name__ != "__main__" and "AWS_LAMBDA_RUNTIME_API" in os.environ:
-    service()  # while the environment is being made, not in its first request
+    start()
 
 if __name__ == "__main__":
     import runtime_loop
 
-    runtime_loop.serve(worker, respond, service)
+    runtime_loop.serve(worker, respond, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -243,6 +244,21 @@ def test_the_images_runtime_streams_and_posts(stack: Stack, model: Path) -> None
         process.kill()
         process.wait()
         api.close()
+
+
+def test_nothing_is_collected_while_the_model_loads(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, collecting = sys.modules["writer"], []
+    monkeypatch.setattr(writer, "service", lambda: collecting.append(gc.isenabled()))
+    before = gc.get_freeze_count()
+    try:
+        writer.start()
+        assert collecting == [False] and gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+    monkeypatch.setattr(writer, "service", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.start()
+    assert gc.isenabled()
 
 
 def test_the_worker_runs_under_awslambdaric(stack: Stack, model: Path) -> None:
