@@ -554,7 +554,7 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
 
 def print_plan(plan: Plan) -> None:
     """Print a plan on standard output."""
-    from training.metrics import duration
+    from training.console import duration
 
     machine, costs, train = plan.machine, plan.costs, plan.config.train
     print(f"{plan.preset}: {plan.config.description}")
