@@ -62,6 +62,7 @@ CORPUS_TOKENS = {
     "tinystories": 470_000_000,
     "tinyshakespeare": 301_000,
 }  # until they are prepared
+COUNTS_BYTES, TEACHER_BYTES = 12, 22  # kept for each counted token: the 3-grams, and a teacher's tables of them
 RUNTIME_BYTES = {"cpu": 450_000_000, "cuda": 1_500_000_000}  # Python, torch and its libraries before any tensor
 
 
@@ -114,6 +115,16 @@ def memory_needed(
         logits=rows * V * (4 + 4 + wide),
         runtime=RUNTIME_BYTES.get(device, 1_000_000_000),
     )
+
+
+def counts_memory(train: TrainConfig, tokens: int, kind: str) -> int:
+    """Bytes that the counted n-grams of so many training tokens keep on one device of `kind`; a GPU holds a teacher's only."""
+    from training.ngram import MOST_TOKENS
+    from training.ngram_teacher import FREQUENT
+
+    counted = min(tokens, MOST_TOKENS)
+    teacher = counted * TEACHER_BYTES + 4 * FREQUENT if counted and train.ngram_teacher else 0
+    return teacher + (counted * COUNTS_BYTES if kind == "cpu" else 0)
 
 
 def available_memory(device: torch.device) -> int:
@@ -509,10 +520,12 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     machine = this_machine(train) if target == "here" else named_machine(target, train)
 
     # 2 memory, and with it the batch
+    corpus, val_tokens = corpus_tokens(preset, config, data)
+    counts = counts_memory(train, corpus, machine.kind)
     shards = machine.world if train.parallel == "fsdp" else 1
     fits = (machine.precision, machine.kind, shards)
-    batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory, *fits)
-    need = memory_needed(model, train, max(1, batch), *fits).total
+    batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory - counts, *fits)
+    need = memory_needed(model, train, max(1, batch), *fits).total + counts
     if not batch or need > machine.memory:
         message = out_of_memory_message(
             model, train, max(1, batch), machine.memory, machine.precision, machine.kind, machine.world
@@ -522,7 +535,6 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     tokens_per_step = accumulate * batch * machine.world * model.block_size
 
     # 3 time
-    corpus, val_tokens = corpus_tokens(preset, config, data)
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
     if machine.gpu:

@@ -98,6 +98,23 @@ def test_memory_grows_as_it_should() -> None:
     assert base.logits < 4 * 1024 * 50304 * 4  # never the whole float32 logits
 
 
+def test_counted_n_grams_need_memory_up_to_a_bound() -> None:
+    taught = SETTINGS.model_copy(update={"ngram_teacher": 4e6})
+    assert plan.counts_memory(SETTINGS, 10**7, "cpu") == 12 * 10**7 and not plan.counts_memory(SETTINGS, 10**7, "cuda")
+    assert plan.counts_memory(taught, 10**7, "cpu") == 34 * 10**7 + 4 * 2**24
+    assert plan.counts_memory(taught, 10**7, "cuda") == 22 * 10**7 + 4 * 2**24
+    assert plan.counts_memory(taught, 10**10, "cpu") == plan.counts_memory(taught, 2**25, "cpu") < 1.3e9
+    assert not plan.counts_memory(taught, 0, "cpu")
+
+
+def test_the_estimate_of_a_plan_has_the_counts(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_here", lambda *args, **more: plan.Costs(1.0))
+    config = load_config(values={"train": {"max_steps": 10, "device": "cpu"}})
+    text = plan.make_plan("sample", config, tiny_data, "here")
+    bare = plan.memory_needed(text.config.model, config.train, text.batch_size, "fp32", "cpu").total
+    assert text.estimated_bytes >= bare + plan.COUNTS_BYTES * text.corpus > bare
+
+
 def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", str(tiny_data), *TINY_FLAGS, "--train.max-steps", "50", "--plan"]
     assert train.main(words) == 0
