@@ -337,9 +337,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     args, config = read_args(words)
     if args.plan:
-        from training.plan import make_plan, print_plan
+        from training.plan_report import show_plan
 
-        print_plan(make_plan(args.preset, config, args.data, args.plan, args.price_per_hour))
+        show_plan(args.preset, config, args.data, args.plan, args.price_per_hour)
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish

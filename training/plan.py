@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from model import GPT
 
 
-MFU = 0.40  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
+MFU = 0.35  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
 GPU_MEMORY = {
     "H200": 141,
     "H100": 80,
@@ -454,24 +454,31 @@ def named_machine(target: str, train: TrainConfig) -> Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will need; `print_plan` prints it."""
+class Outline:
+    """What is known of a run before anything is measured."""
 
     preset: str
     config: Config  # with the vocabulary filled in
     parts: list[tuple[str, int, int]]  # (component, parameters, bytes), the total last
+    flops_per_token: float
     machine: Machine
     batch_size: int
     grad_accum_steps: int
     tokens_per_step: int
     estimated_bytes: int  # of memory on one device
-    costs: Costs
-    basis: str  # of the speed: measured or assumed
     steps: int  # 0: only time limits the run
     corpus: int  # training tokens, 0 if unknown
-    non_training_s: dict[str, float]  # evaluation, samples, checkpoints
+    val_tokens: int
     data: Path  # where the prepared texts are, or would be
-    price_per_hour: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan(Outline):
+    """What a run will need."""
+
+    costs: Costs
+    basis: str  # of the speed: measured or assumed
+    non_training_s: dict[str, float]  # evaluation, samples, checkpoints
 
     @property
     def tokens_per_s(self) -> float:
@@ -498,17 +505,20 @@ def spec_sheet_estimate(machine: Machine, flops_per_token: float, tokens_per_ste
     return Costs(tokens_per_step * token_s, eval_s=token_s / 3), basis  # forward alone is a third of training
 
 
-def make_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> Plan:
+def make_plan(preset: str, config: Config, data: Path | None, target: str) -> Plan:
     """Work out what a run needs. Raises ConfigError if it cannot fit.
 
-    data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
-    the target, in any currency; 0 leaves the cost out.
+    data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance.
     """
+    return completed(outline(preset, config, data, target))
+
+
+def outline(preset: str, config: Config, data: Path | None, target: str) -> Outline:
+    """The part of `make_plan` that takes no measuring."""
     import torch
 
     from corpus.preparation import default_out
     from model import GPT
-    from storage.shards import MANIFEST
     from training.schedule import total_steps
     from training.step import grad_accum_steps
 
@@ -534,72 +544,41 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     accumulate = grad_accum_steps(train, batch, model.block_size, machine.world)
     tokens_per_step = accumulate * batch * machine.world * model.block_size
 
-    # 3 time
+    # 3 the number of steps
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
-    if machine.gpu:
-        costs, basis = spec_sheet_estimate(machine, gpt.flops_per_token(), tokens_per_step)
-    else:
-        folder = data or default_out(preset)
-        taught = folder if (folder / MANIFEST).is_file() else None
-        costs = measure_here(config, batch, accumulate, machine.precision, data=taught)
-        basis = "measured over a few steps"
-    epochs = steps * tokens_per_step / corpus if corpus else 0.0
-    return Plan(
+    return Outline(
         preset,
         config,
         gpt.report(),
+        gpt.flops_per_token(),
         machine,
         batch,
         accumulate,
         tokens_per_step,
         need,
-        costs,
-        basis,
         steps,
         corpus,
-        non_training_time(train, steps, epochs, val_tokens, costs),
+        val_tokens,
         data or default_out(preset),
-        price_per_hour,
     )
 
 
-def print_plan(plan: Plan) -> None:
-    """Print a plan on standard output."""
-    from training.metrics import duration
+def completed(known: Outline) -> Plan:
+    """An outline with what a run costs: measured on this machine, or from the data sheet of another."""
+    from storage.shards import MANIFEST
 
-    machine, costs, train = plan.machine, plan.costs, plan.config.train
-    print(f"{plan.preset}: {plan.config.description}")
-    for name, count, size in plan.parts:
-        print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-    if machine.warning:
-        print(f"note: {machine.warning}")
-    print(
-        f"on {machine.label}, {machine.precision}: micro-batch {plan.batch_size} x {plan.grad_accum_steps} accumulated = "
-        f"{plan.tokens_per_step:,} tokens a step"
-    )
-    room, estimate = gigabytes(machine.memory), gigabytes(plan.estimated_bytes)
-    if costs.peak_bytes is not None:
-        print(f"memory: {gigabytes(costs.peak_bytes)} measured of {room} free (estimated {estimate})")
+    if known.machine.gpu:
+        costs, basis = spec_sheet_estimate(known.machine, known.flops_per_token, known.tokens_per_step)
     else:
-        print(f"memory: about {estimate} of {room} a GPU")
-    print(f"speed: {plan.tokens_per_s:,.0f} tokens/s ({plan.basis})")
-    if not plan.steps:
-        tokens = plan.tokens_per_s * train.max_minutes * 60
-        print(f"time limit: {train.max_minutes:g} minutes, about {tokens:,.0f} tokens")
-        return
-    tokens = plan.steps * plan.tokens_per_step
-    passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.non_training_s.items() if seconds >= 1)
-    including = f" (including {parts})" if parts else ""
-    print(f"time: {duration(plan.total_s)} for {plan.steps:,} steps, {tokens:,} tokens{passes}{including}")
-    if train.max_minutes and plan.total_s > train.max_minutes * 60:
-        done = train.max_minutes * 60 / plan.total_s
-        print(f"note: --train.max-minutes {train.max_minutes:g} ends it after {done:.0%} of that")
-    if plan.price_per_hour:
-        print(f"cost: {plan.total_s / 3600 * plan.price_per_hour:,.2f} at {plan.price_per_hour:g} an hour")
-    if not plan.corpus:
-        print(f"note: no prepared texts in {plan.data} yet, so epochs are not counted")
+        taught = known.data if (known.data / MANIFEST).is_file() else None
+        costs = measure_here(
+            known.config, known.batch_size, known.grad_accum_steps, known.machine.precision, data=taught
+        )
+        basis = "measured over a few steps"
+    epochs = known.steps * known.tokens_per_step / known.corpus if known.corpus else 0.0
+    elsewhere = non_training_time(known.config.train, known.steps, epochs, known.val_tokens, costs)
+    return Plan(**vars(known), costs=costs, basis=basis, non_training_s=elsewhere)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from config import ConfigError, ModelConfig, TrainConfig, load_config
 from support.helpers import TINY_FLAGS
 from training import plan
 from training import step as training_step
+from training.plan_report import show_plan
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
 SETTINGS = TrainConfig(max_steps=10)
@@ -37,7 +38,34 @@ def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
     hours = (5532 * 524_288 + evaluation) / speed / 3600
     assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=1e-3)
     assert "(including evaluation " in text
-    assert "40% of 2,496 TFLOP/s assumed" in text
+    assert "35% of 2,496 TFLOP/s assumed" in text
+
+
+def test_plan_and_documentation_assume_the_same_utilisation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (plan.ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"| at {plan.MFU:.0%} of it |" in text and f"\n{plan.MFU:.0%} is what good PyTorch code reaches" in text
+    rows = re.findall(r"\| one (\S+), .*? \| [\d.]+(?: PFLOP/s)? \| [\d.]+ \| ([\d,]+) \|", text)
+    assert len(rows) == 4
+    for machine, speed in rows:
+        assert train.main(["--preset", "victorian", "--plan", machine, "--train.precision", "bf16"]) == 0
+        planned = figure(capsys.readouterr().out, r"speed: ([\d,]+) tokens/s")
+        assert planned == pytest.approx(float(speed.replace(",", "")), rel=0.02)
+
+
+def test_what_is_known_is_printed_before_anything_is_measured(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+
+    def measure(*given: object, **more: object) -> plan.Costs:
+        shown.append(capsys.readouterr().out)
+        return plan.Costs(1.0)
+
+    monkeypatch.setattr(plan, "measure_here", measure)
+    show_plan("story-small", load_config("story-small"), tiny_data, "here")
+    for part in ("total", "parameters", "tokens a step", "memory: about ", "steps, "):
+        assert part in shown[0], part
+    assert "speed: " not in shown[0] and "speed: " in capsys.readouterr().out
 
 
 def test_what_cannot_fit_is_refused_with_flags_that_do(capsys: pytest.CaptureFixture[str]) -> None:
