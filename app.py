@@ -2,6 +2,7 @@
 
 streamlit run app.py                                            # the newest run's model, or one of models/
 streamlit run app.py -- --model runs/sample/best
+VLG_APP_PASSWORD=… streamlit run app.py --server.address 0.0.0.0     # for other machines too, with a password
 streamlit run app.py -- --server http://127.0.0.1:8000          # or wss://… for a gateway; a key comes from VLG_KEY
 """
 
@@ -28,11 +29,12 @@ def main() -> None:
     from config import ConfigError
     from ui import state
     from ui.history import HistoryError
+    from ui.password import require_password
 
     st.set_page_config(page_title="Victorian Literature Generator", page_icon=HERE / "ui" / "icon.svg", layout="wide")
     st.html(HERE / "ui" / "style.css")
     try:
-        state.flags()
+        require_password(state.flags().without_password)
         state.open_stories()
     except (ConfigError, HistoryError) as error:
         st.error("The app cannot start with these settings.")
@@ -42,7 +44,9 @@ def main() -> None:
         st.Page(HERE / "ui" / "pages" / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "write")
         for name, title, icon in PAGES
     ]
-    st.navigation(pages, position="top").run()
+    shown = st.navigation(pages, position="sidebar", expanded=True)
+    state.draw_model()
+    shown.run()
 
 
 main()

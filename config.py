@@ -509,7 +509,7 @@ class GenerationParams(FrozenSettings):
     """Strings that end the text; they are not part of it."""
     keep: Annotated[int, Setting("Keep in view", (0, 256), in_presets=False)] = Field(0, ge=0)
     """Tokens of the opening that stay in view when the story outgrows the context."""
-    style: Annotated[StyleText, Setting("Style", in_presets=False)] = Field("", max_length=200)
+    style: Annotated[StyleText, Setting("Author", in_presets=False)] = Field("", max_length=200)
     """Style of a model trained with `--control`, like `dickens`, or several, like `dickens:0.7,austen:0.3`; default: no style."""
 
 

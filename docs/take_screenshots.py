@@ -88,7 +88,7 @@ def settle(page: Any, seconds: float = 1.5) -> None:
 
 def write_story(page: Any, seed: int) -> None:
     """A title, an opening and two versions of what follows."""
-    page.get_by_text("Finer choices").click()
+    page.get_by_text("More settings").click()
     field = page.get_by_label("Seed", exact=True)
     field.fill(str(seed))
     field.press("Enter")
@@ -106,7 +106,7 @@ def write_story(page: Any, seed: int) -> None:
         page.get_by_role("button", name="Stop").wait_for()
         page.get_by_role("button", name="Stop").wait_for(state="hidden", timeout=120_000)
         settle(page)
-    page.get_by_text("Finer choices").click()
+    page.get_by_text("More settings").click()
     page.evaluate("document.activeElement.blur()")
     settle(page)
 

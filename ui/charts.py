@@ -63,9 +63,11 @@ def loss_chart(frame: pd.DataFrame, *, x: str = "step", log: bool = False) -> An
     long = pd.concat(parts, ignore_index=True)
     several = frame["run"].nunique() > 1
     color = (
-        alt.Color("run:N", title=None)
+        alt.Color("run:N", title=None, legend=alt.Legend(orient="top"))
         if several
-        else alt.Color("kind:N", title=None, sort=["validation", "training", "counting alone"])
+        else alt.Color(
+            "kind:N", title=None, sort=["validation", "training", "counting alone"], legend=alt.Legend(orient="top")
+        )
     )
     base = alt.Chart(long).encode(
         x=alt.X(f"{x}:Q", title=AXES[x]),
@@ -113,19 +115,19 @@ def curve_chart(frame: pd.DataFrame, column: str, *, x: str = "step") -> alt.Cha
     )
 
 
-def bars(frame: pd.DataFrame, x: str, y: str, *, title: str, kind: str = "N", y_title: str = "") -> alt.Chart:
+def bars(frame: pd.DataFrame, x: str, y: str, *, kind: str = "N") -> alt.Chart:
     """A bar for each value of `x`."""
     import altair as alt
 
     return (
         alt.Chart(frame)
-        .mark_bar(cornerRadiusEnd=3)
+        .mark_bar(cornerRadiusEnd=3, size=24)
         .encode(
             x=alt.X(f"{x}:{kind}", title=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            y=alt.Y(f"{y}:Q", title=y_title or None),
+            y=alt.Y(f"{y}:Q", title=y, axis=alt.Axis(format=",d", tickMinStep=1)),
             tooltip=list(frame.columns),
         )
-        .properties(height=240, title=title)
+        .properties(height=240)
     )
 
 
@@ -137,35 +139,47 @@ def by_model(frame: pd.DataFrame) -> Any:
     return alt.Color("model:N", title=None, legend=alt.Legend(orient="top", offset=4) if several else None)
 
 
-def histogram(frame: pd.DataFrame, column: str, *, title: str, axis: str, bins: int = 24) -> alt.Chart:
-    """A histogram, one colour for each model."""
+def histogram(frame: pd.DataFrame, column: str, *, axis: str, whole: bool = False, bins: int = 20) -> alt.Chart:
+    """A histogram from zero on, one colour for each model. whole: the values are counts, and so are the bins' ends."""
     import altair as alt
 
+    known = frame.dropna(subset=[column])
+    most = float(known[column].max()) if len(known) else 0.0
+    bin = alt.Bin(maxbins=bins, extent=[0, most or 1.0], minstep=1 if whole else alt.Undefined)
     return (
-        alt.Chart(frame.dropna(subset=[column]))
+        alt.Chart(known)
         .mark_bar(cornerRadiusEnd=2)
         .encode(
-            x=alt.X(f"{column}:Q", bin=alt.Bin(maxbins=bins), title=axis),
-            y=alt.Y("count():Q", title="passages", axis=alt.Axis(tickMinStep=1)),
+            x=alt.X(
+                f"{column}:Q", bin=bin, title=axis, axis=alt.Axis(format=",d" if whole else ".2~f", labelOverlap=True)
+            ),
+            y=alt.Y("count():Q", title="passages", axis=alt.Axis(format="d", tickMinStep=1)),
             color=by_model(frame),
-            tooltip=["model", "count()"],
+            tooltip=["model", alt.Tooltip("count()", title="passages")],
         )
-        .properties(height=240, title=title)
+        .properties(height=240)
     )
 
 
-def scatter(frame: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str) -> alt.Chart:
-    """A point for each passage."""
+def by_temperature(frame: pd.DataFrame, share: str, title: str) -> alt.Chart:
+    """A point for each passage: a share of it over the temperature it was written at; the axis ends at 10%, 100% or between."""
     import altair as alt
 
+    known = frame.dropna(subset=["temperature", share])
+    top = min(1.0, max(0.1, float(known[share].max()))) if len(known) else 1.0
+    hottest = max(2.0, float(known["temperature"].max())) if len(known) else 2.0
     return (
-        alt.Chart(frame.dropna(subset=[x, y]))
+        alt.Chart(known)
         .mark_circle(size=46, opacity=0.6)
         .encode(
-            x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False)),
-            y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False)),
+            x=alt.X("temperature:Q", scale=alt.Scale(domain=[0, hottest])),
+            y=alt.Y(f"{share}:Q", title=title, scale=alt.Scale(domain=[0, top]), axis=alt.Axis(format="%")),
             color=by_model(frame),
-            tooltip=["model", alt.Tooltip(f"{x}:Q", format=".2f"), alt.Tooltip(f"{y}:Q", format=".3f")],
+            tooltip=[
+                "model",
+                alt.Tooltip("temperature:Q", format=".2f"),
+                alt.Tooltip(f"{share}:Q", format=".1%", title=title),
+            ],
         )
-        .properties(height=240, title=title)
+        .properties(height=240)
     )

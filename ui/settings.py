@@ -18,7 +18,7 @@ from ui.backends import BackendLocation
 from ui.history import History
 
 DEFAULTS = GenerationParams()
-OWN = "This model's own"
+OWN = "Recommended by the model"
 # What a named preset holds, with the usual values.
 SAMPLING_DEFAULTS: dict[str, Any] = {
     name: getattr(DEFAULTS, name) for name, setting in SETTINGS.items() if setting.in_presets
@@ -124,7 +124,7 @@ def _save(history: History) -> None:
         history.save_preset(name, current().model_dump(mode="json", include=set(SAMPLING_DEFAULTS)))
         st.session_state.preset_name = ""
     elif name:
-        st.session_state.preset_fault = f"{name}: that name is taken"
+        st.session_state.preset_fault = f"{name}: this name is taken. Choose another"
 
 
 def start(place: BackendLocation | None, history: History) -> None:
@@ -154,7 +154,7 @@ def number(name: str) -> None:
 
 
 def choose_style(styles: Sequence[str]) -> None:
-    """The model's styles to choose from, or a blend of them to type in; nothing for a model without."""
+    """The authors whose styles the model knows, or a blend of them typed in; nothing for a model without."""
     key = PREFIX + "style"
     if not styles:
         st.session_state[key] = ""
@@ -164,9 +164,9 @@ def choose_style(styles: Sequence[str]) -> None:
         SETTINGS["style"].label,
         ["", *styles, *([chosen] if chosen and chosen not in styles else [])],
         key=key,
-        format_func=lambda name: name or "none in particular",
+        format_func=lambda name: name or "no one in particular",
         accept_new_options=True,
-        help=f"{GenerationParams.model_fields['style'].description} Type a blend in.",
+        help="The model writes in this author's style. A blend can be typed in: dickens:0.7,austen:0.3",
         persist_state="session",
     )
 
@@ -178,11 +178,17 @@ def sidebar(place: BackendLocation | None, history: History, styles: Sequence[st
     found = matching(current(), known)
     options = [*known, ADJUSTED] if found == ADJUSTED else list(known)
     st.session_state.preset = found
-    st.selectbox("Settings", options, key="preset", on_change=_choose, help="A name for a set of sampling values.")
+    st.selectbox(
+        "Settings",
+        options,
+        key="preset",
+        on_change=_choose,
+        help="How freely the model chooses its words. The sliders below hold the values.",
+    )
     choose_style(styles)
     for name in FIRST:
         number(name)
-    with st.expander("Finer choices", key="finer", on_change="rerun"):
+    with st.expander("More settings", key="finer", on_change="rerun"):
         for name in SLIDERS:
             if name not in FIRST and not SETTINGS[name].rare:
                 number(name)
@@ -208,15 +214,15 @@ def sidebar(place: BackendLocation | None, history: History, styles: Sequence[st
         )
         own = history.presets()
         with st.form("preset_form", border=False):
-            st.text_input("Keep these values as", key="preset_name", placeholder="a name of your own", max_chars=40)
-            st.form_submit_button("Save these settings", on_click=_save, args=(history,))
+            st.text_input("Save these settings as", key="preset_name", placeholder="a name of your own", max_chars=40)
+            st.form_submit_button("Save", on_click=_save, args=(history,))
         if fault := st.session_state.pop("preset_fault", ""):
             st.warning(fault)
         if found in own:
-            st.button(f"Forget “{found}”", on_click=history.delete_preset, args=(found,), key="forget")
+            st.button(f"Delete “{found}”", on_click=history.delete_preset, args=(found,), key="forget")
     rare = [name for name in SLIDERS if SETTINGS[name].rare]
     if rare:
-        with st.expander("Rarely used", key="rare", on_change="rerun"):
+        with st.expander("Rarely used settings", key="rare", on_change="rerun"):
             for name in rare:
                 number(name)
 

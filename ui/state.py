@@ -12,14 +12,15 @@ from typing import Any
 
 import streamlit as st
 
-from checkpoint import default_model
+from checkpoint import default_model, described
 from cli import parse_flags
 from config import ROOT, ConfigError, FrozenSettings
 from ui.backends import Backend, BackendError, BackendLocation, connect
 from ui.history import History, default_path
 from ui.open_story import OpenStories, OpenStory
 
-LOADING = "Loading the model …"
+LOADING = "Loading the model; the first time on a machine, this takes ten seconds longer …"
+MENU = ROOT / "ui" / "menu.html"
 SWITCH_S = 0.0005  # thread switch interval: the engine releases the interpreter lock at every matrix product, and would wait 5 ms each
 
 
@@ -40,6 +41,8 @@ class AppFlags(FrozenSettings):
     """Folder of other models."""
     data: Path = ROOT / "data"
     """Folder that texts for training are put into."""
+    without_password: bool = False
+    """Ask for no password although the app listens beyond this machine: where something else keeps strangers away."""
 
 
 @st.cache_resource(show_spinner=False)
@@ -83,7 +86,7 @@ def is_model(folder: Path) -> bool:
 
 
 def found_models() -> list[FoundModel]:
-    """Model folders under runs/ and models/, newest first."""
+    """The flags' model folder and those under runs/ and models/, newest first, unfinished ones (`last`) after all others."""
     given = flags()
     candidates: list[Path] = [given.model] if given.model else []
     for run in sorted(given.runs.glob("*/")):
@@ -92,10 +95,11 @@ def found_models() -> list[FoundModel]:
     found: dict[Path, FoundModel] = {}
     for folder in candidates:
         if is_model(folder):
-            inside = folder.parent.parent == given.runs
+            inside = folder.resolve().parent.parent == given.runs.resolve()
             label = f"{folder.parent.name} · {folder.name}" if inside else folder.name
-            found[folder.resolve()] = FoundModel(folder, label, (folder / "config.json").stat().st_mtime)
-    return sorted(found.values(), key=lambda model: -model.modified)
+            modified = (folder / "config.json").stat().st_mtime
+            found.setdefault(folder.resolve(), FoundModel(folder, label, modified))
+    return sorted(found.values(), key=lambda model: (model.path.name.startswith("last"), -model.modified))
 
 
 def default_place() -> BackendLocation | None:
@@ -121,6 +125,20 @@ def place() -> BackendLocation | None:
 def choose_place(chosen: BackendLocation) -> None:
     st.session_state["place"] = chosen
     st.session_state.pop("model_error", None)
+
+
+def draw_model() -> None:
+    """Which model writes, in the sidebar of every page."""
+    chosen = place()
+    if chosen is None:
+        return
+    local = chosen.kind == "local"
+    shown = described(Path(chosen.where), ROOT) if local else f"{chosen.kind} {chosen.where.partition('?')[0]}"
+    with st.sidebar:
+        st.html(MENU, unsafe_allow_javascript=True)
+        st.html(
+            f'<div class="quiet">Model (another: see the Model page)</div><div class="prose small">{escaped(shown)}</div>'
+        )
 
 
 def last_modified(chosen: BackendLocation) -> float:

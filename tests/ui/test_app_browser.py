@@ -217,7 +217,7 @@ class Tab:
         return self
 
     def finer(self) -> Tab:
-        self.page.get_by_text("Finer choices").click()
+        self.page.get_by_text("More settings").click()
         self.page.get_by_role("slider", name="Versions at once").wait_for()
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_text_is_never_read_as_html_or_markdown(page: Page, backend: Scripted) -
     page.run()
     page.at.slider(key="set_n").set_value(2)
     page.run().click("opening_0").click("continue").settled()
-    assert "<script>" not in page.html().replace("&lt;script&gt;", "")
+    own = state.MENU.read_text("utf-8").strip()
+    assert "<script>" not in page.html().replace(own, "")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; $x$ *a* _b_ `c`\n# b" in page.html()
     assert all("alert" not in str(part.value) for part in page.at.markdown)
 
@@ -150,7 +152,7 @@ def test_presets_and_saved_presets(page: Page) -> None:
     page.run()
     assert page.at.selectbox(key="preset").value == settings.ADJUSTED
     page.at.text_input(key="preset_name").set_value("Mine")
-    next(button for button in page.at.button if button.label == "Save these settings").click()
+    next(button for button in page.at.button if button.label == "Save").click()
     page.run()
     assert page.at.selectbox(key="preset").value == "Mine"
     assert state.history().presets()["Mine"]["temperature"] == 0.75
@@ -187,7 +189,7 @@ def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_perma
     assert not [box for box in page.at.selectbox if box.key == "set_style"]
     backend.styles = ["ash", "birch"]
     page.run()
-    assert page.at.selectbox(key="set_style").options == ["none in particular", "ash", "birch"]
+    assert page.at.selectbox(key="set_style").options == ["no one in particular", "ash", "birch"]
     page.at.selectbox(key="set_style").select("birch")
     page.run().click("opening_0").click("continue").settled()
     assert backend.requests[-1][1].style == "birch" and page.open_story().story.passage.params["style"] == "birch"
@@ -222,9 +224,12 @@ def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> 
 
 def test_the_meter_says_what_the_model_still_reads(page: Page) -> None:
     page.run()
-    page.open_story().atomic_write_text("word " * 60)
+    page.open_story().atomic_write_text(" ".join(["word"] * 60))
     page.run()
-    assert "the model reads the last" in page.html()
+    assert "60 words" in page.html() and "the model reads the last 30 of them" in page.html()
+    assert "no longer read by the model" in page.html()
+    visit(page, "inside")
+    assert "The model reads the last 30 of 60 words." in page.texts()
 
 
 def test_no_model_yet_offers_to_train_one(bare: Page, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,12 +455,36 @@ def test_statistics_count_only_the_chosen_models(page: Page) -> None:
         state.history().add_passage(model=model, text=text, tokens=tokens, seconds=seconds, first_s=first, **common)
     visit(page, "statistics")
     assert [metric.value for metric in page.at.metric] == ["2", "7", "40", "18", "0.30 s", "83%", "0.0%"]
-    assert len(charts(page)) == 6
+    assert not charts(page) and "from 5 passages on" in page.texts()
     page.at.multiselect(key="stat_models").set_value(["one"])
     page.run()
     assert [metric.value for metric in page.at.metric] == ["1", "4", "10", "5", "0.50 s", "67%", "0.0%"]
     page.at.multiselect(key="stat_models").set_value([])
     assert not page.run().at.metric
+
+
+def test_statistics_draw_charts_from_five_passages_on_with_axes_from_zero(page: Page) -> None:
+    page.run()
+    for number in range(5):
+        state.history().add_passage(
+            story_id=None,
+            prompt="p",
+            text="a b c d e " * (number + 3),
+            params={"temperature": 0.8},
+            seed=1,
+            model="one",
+            tokens=10 * number + 30,
+            seconds=2.0,
+            first_s=0.1 + number / 100,
+            finish_reason="length",
+        )
+    visit(page, "statistics")
+    drawn = {spec["title"]: spec["encoding"] for spec in charts(page)}
+    assert len(drawn) == 6 and "passages on" not in page.texts()
+    assert drawn["Length of passages"]["x"]["bin"]["extent"] == [0, 35]
+    assert drawn["Length of passages"]["x"]["bin"]["minstep"] == 1
+    assert drawn["Variety by temperature"]["x"]["scale"]["domain"] == [0, 2]
+    assert drawn["Repetition by temperature"]["y"]["scale"]["domain"][0] == 0
 
 
 def trained(folder: Path, name: str, steps: int = 20, total: int = 40) -> training_runs.Run:
@@ -542,6 +571,24 @@ def test_texts_settings_and_limits_reach_the_training(
     assert train[train.index("--train.max-steps") + 1] == "30" and "--train.max-minutes" not in train
     assert train[train.index("--data") + 1] == words[words.index("--then-train") - 1]
     assert words[words.index("--preset") + 1] == train[train.index("--preset") + 1] == "story-nano"
+
+
+def test_the_model_page_begins_with_the_model_that_was_given_and_lists_best_before_last(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tiny/last", "other/best"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").touch()
+    os.utime(tmp_path / "runs" / "tiny" / "last" / "config.json", (2e9, 2e9))  # the newest of all
+    os.utime(tmp_path / "runs" / "other" / "best" / "config.json", (1.9e9, 1.9e9))
+    given = os.path.relpath(tmp_path / "runs" / "tiny" / "best")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--model", given])
+    visit(page.run(), "model")
+    box = page.at.selectbox(key="model_path")
+    assert box.options == ["other · best", "tiny · best", "tiny · last"]
+    assert box.value == given and page.at.button(key="use_model").disabled
 
 
 def test_the_model_page_changes_folder_number_format_and_server(

@@ -33,7 +33,7 @@ def test_both_exports_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not app.exception
     offered: dict[str, Any] = {button.proto.label: button.proto for button in app.get("download_button")}
     assert {label: proto.disabled for label, proto in offered.items()} == {
-        "A page that writes by itself": most == 100,
+        "A web page": most == 100,
         "A GGUF file": False,
     }
     state.history().close()

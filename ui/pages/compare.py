@@ -15,6 +15,7 @@ from ui.history import History
 
 POLL_S = 0.4
 CURRENT = "As set on the Write page"
+FILE_MB = 10  # an uploaded file of openings at most
 SHOWN = 24  # cells drawn as cards; the table holds all
 
 
@@ -56,12 +57,15 @@ def draw_form(backend: Backend, busy: bool) -> None:
             persist_state="session",
         )
         file = st.file_uploader(
-            "Or a file of openings (.txt, .csv, .jsonl)", type=["txt", "csv", "jsonl"], key="compare_file"
+            "Or a file of openings: text with one a line, CSV or JSON Lines",
+            type=["txt", "csv", "jsonl"],
+            key="compare_file",
+            max_upload_size=FILE_MB,
+        )
+        names = st.multiselect(
+            "Settings", known, default=["Faithful", "Fanciful"], key="compare_settings", persist_state="session"
         )
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            names = st.multiselect(
-                "Settings", known, default=["Faithful", "Fanciful"], key="compare_settings", persist_state="session"
-            )
             tokens = st.number_input("Length", 1, 4000, 80, step=20, key="compare_tokens", width=140)
             n = st.number_input("Texts each", 1, 8, 1, key="compare_n", width=140)
             seed = st.number_input(
@@ -78,7 +82,7 @@ def draw_form(backend: Backend, busy: bool) -> None:
                 st.error(state.plain(str(error)))
                 return
             if not prompts or not wanted:
-                st.warning("Give at least one opening and choose at least one setting.")
+                st.warning("Type at least one opening, and choose at least one of the settings.")
                 return
             history = state.history()
             st.session_state["comparison"] = Comparison(
@@ -144,7 +148,7 @@ def draw_results(comparison: Comparison, polling: bool) -> None:
 
 def draw() -> None:
     st.title("Compare", anchor=False)
-    st.html('<p class="lead">The same openings with different settings.</p>')
+    st.html('<p class="lead">The same openings, continued with different settings.</p>')
     settings.start(state.place(), state.history())
     with st.spinner(state.LOADING):
         backend = state.backend()

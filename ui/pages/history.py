@@ -101,7 +101,7 @@ def draw() -> None:
     with st.container(key="page_read"):
         st.title("History", anchor=False)
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            search = st.text_input("Search", placeholder="words in the title or the text", key="search")
+            search = st.text_input("Search", placeholder="title or text", key="search")
             kind = st.segmented_control(
                 "Show",
                 ["All", "Starred", "Bin"],

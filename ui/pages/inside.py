@@ -7,7 +7,7 @@ import math
 
 import streamlit as st
 
-from config import ConfigError, GenerationParams
+from config import ConfigError
 from ui import settings, state
 from ui.backends import Backend, BackendError, Scored
 from ui.token_view import token_view
@@ -60,6 +60,31 @@ def continue_from(text: str) -> None:
     st.session_state["continued"] = True
 
 
+def first_read(backend: Backend, text: str) -> int:
+    """The first character that the model reads when it continues `text`, as on the Write page."""
+    try:
+        params = settings.current()
+    except ConfigError:
+        params = settings.DEFAULTS
+    visible = backend.visible_text(text, params)
+    return visible.start if visible else max(0, len(text) - 4000)
+
+
+def draw_figures(tokens: list[Scored]) -> None:
+    """How well the model predicted the tokens, of which at least one has a probability."""
+    known = [token.probability for token in tokens if token.probability]
+    nats = -sum(math.log(p) for p in known) / len(known)
+    first = sum(token.rank == 1 for token in tokens if token.probability)
+    with st.grid(min_column_width=110, gap="small"):
+        st.metric(
+            "Perplexity",
+            f"{math.exp(nats):,.1f}",
+            help="The model was as uncertain as if it chose among this many equally likely tokens",
+        )
+        st.metric("First choices", f"{first / len(known):.0%}", help="Tokens that were the model's most likely choice")
+        st.metric("Tokens", f"{len(tokens):,}", help="Words and parts of words, as the model reads them")
+
+
 def draw_alternatives(text: str, token: Scored, key: int) -> None:
     """The alternatives to `token`, each with a button that continues from it."""
     before = text[: token.start]
@@ -84,7 +109,7 @@ def draw_alternatives(text: str, token: Scored, key: int) -> None:
             on_click=continue_from,
             args=(before + other.text,),
             disabled="\ufffd" in other.text,  # a part of a character
-            help="Cut the text here, insert this token, and let the model continue",
+            help="Cut the story here, put this in, and let the model continue",
         )
 
 
@@ -102,36 +127,24 @@ def draw(backend: Backend) -> None:
         text = state.open_story().view().text
     if not text.strip():
         st.info(
-            "There is no text yet." if where == OTHER else "The open story is empty.",
+            "Type or paste a text above." if where == OTHER else "The open story is empty.",
             icon=":material/edit_note:",
         )
         st.page_link(WRITE, label="Write something", icon=":material/edit_note:")
         return
-    visible = backend.visible_text(text, GenerationParams(max_tokens=0))
-    begin = visible.start if visible else max(0, len(text) - 4000)
+    begin = first_read(backend, text)
     part = text[begin:]
     if begin:
-        st.caption(f"Only the last {len(part.split()):,} words fit into the model's context.")
+        st.caption(f"The model reads the last {len(part.split()):,} of {len(text.split()):,} words.")
     try:
         tokens = scored(backend, backend.name, state.last_modified(backend.place), part)
     except BackendError as error:
         st.error("The model cannot score this text.")
         st.text(str(error))
         return
-    known = [token.probability for token in tokens if token.probability]
+    known = any(token.probability for token in tokens)
     if known:
-        nats = -sum(math.log(p) for p in known) / len(known)
-        first = sum(token.rank == 1 for token in tokens if token.probability)
-        columns = st.columns(3)
-        columns[0].metric(
-            "Perplexity",
-            f"{math.exp(nats):,.1f}",
-            help="The model was as uncertain as if it chose among this many equally likely tokens",
-        )
-        columns[1].metric(
-            "First choices", f"{first / len(known):.0%}", help="Tokens that were the model's most likely choice"
-        )
-        columns[2].metric("Tokens", f"{len(tokens):,}")
+        draw_figures(tokens)
     numbers = st.toggle("Show percentages", key="inside_numbers")
     st.html(LEGEND)
     chosen = st.session_state.get("inside_chosen", -1)

@@ -55,7 +55,9 @@ def draw_folders(now: BackendLocation | None) -> None:
         st.page_link("ui/pages/training.py", label="Train a model", icon=":material/model_training:")
         return
     paths = [str(model.path) for model in models]
-    at = paths.index(now.where) if now and now.kind == "local" and now.where in paths else 0
+    resolved = [Path(path).resolve() for path in paths]
+    given = Path(now.where).resolve() if now and now.kind == "local" else None
+    at = resolved.index(given) if given in resolved else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
         path = st.selectbox(
             "Model folder",
@@ -69,7 +71,7 @@ def draw_folders(now: BackendLocation | None) -> None:
             DTYPES,
             index=DTYPES.index(now.dtype if now else "auto"),
             key="model_dtype",
-            help="auto: the fastest on this processor; int8 takes half the memory of bfloat16",
+            help="auto: the fastest on this processor. int8 takes half the memory of bfloat16",
             width=180,
         )
         wanted = BackendLocation("local", str(path), dtype=str(dtype))
@@ -98,7 +100,7 @@ def draw_parts(backend: Backend) -> None:
     with st.grid(min_column_width=170, gap="small"):
         for label, value in cells:
             st.metric(label, value)
-    rows = [(str(name), int(count), float(size) / 2**20) for name, count, size in model.report()]
+    rows = [(str(name), int(count), float(size) / 1e6) for name, count, size in model.report()]
     frame = pd.DataFrame(rows, columns=["Component", "Parameters", "MB"])
     st.dataframe(
         frame,
@@ -135,7 +137,7 @@ def draw_exports(place: BackendLocation, backend: Backend) -> None:
     st.subheader("Take it elsewhere", anchor=False)
     with st.container(horizontal=True):
         for to, label, told in (
-            ("html", "A page that writes by itself", "One file that writes in any browser, without a server"),
+            ("html", "A web page", "One file that holds the model and writes in any browser, without a server"),
             ("gguf", "A GGUF file", "For llama.cpp and the programs built on it"),
         ):
             refused = large and to == "html"
@@ -185,7 +187,7 @@ def draw() -> None:
         with st.spinner(state.LOADING):
             backend = state.backend()
         if backend is None:
-            st.error("This model cannot be used:", icon=":material/error:")
+            st.error("This model cannot be used.", icon=":material/error:")
             st.text(state.model_error())
             return
         st.subheader(state.plain(backend.name), anchor=False)

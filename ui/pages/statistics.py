@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import streamlit as st
 
 from ui import state
-from ui.charts import bars, histogram, scatter
+from ui.charts import bars, by_temperature, histogram
 from ui.passage_statistics import passage_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEWEST = 5  # passages that charts are drawn from
 
 
 def draw() -> None:
     st.title("Statistics", anchor=False)
     rows = state.history().passages()
     if not rows:
-        st.info("There are no statistics yet: they are computed from the passages that models write for you.")
+        st.info("Nothing to count yet: the figures are of the passages that models write for you.")
         st.page_link("ui/pages/write.py", label="Begin a story", icon=":material/edit_note:")
         return
     frame = passage_frame(rows)
@@ -30,51 +37,47 @@ def draw() -> None:
         return "–" if value is None or value != value else format(value, form)
 
     cells = [
-        ("Passages", f"{len(frame):,}", "newest 5,000 at most"),
+        ("Passages", f"{len(frame):,}", "the newest 5,000 at most"),
         ("Words", f"{frame['words'].sum():,}", "written by models"),
         ("Tokens", f"{frame['tokens'].sum():,}", ""),
-        ("Tokens a second", figure("tokens_per_s", ".0f"), "mean over passages, all versions of one request together"),
+        ("Tokens a second", figure("tokens_per_s", ".0f"), "mean; versions written at once count together"),
         ("First word", figure("first_s", ".2f") + " s", "mean time to the first word"),
-        ("Distinct-2", figure("distinct_2", ".0%"), "different pairs of words among all pairs of a passage, mean"),
-        ("Repetition-4", figure("repetition_4", ".1%"), "groups of four words that stood in the passage before, mean"),
+        (
+            "Different pairs",
+            figure("distinct_2", ".0%"),
+            "how many of a passage's word pairs are different, mean: more is more varied",
+        ),
+        (
+            "Repetition",
+            figure("repetition_4", ".1%"),
+            "how many groups of four words are repeated within a passage, mean: less is better",
+        ),
     ]
     with st.grid(min_column_width=150, gap="small"):
         for label, value, help_text in cells:
             st.metric(label, value, help=help_text or None)
-    days = frame.groupby("day", as_index=False)["words"].sum()
-    left, right = st.columns(2)
-    left.altair_chart(bars(days, "day", "words", title="Words a day", kind="O"), alt="Words a day")
-    right.altair_chart(
-        histogram(frame, "words", title="Length of passages", axis="words"), alt="How long the passages are"
-    )
-    left.altair_chart(histogram(frame, "tokens_per_s", title="Speed", axis="tokens a second"), alt="Speed of passages")
-    right.altair_chart(
-        histogram(frame, "first_s", title="Time to the first word", axis="seconds"), alt="Time to the first word"
-    )
-    left.altair_chart(
-        scatter(
-            frame,
-            "temperature",
-            "distinct_2",
-            title="Variety by temperature",
-            x_title="temperature",
-            y_title="distinct-2",
-        ),
-        alt="Variety by temperature",
-    )
-    right.altair_chart(
-        scatter(
-            frame,
-            "temperature",
-            "repetition_4",
-            title="Repetition by temperature",
-            x_title="temperature",
-            y_title="share of repeated four-word groups",
-        ),
-        alt="Repetition by temperature",
-    )
+    if len(frame) < FEWEST:
+        st.info(f"The charts are shown from {FEWEST} passages on.", icon=":material/bar_chart:")
+    else:
+        draw_charts(frame)
     with st.expander("All passages as a table"):
         st.dataframe(frame.drop(columns="day"), hide_index=True, alt="All passages with their figures")
+
+
+def draw_charts(frame: pd.DataFrame) -> None:
+    """Amount and speed, and how variety depends on the temperature."""
+    days = frame.groupby("day", as_index=False)["words"].sum()
+    left, right = st.columns(2)
+    charts = (
+        ("Words a day", bars(days, "day", "words", kind="O")),
+        ("Length of passages", histogram(frame, "words", axis="words", whole=True)),
+        ("Speed", histogram(frame, "tokens_per_s", axis="tokens a second", whole=True)),
+        ("Time to the first word", histogram(frame, "first_s", axis="seconds")),
+        ("Variety by temperature", by_temperature(frame, "distinct_2", "different pairs")),
+        ("Repetition by temperature", by_temperature(frame, "repetition_4", "repeated groups")),
+    )
+    for column, (title, chart) in zip((left, right) * 3, charts, strict=True):
+        column.altair_chart(chart.properties(title=title), alt=title)
 
 
 draw()

@@ -69,9 +69,9 @@ def draw_head(run: Run, running: bool) -> None:
             f"{best['val_loss']:.3f}" if best else "–",
             f"at step {best['step']:,}" if best else "not measured yet",
         ),
-        ("Tokens seen", f"{last.get('tokens', 0):,}", "by all steps so far"),
-        ("Tokens a second", f"{speeds[-1]:,.0f}" if speeds else "–", "without evaluation and saving"),
-        ("Time", duration(last.get("elapsed_s", 0)), "wall clock, over all sessions of the run"),
+        ("Tokens seen", f"{last.get('tokens', 0):,}", "in all steps so far"),
+        ("Tokens a second", f"{speeds[-1]:,.0f}" if speeds else "–", "not counting evaluation and saving"),
+        ("Time", duration(last.get("elapsed_s", 0)), "by the clock, evaluation and saving included"),
     ]
     with st.grid(min_column_width=150, gap="small"):
         for label, value, help_text in cells:
@@ -190,7 +190,7 @@ def draw_start(expanded: bool) -> None:
                 "Measures this machine and chooses the model that learns most from your texts in the given minutes."
             )
         files = st.file_uploader(  # one label for both: a widget with another label would lose its files
-            "Texts to learn from (plain text, EPUB, Word and others). Leave empty to use the preset's texts or the sample stories",
+            "Texts to train on (plain text, EPUB, Word and others). Leave empty to use the preset's texts or the sample stories",
             type=[suffix.removeprefix(".") for suffix in training_runs.BOOKS],
             accept_multiple_files=True,
         )
@@ -217,7 +217,11 @@ def draw() -> None:
         st.session_state["run_shown"] = names[0]
     with st.container(horizontal=True, vertical_alignment="bottom"):
         shown = st.selectbox("Run", names, key="run_shown", persist_state="session")
-        others = st.multiselect("Compare with", [name for name in names if name != shown], key="runs_beside")
+        others = (
+            st.multiselect("Compare with", [name for name in names if name != shown], key="runs_beside")
+            if len(names) > 1
+            else []
+        )
     run = next(run for run in runs if run.name == shown)
     beside = [other for other in runs if other.name in others]
     running = run.running()

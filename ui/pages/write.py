@@ -107,7 +107,7 @@ def draw_empty() -> None:
     from ui import training_runs
 
     with st.container(key="page_write"):
-        st.title("A place to write")
+        st.title("A place to write", anchor=False)
         st.html('<p class="lead">You begin a story, and a language model continues it.</p>')
         if state.model_error():
             st.error("The model cannot be opened.", icon=":material/error:")
@@ -182,7 +182,7 @@ def draw_generation_notices(opened: OpenStory) -> None:
     elif opened.notice:
         st.warning(state.plain(opened.notice), icon=":material/info:")
     if generation is not None and generation.truncated and opened.running:
-        st.caption("The text is longer than the model's context: it reads only the end (the darker part).")
+        st.caption("The text is longer than what the model can read at once: it reads only the end.")
 
 
 def draw_toolbar(opened: OpenStory, running: bool) -> None:
@@ -314,19 +314,18 @@ def as_file(opened: OpenStory, suffix: str) -> bytes:
 
 
 def draw_facts(opened: OpenStory, text: str, visible: VisibleText | None) -> None:
-    """Word count, how much of the text the model reads, speed."""
+    """Word count, how much of the text the model reads, speed; what the colours of the text mean."""
     words = len(text.split())
     parts = [f"{words:,} word{'' if words == 1 else 's'}"]
-    bar = ""
+    bar = legend = ""
     if visible is not None:
         share = min(1.0, visible.tokens / visible.context)
         about = "" if visible.exact else "about "
         if visible.start:
-            parts.append(f"the model reads the last {len(text[visible.start :].split()):,}")
-        if visible.tokens > visible.context:
-            parts.append(f"{about}{visible.tokens:,} tokens, {visible.context:,} fit")
-        else:
-            parts.append(f"{about}{visible.tokens:,} of {visible.context:,} tokens")
+            parts.append(f"the model reads {about}the last {len(text[visible.start :].split()):,} of them")
+            legend += '<span class="legend-unseen">no longer read by the model</span>'
+        elif words:
+            parts.append("the model reads them all")
         bar = (
             f'<span class="bar{" full" if visible.start else ""}" role="img" '
             f'aria-label="{share:.0%} of the model\'s context in use"><i style="width:{share:.0%}"></i></span>'
@@ -338,7 +337,9 @@ def draw_facts(opened: OpenStory, text: str, visible: VisibleText | None) -> Non
         parts.append(f"first word after {generation.first_s:.2f} s")
         if generation.seed is not None:
             parts.append(f"seed {generation.seed}")
-    st.html(f'<div class="meter quiet" data-testid="facts">{bar}<span>{state.note(parts)}</span></div>')
+    if opened.view().fresh:
+        legend += '<span class="legend-fresh">written last</span>'
+    st.html(f'<div class="meter quiet" data-testid="facts">{bar}<span>{state.note(parts)}</span>{legend}</div>')
 
 
 def draw_versions(opened: OpenStory, running: bool) -> None:
@@ -402,7 +403,6 @@ def draw() -> None:
         draw_empty()
         return
     with st.sidebar:
-        st.html(f'<div class="quiet">Model</div><div class="prose small">{state.escaped(backend.name)}</div>')
         settings.sidebar(state.place(), state.history(), backend.styles)
         for line in settings.problems():
             st.error(state.plain(line))
