@@ -25,7 +25,7 @@ from corpus.word_table import WordTable
 from storage.shards import SPLITS
 from tokenizer import BytePairTokenizer, Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
 
-TRAIN, VAL, DROP = 0, 1, 2  # the role of a document; TRAIN and VAL index SPLITS
+TRAIN, VAL, DROP, SKIP = 0, 1, 2, 3  # the role of a document; TRAIN and VAL index SPLITS, SKIP is not even read
 BATCH_BYTES = 1 << 18  # bytes of chunks that a worker takes together
 TABLE_CHARACTERS = 8192  # of a text for which looking words up is faster than merging them
 VOCABULARY_BYTES = 1 << 28  # a vocabulary is learned from about this much text, taken evenly; more hardly changes it
@@ -107,7 +107,7 @@ def encode(
     """The tokens of `chunks`: each document after the control id of its style, before end-of-text. Runs in a worker.
 
     tokenizer: "gpt2" or the folder of a saved one, and its fingerprint.
-    roles: TRAIN, VAL or DROP for each document from the first chunk's on.
+    roles: TRAIN, VAL, DROP or SKIP for each document from the first chunk's on.
     cut: where training ends, in characters from the start of the first chunk, when one document is split by position.
     styles: for each document, the control id if it has a style and begins here, otherwise -1.
     Raises DocumentError for a text that cannot be read or holds characters that the tokenizer lacks.
@@ -120,6 +120,8 @@ def encode(
     for chunk in chunks:
         for piece in chunk.read(options):
             at = piece.document - first
+            if roles[at] == SKIP:
+                continue
             if roles[at] == DROP:
                 made.counts["duplicate_documents"] += piece.last
                 made.dropped += [piece.document] if piece.last else []
@@ -218,7 +220,7 @@ class EncodingPlan:
     corpus: Corpus
     options: ReadOptions
     roles: np.ndarray
-    """TRAIN, VAL or DROP, uint8 [documents]."""
+    """TRAIN, VAL, DROP or SKIP, uint8 [documents]."""
     cuts: Sequence[int]
     """Where training ends if the only document is split by position, in characters from each batch's start; otherwise empty."""
     styles: np.ndarray | None = None
@@ -227,7 +229,7 @@ class EncodingPlan:
     def batches(self, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """All batches in order. part: (i, n) takes those of the i-th of n parts, from 0."""
         last_before = -1
-        for number, chunks in enumerate(batched_chunks(chunks_of_part(self.corpus.chunks(), *part))):
+        for number, chunks in enumerate(batched_chunks(chunks_of_part(self._read_chunks(), *part))):
             first = chunks[0].document
             stop = chunks[-1].document + chunks[-1].documents
             styles = None
@@ -238,9 +240,15 @@ class EncodingPlan:
             yield Batch(chunks, self.roles[first:stop], self.cuts[number] if self.cuts else None, styles)
             last_before = stop - 1
 
+    def _read_chunks(self) -> Iterator[Chunk]:
+        """The chunks, without those of which every document is to be skipped."""
+        for chunk in self.corpus.chunks():
+            if not (self.roles[chunk.document : chunk.document + chunk.documents] == SKIP).all():
+                yield chunk
+
     def training_texts(self) -> Iterator[str]:
         """The text that trains, or VOCABULARY_BYTES of it taken evenly, read in this process."""
-        step = max(1, round(self.corpus.size / VOCABULARY_BYTES))
+        step = max(1, round(self.corpus.size * float(np.mean(self.roles != SKIP)) / VOCABULARY_BYTES))
         for chunks, roles, cut, _ in islice(self.batches(), 0, None, step):
             for chunk in chunks:
                 for piece in chunk.read(self.options):

@@ -54,6 +54,11 @@ class Corpus:
             yield from file.chunks(first)
             first += file.documents
 
+    def splits(self, *names: str) -> np.ndarray:
+        """Which documents are in files that the source itself puts into one of these splits, bool [documents]."""
+        found = [np.full(file.documents, file.split in names) for file in self.files]
+        return np.concatenate(found)
+
     def keys(self) -> np.ndarray:
         """A pseudo-random number for each document, from its file's name and its row there, uint64 [documents]."""
         keys = []

@@ -33,6 +33,7 @@ from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile,
 from corpus.duplicates import near_duplicates
 from corpus.encoding import (
     DROP,
+    SKIP,
     TRAIN,
     VAL,
     EncodingPlan,
@@ -91,6 +92,8 @@ class PrepareFlags(DataConfig):
     """Processes; default 0: one a core. The shards do not depend on it."""
     part: str = Field("1/1", pattern=r"^[1-9]\d*/[1-9]\d*$")
     """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
+    every: int = Field(1, ge=1)
+    """Prepare only every so many-th document, as a sample of texts that are too many."""
     join: tuple[Path, ...] = ()
     """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
     footnotes: bool = True
@@ -261,6 +264,7 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
         settings["vocab_size"] = flags.vocab_size
     if flags.control:
         settings["control"] = vars(StyleSource.read(flags.control))
+    settings |= {"every": flags.every} if flags.every > 1 else {}
     return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
@@ -352,8 +356,10 @@ def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags)
                 digests.append(found)
                 progress.add(file.size)
         dropped = find_duplicates(corpus, digests)
-    validate = validation_split(corpus, flags.val_fraction, dropped, _alike(corpus))
-    roles = np.where(dropped, DROP, np.where(validate, VAL, TRAIN)).astype(np.uint8)
+    every = max(1, min(flags.every, corpus.documents // 2))  # two documents at least
+    skipped = (np.arange(corpus.documents) % every > 0) & corpus.splits("train", "")
+    validate = validation_split(corpus, flags.val_fraction, dropped | skipped, _alike(corpus)) & ~skipped
+    roles = np.where(skipped, SKIP, np.where(dropped, DROP, np.where(validate, VAL, TRAIN))).astype(np.uint8)
     if corpus.documents > 1 or validate.any():
         return EncodingPlan(corpus, options, roles, ())
     # the only document is split by position: its end validates
@@ -540,6 +546,7 @@ def _write_shards(
     if flags.part == "1/1":
         files = [(file.name, file.documents) for file in plan.corpus.files]
         facts = {file.name: file.facts for file in plan.corpus.files if file.facts}
+        dropped = sorted({*dropped, *np.flatnonzero(plan.roles == SKIP).tolist()})
         Catalogue(files, plan.roles == VAL, dropped, shared=bool(plan.cuts), facts=facts).save(draft)
     return writers, counts
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ import pytest
 
 import prepare_data
 from corpus import cleaning, encoding, finder, out_folder, preparation
-from corpus.documents import ReadOptions
+from corpus.documents import Piece, ReadOptions
 from corpus.finder import find, inspect
+from corpus.readers.text import TextChunk
 from storage import shards
+from storage.catalogue import Catalogue
 from storage.shards import Manifest
 from support.forked import PYTHON
 from support.samples import NEW_FOOTER, NEW_HEADER, hashes, make_texts, run, tokens, told
@@ -545,3 +548,24 @@ def test_copies_are_dropped_once_and_never_from_validation(texts: Path, tmp_path
     corpus = finder.Corpus("x", [Given("train", 3), Given("val", 2)])  # type: ignore[list-item]
     numbers = [np.array([5, 6, 5], np.uint64), np.array([6, 0], np.uint64)]
     assert encoding.find_duplicates(corpus, numbers).tolist() == [False, True, True, False, False]
+
+
+def test_every_so_many_th_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, out, read = tmp_path / "texts", tmp_path / "out", set[int]()
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number:02d}.txt").write_text(f"the text of number {number}\n" * 9, encoding="utf-8")
+    clean = TextChunk.read
+
+    def noted(chunk: TextChunk, options: ReadOptions) -> Iterator[Piece]:
+        read.add(chunk.document)
+        return clean(chunk, options)
+
+    monkeypatch.setattr(TextChunk, "read", noted)
+    assert run("--input", texts, "--tokenizer", "char", "--every", "5", "--out", out) == 0
+    assert read == {0, 5, 10}
+    assert {text.split()[4] for split in ("train", "val") for text in told(out, split)} == {"0", "5", "10"}
+    catalogue = Catalogue.load(out)
+    assert catalogue and sorted(catalogue.dropped) == [number for number in range(12) if number % 5]
+    assert run("--input", texts, "--tokenizer", "char", "--every", "50", "--out", out) == 0  # two at least
+    assert len(told(out, "train") + told(out, "val")) == 2

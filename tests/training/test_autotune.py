@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
 from config import Config, ConfigError, ModelConfig, TrainConfig, build, read_toml
 from model import GPT
+from storage.shards import Manifest
 from support.helpers import nonsense, prepare_text
 from training import autotune
 from training.autotune import (
@@ -146,6 +148,19 @@ def test_prepared_texts_are_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prepared already"):
         train.read_args(["--minutes", "0.05", "--input", str(tmp_path / "other.txt"), "--data", str(data)])
     assert (data / "manifest.json").read_bytes() == before
+
+
+def test_of_more_text_than_the_time_allows_a_part_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock: None
+) -> None:
+    monkeypatch.setattr(autotune, "measured_rate", lambda *_: 1e8)
+    monkeypatch.setattr(autotune, "PREPARE_RATE", 240_000 / 30 / autotune.PREPARE_SHARE / torch.get_num_threads() / 3.5)
+    for number in range(12):
+        (tmp_path / f"{number:02d}.txt").write_text(nonsense(20_000, seed=number), encoding="utf-8")
+    args, _ = train.read_args(["--minutes", "0.5", "--input", str(tmp_path), "--data", str(tmp_path / "data")])
+    assert "one document in 4 is read" in capsys.readouterr().err
+    splits = Manifest.load(args.data or tmp_path).splits
+    assert splits.train.documents + splits.val.documents == 3
 
 
 @pytest.mark.parametrize("where", ["", "elsewhere"])
