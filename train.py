@@ -121,7 +121,7 @@ def read_base(argv: list[str]) -> Base:
 def with_flags(argv: list[str], preset: str, tables: dict[str, Any]) -> TrainArgs:
     """Command-line flags, over the tables of a preset."""
     defaults = {"preset": preset, "model": tables.get("model", {}), "train": tables.get("train", {})}
-    return parse_flags(TrainArgs, argv, defaults=defaults)
+    return parse_flags(TrainArgs, argv, defaults=defaults, examples=__doc__)
 
 
 def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
