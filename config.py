@@ -3,6 +3,9 @@
 Every script takes its flags from the models below. Values are laid over each other in this order:
 a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 
+To change settings, do not edit the defaults here: what a preset states goes before them. Give a flag, or copy a preset,
+change the copy and name it: `python train.py --preset my.toml`.
+
     python train.py --preset story-small --train.lr 3e-4
     python train.py --preset victorian --config my.toml --model.n-layer 6
 """
