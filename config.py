@@ -3,6 +3,9 @@
 Every script takes its flags from the models below. Values are laid over each other in this order:
 a preset (`presets/NAME.toml`), then `--config FILE.toml`, then single flags.
 
+To change settings, do not edit the defaults here: what a preset states goes before them. Give a flag, or copy a preset,
+change the copy and name it: `python train.py --preset my.toml`.
+
     python train.py --preset story-small --train.lr 3e-4
     python train.py --preset victorian --config my.toml --model.n-layer 6
 """
@@ -420,7 +423,7 @@ class GenerationParams(FrozenSettings):
     finish_sentence: Annotated[int, Setting("Finish the sentence", (0, 200), 10, off=0, in_presets=False)] = Field(
         0, ge=0, le=1000
     )
-    """Tokens at most after max_tokens, until a sentence ends; 0: none. Where people write it is FINISH_SENTENCE unless given."""
+    """Tokens at most after max_tokens, until a sentence ends; 0: none."""
     temperature: Annotated[
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", gguf="temp", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)

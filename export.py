@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags."""
 
     def body() -> int:
-        args = parse_flags(ExportArgs, argv)
+        args = parse_flags(ExportArgs, argv, examples=__doc__)
         if args.to is None:
             target(args, Path())
         folder = find_model(args.model)

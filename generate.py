@@ -66,7 +66,7 @@ def write(argv: list[str]) -> int:
     # 1. Flags, with the model folder's own settings as their defaults.
     wanted = flag_value(argv, "model")
     folder = fetch_model(wanted) if wanted else find_model(None, ROOT)
-    flags = parse_flags(GenerateFlags, argv, defaults=folder_defaults(folder))
+    flags = parse_flags(GenerateFlags, argv, defaults=folder_defaults(folder), examples=__doc__)
     if flags.interactive and flags.creative:
         raise ConfigError(["--interactive and --creative exclude each other: choose one"])
     params = GenerationParams(**{name: getattr(flags, name) for name in GenerationParams.model_fields})
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
-        parse_flags(GenerateFlags, words, defaults={"finish_sentence": FINISH_SENTENCE})
+        parse_flags(GenerateFlags, words, defaults={"finish_sentence": FINISH_SENTENCE}, examples=__doc__)
     return run_main(lambda: write_until_closed(words))
 
 

@@ -399,7 +399,7 @@ def deploy(flags: Flags, aws: AwsClients) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = parse_flags(Flags, argv)
+        flags = parse_flags(Flags, argv, examples=__doc__)
         if flags.package:
             BUILD.mkdir(exist_ok=True)
             (BUILD / "relay.zip").write_bytes(package())

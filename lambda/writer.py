@@ -223,6 +223,8 @@ if __name__ != "__main__" and "AWS_LAMBDA_RUNTIME_API" in os.environ:
     start()
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     import runtime_loop
 
     runtime_loop.serve(worker, respond, start)

@@ -427,10 +427,18 @@ def llama_settings(params: GenerationParams) -> dict[str, Any]:
     return {LLAMA_NAMES.get(name, (name,))[0]: value for name, value in params.model_dump(mode="json").items()}
 
 
+_ONE_PROMPT_JSON = {
+    "anyOf": [
+        part | ({"maxItems": 1} if part["items"]["type"] != "integer" else {}) for part in _PROMPT_JSON["anyOf"][1:]
+    ]
+    + [{"type": "string"}]
+}
+
+
 class LlamaBody(_LlamaSampling):
     """llama.cpp's `POST /completion`. Fields it does not know are ignored."""
 
-    prompt: CompletionPrompt = ""
+    prompt: Annotated[CompletionPrompt, WithJsonSchema(_ONE_PROMPT_JSON)] = ""
     """A text or token ids."""
 
     def params(self, server: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:

@@ -73,7 +73,7 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, counting:
         raise ConfigError(
             [
                 f"--init-from {init_from}: its tokenizer is not the one of {data.folder}: prepare the texts with "
-                f"`python prepare_data.py {flag} …`"
+                f"`python prepare_data.py --input my_books/ {flag} --out data/mine` and give --data data/mine"
             ]
         )
     return model

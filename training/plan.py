@@ -582,4 +582,7 @@ def completed(known: Outline) -> Plan:
 
 
 if __name__ == "__main__":
+    from cli import help_alone
+
+    help_alone(__doc__)
     print(json.dumps(benchmark_steps(json.load(sys.stdin))))

@@ -141,6 +141,24 @@ def test_one_seed_one_text_with_every_filter(client: TestClient, model: GPT, tok
     assert terminal != generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
 
 
+def test_the_prompt_comes_with_the_text_on_request(client: TestClient) -> None:
+    plain = surfaces(client)["rest"]
+    body = {"prompt": PROMPT, "n": 2, "return_full_text": True, **PARAMS}
+    whole = client.post("/generate", json=body).json()
+    assert whole["generated_text"] == whole["samples"][0]["text"] == PROMPT + plain
+    assert whole["samples"][1]["text"].startswith(PROMPT) and whole["samples"][0]["tokens"] == PARAMS["max_tokens"]
+    assert client.post("/invocations", json=body).json()["generated_text"] == PROMPT + plain
+    lines = client.post("/invocations", json={**body, "stream": True}).text.splitlines()
+    assert texts([json.loads(line) for line in lines])[0] == PROMPT + plain
+    asked = {"prompts": ["x", PROMPT], "return_full_text": True, **PARAMS}
+    results = client.post("/generate/batch", json=asked).json()["results"]
+    assert results[1]["generated_text"] == PROMPT + plain and results[0]["generated_text"].startswith("x")
+    with client.websocket_connect("/ws") as socket:
+        found = socket_messages(socket, body)
+    check_protocol(found, 2)
+    assert texts(found)[0] == PROMPT + plain
+
+
 def test_a_sentence_is_finished_alike_on_every_surface(client: TestClient, model: GPT, tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(mark)[0] for mark in (".", " ")]
     asked: dict[str, Any] = {"max_tokens": 6, "finish_sentence": 60, "logit_bias": {str(id): 5.0 for id in ids}}
