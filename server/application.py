@@ -22,7 +22,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import openapi_document
 from server.origins import OriginMiddleware
 from server.proxy import ProxyMiddleware
-from server.routes import generate, kobold, llama_cpp, openai, page, status
+from server.routes import docs, generate, kobold, llama_cpp, openai, page, status
 from server.service import Service
 from server.settings import Settings
 from server.websocket import WebSocketConnection
@@ -39,6 +39,8 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
         version=read_toml(ROOT / "pyproject.toml")["project"]["version"],
         description="Continues a prompt. Errors are `{error: {message, type, param, code}}` everywhere.",
         lifespan=partial(lifespan, service),
+        docs_url=None,  # FastAPI's own load their scripts from elsewhere; routes/docs.py has others
+        redoc_url=None,
     )
     app.state.service = service
     app.add_middleware(RequestMiddleware, settings=settings, metrics=service.metrics)
@@ -47,7 +49,7 @@ def build(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnected, on_client_disconnect)
-    for module in (status, generate, openai, kobold, llama_cpp, page):
+    for module in (status, generate, openai, kobold, llama_cpp, page, docs):
         module.add_routes(app, service)
 
     @app.websocket("/ws")

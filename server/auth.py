@@ -13,7 +13,9 @@ from starlette.datastructures import Headers
 
 # paths that need no key
 OPEN_PATHS = {"/", "/client.js", "/style.css", "/health", "/livez", "/readyz", "/ping", "/docs", "/redoc"}
-OPEN_PATHS |= {"/openapi.json", "/docs/oauth2-redirect"}
+OPEN_PATHS |= {"/openapi.json"}
+DOCS_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "redoc.standalone.js", "favicon.png")  # of /docs and /redoc
+OPEN_PATHS |= {f"/docs/{name}" for name in DOCS_FILES}
 
 
 def has_valid_key(api_keys: Sequence[SecretStr], headers: Headers, token: str | None = None) -> bool:

@@ -91,6 +91,14 @@ def test_architecture_names_files_and_functions_that_exist() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_the_drawings_name_files_and_functions_that_exist() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    drawn = re.findall(r"[\w/]+\.py: [\w.]+", "".join(re.findall(r"```mermaid\n(.*?)```", text, re.DOTALL)))
+    assert len(drawn) > 15
+    faults = [fault for code in drawn if (fault := unknown(code))]
+    assert not faults, "\n".join(faults)
+
+
 @pytest.mark.parametrize(
     ("code", "fault"),
     [
