@@ -18,12 +18,9 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +38,7 @@ from storage.gguf import write_gguf
 from storage.web_page import write_page
 from support.exports import KINDS, exported
 from support.llama import Llama
+from support.static_host import served
 from tokenizer import Tokenizer
 
 SHIPPED = "victorian-mini"
@@ -73,20 +71,6 @@ WLLAMA = """async ([url, prompt, count]) => {
     return { text: answer.choices[0].text, tokens: answer.usage?.completion_tokens ?? null,
              seconds: (performance.now() - begun) / 1000 };
 }"""
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A plain static server for a folder; its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
 
 
 def passage(tokenizer: Tokenizer) -> str:
