@@ -18,12 +18,9 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +38,7 @@ from storage.gguf import write_gguf
 from storage.web_page import write_page
 from support.exports import KINDS, exported
 from support.llama import Llama
+from support.static_host import served
 from tokenizer import Tokenizer
 
 SHIPPED = "victorian-mini"
@@ -75,20 +73,6 @@ WLLAMA = """async ([url, prompt, count]) => {
 }"""
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A plain static server for a folder; its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
 def passage(tokenizer: Tokenizer) -> str:
     """Some 200,000 characters of the sample stories; without those that a vocabulary of characters lacks."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "sample").glob("*.txt")))
@@ -114,17 +98,26 @@ def logit_difference(mine: torch.Tensor, theirs: dict[int, float]) -> float:
 
 
 def compare_gguf(path: Path, model: GPT, tokenizer: Tokenizer, text: str) -> tuple[dict[str, Any], Llama]:
-    """What llama.cpp makes of a GGUF file beside this program."""
-    llama, prompt = Llama(path), tokenizer.encode(PROMPTS[0])
-    same = sum(
-        llama.greedy(begin, 80)["content"] == generate(model, tokenizer, begin, GREEDY)[0].text for begin in PROMPTS
-    )
-    mine = next_logits(model, tokenizer, prompt)
-    (first,) = llama.greedy(PROMPTS[0], 1, probabilities=len(mine) + 1)["completion_probabilities"]
+    """What llama.cpp makes of a GGUF file beside this program.
+
+    gap: how far a token that it took was below the likeliest, in logits of this program. With random weights two tokens
+    are often closer than llama.cpp's rounding; then its text is another, and no worse.
+    """
+    llama, prompt, same, gap = Llama(path), tokenizer.encode(PROMPTS[0]), 0, 0.0
+    for begin in PROMPTS:
+        answer, (mine,) = llama.greedy(begin, GREEDY.max_tokens), generate(model, tokenizer, begin, GREEDY)
+        same += answer["content"] == mine.text
+        ids, taken = tokenizer.encode(begin), [id for id in answer["tokens"] if id < model.config.tokens]
+        with torch.no_grad():
+            logits = model(torch.tensor([(ids + taken)[: model.config.block_size]]))[0, len(ids) - 1 : -1]
+        logits[:, list(tokenizer.controls.values())] = float("-inf")
+        gap = max(gap, float((logits.max(1).values - logits[range(len(logits)), taken[: len(logits)]]).max()))
+    mine_next = next_logits(model, tokenizer, prompt)
+    (first,) = llama.greedy(PROMPTS[0], 1, probabilities=len(mine_next) + 1)["completion_probabilities"]
     theirs = {row["id"]: row["logprob"] for row in first["top_logprobs"]}
-    ids = "equal" if llama.ids(text) == tokenizer.encode(text) else "differ"
-    row = {"ids": ids, "greedy": f"{same} of {len(PROMPTS)}", "logits": logit_difference(mine, theirs)}
-    return row | {"bytes": f"{path.stat().st_size:,}"}, llama
+    ids_same = "equal" if llama.ids(text) == tokenizer.encode(text) else "differ"
+    row = {"ids": ids_same, "greedy": f"{same} of {len(PROMPTS)}", "gap": gap}
+    return row | {"logits": logit_difference(mine_next, theirs), "bytes": f"{path.stat().st_size:,}"}, llama
 
 
 def compare_page(page: Any, path: Path, model: GPT, tokenizer: Tokenizer, text: str) -> dict[str, Any]:
@@ -137,7 +130,7 @@ def compare_page(page: Any, path: Path, model: GPT, tokenizer: Tokenizer, text: 
     theirs = dict(enumerate(page.evaluate(LOGITS, prompt)))
     ids = "equal" if page.evaluate("text => tokenizer.encode(text)", text) == tokenizer.encode(text) else "differ"
     difference = logit_difference(next_logits(model, tokenizer, prompt), theirs)
-    row = {"ids": ids, "greedy": f"{same} of {len(PROMPTS)}", "logits": difference}
+    row = {"ids": ids, "greedy": f"{same} of {len(PROMPTS)}", "gap": None, "logits": difference}
     return row | {"bytes": f"{path.stat().st_size:,}"}
 
 
@@ -220,7 +213,7 @@ def large(place: Path) -> list[dict[str, Any]]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith("wpe"):
-                parameter.mul_(3)  # otherwise the likeliest token is the last one again
+                parameter.copy_((3 * parameter).half())  # wide, or the likeliest token is the last again; exact in f16
     rows, text = [], passage(tokenizer)
     for dtype in TYPES[1:]:
         path = place / f"large-{dtype}.gguf"

@@ -4,7 +4,7 @@
     python benchmarks/page_texts.py --texts 200 --filters --minutes 10
 
 Both write 100 tokens from the same prompts, pieces of data/sample. Where a text parts, both are asked for the logits of
-that token: what is shown is their largest difference, whether the filters left the same tokens, and how far the
+that token: what is shown is their largest difference, the tokens that only one of the two filters left, and how far the
 random number lay from the nearest border between two tokens, as a share of all probability. Needs Chromium.
 """
 
@@ -48,12 +48,15 @@ WRITE = """async (jobs) => {
     }
     return found;
 }"""
-LOGITS = """(ids) => {
+NEXT = """([ids, prompt, settings, drawn]) => {
     model.keep([-1]);
     let logits;
     ids.forEach((id, at) => { logits = model.forward(id, at === ids.length - 1); });
-    for (const id of tokenizer.controls) logits[id] = -3e38;
-    return Array.from(logits);
+    for (const id of tokenizer.controls) logits[id] = -Infinity;
+    const history = new TokenHistory(ids, prompt, tokenizer), generator = new Generator(seedOf(settings.seed));
+    for (let n = 0; n < drawn; n++) generator.random();
+    const kept = candidates(logits, settings, history, generator)[1];
+    return { logits: Array.from(logits, (value) => Math.max(value, -3e38)), kept };
 }"""
 
 
@@ -89,42 +92,43 @@ def why(
 ) -> dict[str, Any]:
     """What both say of the token behind `prompt` and `written`."""
     ids = tokenizer.encode(prompt) + written
-    with torch.no_grad():
-        mine = model(torch.tensor([ids]))[0, -1]
-    mine[list(tokenizer.controls.values())] = float("-inf")
-    theirs = torch.tensor(page.evaluate(LOGITS, ids))
-    known = mine.isfinite()
-    theirs[~known] = float("-inf")
     begun = len(ids) - len(written)
-    left, drawn = [], 0.0
-    unknown = not params.temperature or params.xtc_probability > 0  # no draw, or how many came before is not known here
-    for logits in (mine, theirs):
-        generator = torch.Generator().manual_seed(sample_seed(params.seed or 0, 0))
-        for _ in written:
-            torch.rand((), generator=generator, dtype=torch.float64)
-        history = TokenHistory(list(ids), begun, tokenizer)
-        values, kept = candidates(logits, params, history, generator)
-        shares = softmax(values.numpy()).cumsum(dtype=np.float64)
-        drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
-        left.append((kept.tolist(), shares / shares[-1]))
+    mine = torch.from_numpy(
+        BatchDecoder(model, 1)._read(ids, 0)
+    )  # not model(ids): these are the bits that are written from
+    mine[list(tokenizer.controls.values())] = float("-inf")
+    settings = params.model_dump(mode="json") | {"seed": str(params.seed)}
+    theirs = page.evaluate(NEXT, [ids, begun, settings, len(written)])
+    generator = torch.Generator().manual_seed(sample_seed(params.seed or 0, 0))
+    for _ in written:
+        torch.rand((), generator=generator, dtype=torch.float64)
+    values, kept = candidates(mine, params, TokenHistory(list(ids), begun, tokenizer), generator)
+    shares = softmax(values.numpy()).cumsum(dtype=np.float64)
+    drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
+    known = mine.isfinite()
+    random = bool(params.temperature) and not params.xtc_probability  # else no draw, or how many came before is unknown
     return {
         "token": len(written),
-        "logits_differ": float((mine - theirs)[known].abs().max()),
-        "same_candidates": left[0][0] == left[1][0],
-        "draw_to_border": None if unknown else float(np.abs(left[0][1] - drawn).min()),
+        "logits_differ": float((mine - torch.tensor(theirs["logits"]))[known].abs().max()),
+        "kept": len(kept),
+        "kept_by_one_only": sorted(set(kept.tolist()) ^ set(theirs["kept"])),
+        "draw_to_border": float(np.abs(shares / shares[-1] - drawn).min()) if random else None,
         "settings": params.model_dump(exclude_defaults=True, mode="json"),
         "prompt": prompt,
     }
 
 
-def compare(page: Any, folder: Path, kinds: dict[str, tuple[dict[str, Any], int]], end: float) -> list[dict[str, Any]]:
-    """A row for each kind of settings: (values, number of texts)."""
+def compare(
+    page: Any, folder: Path, kinds: dict[str, tuple[dict[str, Any], int]], begin: int, end: float
+) -> list[dict[str, Any]]:
+    """A row for each kind of settings: (values, number of texts). begin: number of the first; end: by time.monotonic."""
     model, tokenizer = load_model(folder)
     base, rows = folder_defaults(folder), []
     for kind, (values, count) in kinds.items():
         jobs = []
-        for number, prompt in enumerate(prompts(tokenizer, count)):
+        for number, prompt in enumerate(prompts(tokenizer, begin + count)):
             jobs.append((prompt, GenerationParams(**{**base, **values, "max_tokens": TOKENS, "seed": number})))
+        jobs = jobs[begin:]
         row: dict[str, Any] = {"settings": kind, "texts": 0, "tokens": 0, "parted": 0, "at": []}
         times = {"page": 0.0, "ours": 0.0}
         while jobs and time.monotonic() < end:
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1000, help="texts from seeds")
     parser.add_argument("--greedy", type=int, default=100, help="texts of the most likely tokens")
     parser.add_argument("--filters", action="store_true", help="instead with every filter at once")
+    parser.add_argument("--from-seed", type=int, default=0, help="the first text's number and seed")
     parser.add_argument("--minutes", type=float, default=40, help="begin no further texts after these")
     parser.add_argument("--browser", default="/usr/bin/chromium")
     args = parser.parse_args()
@@ -177,7 +182,7 @@ def main() -> None:
         page.set_default_timeout(600_000)
         page.goto(made.as_uri())
         page.locator("#status").filter(has_text="Ready.").wait_for()
-        rows = compare(page, args.model, kinds, time.monotonic() + 60 * args.minutes)
+        rows = compare(page, args.model, kinds, args.from_seed, time.monotonic() + 60 * args.minutes)
         browser.close()
     shown = [{key: value for key, value in row.items() if key != "at"} for row in rows]
     report("page_texts_filters" if args.filters else "page_texts", shown, parted=[row["at"] for row in rows])

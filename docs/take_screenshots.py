@@ -1,12 +1,14 @@
-"""Take the screenshots of the README again, from the app itself in a real browser.
+"""Take the screenshots of the README again, from the app and an exported page in a real browser.
 
 python train.py                                   # a model to write with, and a run to show
 python docs/take_screenshots.py                   # -> docs/images/
 python docs/take_screenshots.py --runs runs --browser /usr/bin/chromium
+python docs/take_screenshots.py --only-page       # those of the exported page alone, by the shipped model
 """
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -52,6 +54,8 @@ class Args(FrozenSettings):
     """A Chromium to take them with."""
     seed: int = 4
     """Seed of the passage."""
+    only_page: bool = False
+    """Only the exported page; no run is needed."""
 
 
 @contextmanager
@@ -147,21 +151,53 @@ def take(browser: Any, url: str, out: Path, seed: int) -> None:
         context.close()
 
 
+def take_page(browser: Any, place: Path, out: Path) -> None:
+    """The pictures of the page that `export.py --to html` makes of the shipped model, into `out`."""
+    import export
+
+    out.mkdir(parents=True, exist_ok=True)
+    made = place / "page.html"
+    export.main(["--model", str(ROOT / "models" / "victorian-mini"), "--to", "html", "--out", str(made)])
+    for name, scheme, width, height in (
+        ("page-light", "light", 1280, 900),
+        ("page-dark", "dark", 1280, 900),
+        ("page-phone", "light", 390, 844),
+    ):
+        phone = width < 500
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            device_scale_factor=2 if phone else 1,
+            is_mobile=phone,
+        )
+        page = context.new_page()
+        page.goto(f"{made.as_uri()}#prompt=The+old+house+stood&style=dickens&seed=7&max_tokens=60")
+        page.locator("#status").filter(has_text="This link brings").wait_for()
+        page.click("#continue")
+        page.locator("#status").filter(has_text="from seed 7").wait_for()
+        page.evaluate("document.activeElement.blur()")
+        if not phone:
+            word = page.locator("#mirror span").filter(has_text=re.compile("^I$")).first.bounding_box()
+            page.mouse.move(word["x"] + word["width"] / 2, word["y"] + word["height"] / 2)
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=out / f"{name}.png")
+        context.close()
+
+
 def _main(argv: list[str] | None) -> int:
     args = parse_flags(Args, argv)
-    if not list(args.runs.glob("*/best/model.safetensors")):
+    if not args.only_page and not list(args.runs.glob("*/best/model.safetensors")):
         raise ConfigError([f"--runs {args.runs}: no trained model there: run `python train.py` first"])
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise ConfigError(["playwright is not installed: pip install -r requirements-dev.txt"]) from None
-    with (
-        tempfile.TemporaryDirectory() as home,
-        running_app(args.runs.resolve(), Path(home)) as url,
-        sync_playwright() as driver,
-    ):
+    with tempfile.TemporaryDirectory() as home, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(args.browser), args=BROWSER_FLAGS)
-        take(browser, url, args.out, args.seed)
+        take_page(browser, Path(home), args.out)
+        if not args.only_page:
+            with running_app(args.runs.resolve(), Path(home)) as url:
+                take(browser, url, args.out, args.seed)
         browser.close()
     for picture in sorted(args.out.glob("*.png")):
         print(picture)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from storage.atomic import CheckpointError, read_tensors, write_tensors
 from storage.web_page import WITHOUT, write_page
 from support.exports import KINDS, ODD, exported, story
 from support.helpers import ROOT
+from support.static_host import served
 from support.tiny_models import save, tiny_tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -404,21 +403,6 @@ def test_names_texts_and_links_are_never_markup(browser: Any, folder: Path) -> N
         page.click("#continue")
         wait(page, "from seed")
         assert page.input_value("#text").startswith(MARKUP) and page.locator("img, b").count() == 0
-
-
-@contextmanager
-def served(place: Path) -> Iterator[str]:
-    """A plain static server for a folder; its address."""
-    handler = partial(QuietHandler, directory=str(place))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def as_folder(place: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
