@@ -44,10 +44,21 @@ FILES = ("relay.py", "endpoint.py", "limits.py", "wire.py")
 CODE = "CodeUri: ../build/relay"
 WORKERS = 50  # reserved by a first deployment that names no other number
 MODEL_BYTES = 1 << 30  # of a model that writes in Lambda
+SETTLE_S, POLL_S = 1800.0, 5.0  # for which an earlier change of the stack is waited for, and how often it is asked for
 BUILD = HERE.parent / "build"
 PREFIX = "victorian-relay/"
 REPOSITORY = "victorian-writer"
 TAGS = [{"Key": "project", "Value": "victorian-literature-generator"}]
+# Each deployment leaves the image before it without a tag; the newest five stay, for a stack that is rolled back.
+KEPT_IMAGES = {
+    "rules": [
+        {
+            "rulePriority": 1,
+            "selection": {"tagStatus": "untagged", "countType": "imageCountMoreThan", "countNumber": 5},
+            "action": {"type": "expire"},
+        }
+    ]
+}
 
 
 class Flags(FrozenSettings):
@@ -168,6 +179,11 @@ def parameters(flags: Flags, existing: set[str]) -> list[dict[str, Any]]:
     return made + [{"ParameterKey": key, "UsePreviousValue": True} for key in kept]
 
 
+def values(stack: dict[str, Any]) -> dict[str, str]:
+    """The parameters that a stack has now."""
+    return {item["ParameterKey"]: item.get("ParameterValue", "") for item in stack.get("Parameters", [])}
+
+
 def check_model(folder: Path) -> None:
     """ConfigError for what is no model folder, or one that is too large for Lambda."""
     if not (folder / "config.json").is_file():
@@ -216,14 +232,28 @@ class AwsClients:
             raise
         return found
 
+    def settled(self, name: str) -> dict[str, Any]:
+        """The stack, once no earlier deployment or deletion is at work on it."""
+        until, said = time.monotonic() + SETTLE_S, ""
+        while True:
+            found = self.stack(name)
+            status = found.get("StackStatus", "")
+            if not status.endswith("_IN_PROGRESS") or status == "REVIEW_IN_PROGRESS":
+                return found
+            if time.monotonic() > until:
+                raise RuntimeError(f"stack {name} is still in {status}: see its events in the CloudFormation console")
+            if status != said:
+                print(f"stack {name} is in {status}: waiting for its end", file=sys.stderr)
+            said = status
+            time.sleep(POLL_S)
+
     def repaired(self, name: str) -> dict[str, Any]:
         """The stack, once it can be updated: one that never came up is deleted, a broken rollback is completed."""
-        found = self.stack(name)
+        found = self.settled(name)
         status = found.get("StackStatus", "")
-        if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):
-            print(f"the first deployment left stack {name} in {status}: deleting it", file=sys.stderr)
-            self.cloudformation.delete_stack(StackName=name)
-            self.cloudformation.get_waiter("stack_delete_complete").wait(StackName=name)
+        if status in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED"):
+            print(f"stack {name} is in {status}, in which it cannot be updated: deleting it", file=sys.stderr)
+            self.delete_stack(name)
             return {}
         if status == "UPDATE_ROLLBACK_FAILED":
             print(f"stack {name} is in {status}: completing its rollback", file=sys.stderr)
@@ -233,8 +263,7 @@ class AwsClients:
 
     def check_reservation(self, flags: Flags, stack: dict[str, Any]) -> None:
         """ConfigError if the account's quota does not allow the reservation that is asked for."""
-        before = {item["ParameterKey"]: item.get("ParameterValue", "") for item in stack.get("Parameters", [])}
-        held = int(before.get("Workers", "0"))
+        held = int(values(stack).get("Workers", "0"))
         wanted = flags.workers if flags.workers >= 0 else held if stack else WORKERS
         if not wanted or (stack and wanted <= held):
             return
@@ -282,7 +311,7 @@ class AwsClients:
         for item in found:
             db.delete_item(TableName=table, Key={"id": item["id"]})
 
-    def image(self, flags: Flags) -> str:
+    def image(self, flags: Flags, stack: dict[str, Any]) -> str:
         """The worker's image by its digest: built and pushed for --in-lambda, "" where neither it nor --image is given."""
         ecr, image = self.make("ecr"), flags.image
         if flags.in_lambda is not None:
@@ -292,9 +321,11 @@ class AwsClients:
             except ecr.exceptions.RepositoryAlreadyExistsException:
                 made = ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0]
             image = f"{made['repositoryUri']}:latest"
+            ecr.put_lifecycle_policy(repositoryName=REPOSITORY, lifecyclePolicyText=json.dumps(KEPT_IMAGES))
+            architecture = flags.architecture or values(stack).get("Architecture", "")
             login = ecr.get_authorization_token()["authorizationData"][0]["authorizationToken"]
             password = base64.b64decode(login).partition(b":")[2]
-            for command in build_commands(flags.in_lambda, image, flags.architecture):
+            for command in build_commands(flags.in_lambda, image, architecture):
                 try:
                     subprocess.run(command, check=True, cwd=HERE.parent, input=password, stdout=sys.stderr)
                 except FileNotFoundError:
@@ -359,14 +390,29 @@ class AwsClients:
         for event in reversed(self.cloudformation.describe_stack_events(StackName=stack)["StackEvents"]):
             reason = event.get("ResourceStatusReason", "")
             if event["ResourceStatus"].endswith("_FAILED") and "cancelled" not in reason:
-                return f"{event['LogicalResourceId']}: {reason}"
+                return f"{event['LogicalResourceId']}: {reason}{s3.needed(reason)}"
         return "failed without a reason: see its events in the CloudFormation console"
 
+    def delete_stack(self, name: str) -> None:
+        """Delete a stack; RuntimeError with the resource that stays and the reason."""
+        from botocore.exceptions import WaiterError
+
+        self.cloudformation.delete_stack(StackName=name)
+        waiter = self.cloudformation.get_waiter("stack_delete_complete")
+        try:
+            waiter.wait(StackName=name, WaiterConfig={"Delay": 5})
+        except WaiterError:
+            raise RuntimeError(f"stack {name} could not be deleted: {self.first_failure(name)}") from None
+
     def delete(self, flags: Flags) -> None:
-        self.cloudformation.delete_stack(StackName=flags.stack)
-        self.cloudformation.get_waiter("stack_delete_complete").wait(StackName=flags.stack, WaiterConfig={"Delay": 5})
-        print(f"deleted: stack {flags.stack}", file=sys.stderr)
-        if flags.bucket:
+        if self.settled(flags.stack):
+            self.delete_stack(flags.stack)
+            print(f"deleted: stack {flags.stack}", file=sys.stderr)
+        else:
+            print(f"no stack {flags.stack} in {self.region}", file=sys.stderr)
+        if not flags.bucket:
+            print("the uploaded code in S3 stays: give --bucket to delete it as well", file=sys.stderr)
+        else:
             for item in self.s3.list_objects_v2(Bucket=flags.bucket, Prefix=PREFIX).get("Contents", []):
                 self.s3.delete_object(Bucket=flags.bucket, Key=item["Key"])
                 print(f"deleted: s3://{flags.bucket}/{item['Key']}", file=sys.stderr)
@@ -381,7 +427,7 @@ def deploy(flags: Flags, aws: AwsClients) -> None:
     stack = aws.repaired(flags.stack)
     aws.check_reservation(flags, stack)
     old = aws.old_tokens(stack)
-    flags = flags.model_copy(update={"image": aws.image(flags)})
+    flags = flags.model_copy(update={"image": aws.image(flags, stack)})
     outputs = aws.apply(flags, template(aws.upload(flags.bucket, package())), stack)
     for name, value in outputs.items():
         print(f"{name}: {value}", file=sys.stderr)

@@ -161,6 +161,8 @@ def undelivered(event: Message) -> Message:
 def admitted(message: Message, requests: RequestTable, access: Access) -> Message:
     """The checked request of a `generate` message, registered, its tokens taken from the day's allowance."""
     settings = requests.settings
+    if access.expired:  # on a connection that was opened before; a text that has begun is written to its end
+        raise InvalidRequest("this connection's token has expired: connect with a new one", code="unauthorized")
     request_id = identity(message)
     request = validate(message, settings.max_tokens, settings.max_samples, settings.max_prompt_bytes)
     if len(requests.active()) >= settings.max_active:

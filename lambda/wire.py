@@ -179,7 +179,7 @@ class RequestTable:
 
     def active(self) -> list[str]:
         """Requests of this connection that have not ended."""
-        answer = self.db.query(
+        pages = self.db.get_paginator("query").paginate(
             TableName=self.settings.table,
             KeyConditionExpression="connection_id = :connection",
             FilterExpression="attribute_not_exists(ended) AND lapses > :now",
@@ -189,25 +189,32 @@ class RequestTable:
             },
             ConsistentRead=True,
         )
-        return [item["request_id"]["S"] for item in answer["Items"]]
+        return [item["request_id"]["S"] for page in pages for item in page["Items"]]
 
 
 @dataclass(frozen=True)
 class Access:
-    """Whose token a connection was opened with, and how many tokens of text a day it is good for; 0: any number."""
+    """Whose token a connection was opened with, how many tokens of text a day it is good for, and until when (seconds
+    since 1970); 0: without a limit."""
 
     id: str
     name: str
     daily: int = 0
+    expires: int = 0
+
+    @property
+    def expired(self) -> bool:
+        return 0 < self.expires <= time.time()
 
     def context(self) -> Message:
         """As an authorizer's context, whose values are strings, numbers or booleans."""
-        return {"id": self.id, "name": self.name, "daily": self.daily}
+        return {"id": self.id, "name": self.name, "daily": self.daily, "expires": self.expires}
 
     @classmethod
     def of(cls, context: Message) -> Access:
         """From the context of a later event, in which API Gateway has made every value a string."""
-        return cls(str(context.get("id", "")), str(context.get("name", "")), int(context.get("daily") or 0))
+        daily, expires = (int(context.get(name) or 0) for name in ("daily", "expires"))
+        return cls(str(context.get("id", "")), str(context.get("name", "")), daily, expires)
 
 
 class TokenTable:
@@ -226,9 +233,9 @@ class TokenTable:
         item = self.db.get_item(TableName=self.table, Key={"id": {"S": digest}}, ConsistentRead=True).get("Item")
         if item is None or "name" not in item:
             return None
-        if "expires" in item and float(item["expires"]["N"]) <= time.time():
-            return None
-        return Access(digest, item["name"]["S"], int(item.get("daily", {"N": "0"})["N"]))
+        daily, expires = (int(float(item.get(name, {"N": "0"})["N"])) for name in ("daily", "expires"))
+        access = Access(digest, item["name"]["S"], daily, expires)
+        return None if access.expired else access
 
     def spend(self, access: Access, amount: int) -> str | None:
         """Take tokens of text from the day's allowance; the day, "" where there is no allowance, None if too few are left."""

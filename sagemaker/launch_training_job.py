@@ -106,7 +106,7 @@ def check(flags: Flags) -> None:
         if not s3.is_s3(value):
             errors.append(f"--{name} {value!r}: give s3://BUCKET/FOLDER for {wanted}")
     if not flags.role:
-        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 4)")
     if "'" in flags.flags:
         errors.append("--flags must not contain single quotes: SageMaker's start script cannot carry them")
     if flags.max_wait_hours and not flags.spot:

@@ -40,6 +40,7 @@ from storage import s3  # noqa: E402
 # The machine image whose driver goes with the image's CUDA (ProductionVariant.InferenceAmiVersion in the API reference:
 # driver 550 and 580). Without one, GPU machines start with driver 470, which is too old for this torch.
 AMI = {"cu126": "al2-ami-sagemaker-inference-gpu-3-1", "cu130": "al2023-ami-sagemaker-inference-gpu-4-1"}
+DELETED = "Deleted"  # in place of an EndpointStatus
 STREAM_S = 480  # a stream's longest duration: an update leaves the old machines for so long
 TAG = {"Key": "project", "Value": "victorian-literature-generator"}
 LMI_ACCOUNT, LMI_IMAGE = "763104351884", "djl-inference:0.38.0-lmi29.0.0-cu130"
@@ -181,7 +182,7 @@ def check(flags: EndpointFlags, engine: str = "own") -> None:
     if flags.model and not flags.bucket:
         errors.append("--bucket is missing: the S3 bucket that the packed model goes to")
     if engine == "own" and not flags.image:
-        errors.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 4)")
+        errors.append("--image is missing: build sagemaker/Dockerfile and push it to ECR (docs/aws.md, step 5)")
     if engine == "vllm" and flags.model_data:
         errors.append(
             f"--engine vllm cannot serve --model-data {flags.model_data}: the archive lacks what vLLM's image reads beside "
@@ -189,7 +190,7 @@ def check(flags: EndpointFlags, engine: str = "own") -> None:
             f"tar xz -C served`, then --model served instead of --model-data"
         )
     if not flags.role:
-        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 2)")
+        errors.append("--role is missing: the ARN of a SageMaker execution role (docs/aws.md, step 4)")
     if errors:
         raise ConfigError(errors)
 
@@ -283,11 +284,16 @@ def does_not_exist(call: Callable[..., Any], **names: str) -> bool:
     try:
         call(**names)
     except ClientError as error:
-        said = f"{error.response['Error'].get('Code')} {error.response['Error'].get('Message')}".lower()
-        if "could not find" in said or "notfound" in said or "not found" in said or "does not exist" in said:
+        if says_missing(error):
             return True
         raise
     return False
+
+
+def says_missing(error: Any) -> bool:
+    """Whether a service's error says that there is nothing of the name."""
+    said = f"{error.response['Error'].get('Code')} {error.response['Error'].get('Message')}".lower()
+    return any(words in said for words in ("could not find", "notfound", "not found", "does not exist"))
 
 
 def deploy(
@@ -308,6 +314,9 @@ def deploy(
         sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
         return "created"
     found = wait_until_stable(sagemaker, flags.name)
+    if found["EndpointStatus"] == DELETED:
+        sagemaker.create_endpoint(EndpointName=flags.name, EndpointConfigName=wanted, Tags=[TAG])
+        return "created"
     if found["EndpointStatus"] != "InService":
         sagemaker.delete_endpoint(EndpointName=flags.name)
         sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name)
@@ -332,14 +341,24 @@ def keep_logs(flags: EndpointFlags) -> None:
 
 
 def wait_until_stable(sagemaker: Any, name: str, seconds: float = 2400, pause: float = 10) -> dict[str, Any]:
-    """The endpoint's description once nothing changes it any more."""
-    until = time.monotonic() + seconds
+    """The endpoint's description once nothing changes it any more; only a status, DELETED, if it has gone by then."""
+    from botocore.exceptions import ClientError
+
+    until, said = time.monotonic() + seconds, ""
     while True:
-        found: dict[str, Any] = sagemaker.describe_endpoint(EndpointName=name)
-        if found["EndpointStatus"] in ("InService", "Failed", "UpdateRollbackFailed"):
+        try:
+            found: dict[str, Any] = sagemaker.describe_endpoint(EndpointName=name)
+        except ClientError as error:
+            if says_missing(error):
+                return {"EndpointStatus": DELETED, "FailureReason": "it was deleted"}
+            raise
+        if found["EndpointStatus"] in ("InService", "Failed", "UpdateRollbackFailed", "OutOfService"):
             return found
         if time.monotonic() > until:
             raise RuntimeError(f"endpoint {name} is still being changed after {seconds / 60:.0f} minutes: try again")
+        if found["EndpointStatus"] != said:
+            said = found["EndpointStatus"]
+            print(f"endpoint {name}: {said}", file=sys.stderr)
         time.sleep(pause)
 
 
@@ -352,7 +371,7 @@ def wait_in_service(sagemaker: Any, name: str, config: str) -> None:
     reason = found.get("FailureReason") or "SageMaker gives no reason"
     log = f"its log: CloudWatch, {log_group(name)}"
     if found["EndpointStatus"] != "InService":
-        raise RuntimeError(f"endpoint {name} did not start: {reason}; {log}")
+        raise RuntimeError(f"endpoint {name} is not in service ({found['EndpointStatus']}): {reason}; {log}")
     if found["EndpointConfigName"] != config:
         raise RuntimeError(
             f"endpoint {name} could not be updated and still runs {found['EndpointConfigName']}: {reason}; {log}"
@@ -387,10 +406,11 @@ def remove(flags: EndpointFlags) -> list[str]:
     done: list[str] = []
     sagemaker = service("sagemaker", flags)
     scaler = service("application-autoscaling", flags)
+    there = wait_until_stable(sagemaker, flags.name)["EndpointStatus"] != DELETED  # in mid-change it cannot be deleted
     if autoscaling.found(scaler, flags.name):
         autoscaling.remove(scaler, flags.name)
         done.append("scaling policy")
-    if not does_not_exist(sagemaker.describe_endpoint, EndpointName=flags.name):
+    if there:
         sagemaker.delete_endpoint(EndpointName=flags.name)
         sagemaker.get_waiter("endpoint_deleted").wait(EndpointName=flags.name, WaiterConfig={"Delay": 5})
         done.append(f"endpoint {flags.name}")

@@ -101,13 +101,28 @@ def denial(error: Exception) -> str:
     """AWS's sentence about an action that was not allowed, that action, and the statement of docs/aws.md that allows it."""
     said = str(getattr(error, "response", {}).get("Error", {}).get("Message") or "")
     named = re.search(r"perform: ([a-z0-9-]+):(\w+)", said)
+    if named:
+        return said + needed(said)
     operation = str(getattr(error, "operation_name", ""))
-    service, action = (named[1], named[2]) if named else ("s3", S3_ACTIONS.get(operation, operation or "ListBucket"))
+    return f"{said or 'Forbidden'}{_needs('s3', S3_ACTIONS.get(operation, operation or 'ListBucket'))}"
+
+
+def needed(said: str) -> str:
+    """What goes behind a sentence of AWS about an action that was not allowed: who can allow it; "" for other sentences."""
+    named = re.search(r"perform: ([a-z0-9-]+):(\w+)", said)
+    if named is None:
+        return ""
+    stronger = re.search(r"explicit deny|service control policy|permissions boundary|session policy", said)
+    if stronger:
+        return f". No policy of the identity's own can grant it: ask whoever manages the account ({stronger[0]})"
+    return _needs(named[1], named[2])
+
+
+def _needs(service: str, action: str) -> str:
     statement = "PassRole" if action == "PassRole" else STATEMENTS.get(service, "Gateway")
-    who = "see who you are with `aws sts get-caller-identity`"
     return (
-        f"{said or 'Forbidden'}. The identity needs {service}:{action}, which statement {statement} of the policy in "
-        f"docs/aws.md grants ({who})"
+        f". The identity needs {service}:{action}, which statement {statement} of the policy in docs/aws.md grants (see who "
+        f"you are with `aws sts get-caller-identity`)"
     )
 
 

@@ -37,6 +37,8 @@ class Cloud:
         self.table: dict[str, dict[str, Any]] = {}
         self.limit = {"ConcurrentExecutions": 1000, "UnreservedConcurrentExecutions": 1000}
         self.errors: dict[str, tuple[str, str]] = {}
+        self.statuses: list[str] = []
+        self.events: list[dict[str, str]] = []
         self.media_type = "application/vnd.docker.distribution.manifest.v2+json"
         self.change_set = {"Status": "CREATE_COMPLETE"}
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -58,6 +60,8 @@ class Cloud:
             self.table[given["Item"]["id"]["S"]] = given["Item"]
         if name == "DeleteItem":
             del self.table[given["Key"]["id"]["S"]]
+        if name == "DescribeStacks" and self.statuses and self.stack is not None:
+            self.stack["StackStatus"] = self.statuses.pop(0)
         if name == "DescribeStacks":
             if self.stack is None:
                 raise ClientError({"Error": {"Code": "ValidationError", "Message": "Stack x does not exist"}}, name)
@@ -65,11 +69,12 @@ class Cloud:
         if name == "ExecuteChangeSet":
             kind = "UPDATE" if self.stack else "CREATE"
             outputs = [{"OutputKey": key, "OutputValue": value} for key, value in OUTPUTS.items()]
-            known = {item["ParameterKey"]: "" for item in self.stack.get("Parameters", [])} if self.stack else {}
-            known |= {name: "" for name in deploy_relay.template_parameters()}
+            known = {name: "" for name in deploy_relay.template_parameters()}
+            known |= deploy_relay.values(self.stack or {})
             known |= {
-                item["ParameterKey"]: item.get("ParameterValue", "")
+                item["ParameterKey"]: item["ParameterValue"]
                 for item in self.asked("CreateChangeSet")["Parameters"]
+                if "ParameterValue" in item
             }
             known["Workers"] = known["Workers"] or "50"
             parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in known.items()]
@@ -77,9 +82,10 @@ class Cloud:
                 "StackName": "s", "StackStatus": f"{kind}_COMPLETE", "Outputs": outputs, "Parameters": parameters
             }  # fmt: skip
         if name == "DeleteStack":
-            self.stack = None
+            self.forget()
         answers: dict[str, Any] = {
             "DescribeChangeSet": self.change_set,
+            "DescribeStackEvents": {"StackEvents": self.events},
             "DescribeStackResource": {"StackResourceDetail": {"PhysicalResourceId": "authorizer-function"}},
             "GetFunctionConfiguration": {"Environment": {"Variables": {"TOKENS": self.tokens}}},
             "GetAccountSettings": {"AccountLimit": self.limit},
@@ -90,6 +96,9 @@ class Cloud:
             "ListObjectsV2": {"Contents": [{"Key": "victorian-relay/x.zip"}]},
         }
         return answers.get(name, {})
+
+    def forget(self) -> None:
+        self.stack = None
 
     def asked(self, name: str) -> dict[str, Any]:
         return next(given for called, given in reversed(self.calls) if called == name)
@@ -221,6 +230,58 @@ def test_a_stack_that_never_came_up_is_made_anew(cloud: Cloud) -> None:
     assert "ContinueUpdateRollback" in [name for name, _ in cloud.calls]
 
 
+def test_an_earlier_change_of_the_stack_is_waited_for(
+    cloud: Cloud, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of a stack: https://docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(["--bucket", "b"]) == 0
+    kinds = (("UPDATE_ROLLBACK_IN_PROGRESS", "UPDATE_ROLLBACK_COMPLETE", "UPDATE"), ("ROLLBACK_IN_PROGRESS", "ROLLBACK_COMPLETE", "CREATE"), ("DELETE_IN_PROGRESS", "DELETE_FAILED", "CREATE"))  # fmt: skip
+    for busy, end, kind in kinds:
+        cloud.calls.clear()
+        cloud.statuses = [busy, busy, end]
+        assert main(["--bucket", "b"]) == 0
+        names = [name for name, _ in cloud.calls]
+        assert names[:3] == ["DescribeStacks"] * 3 and ("DeleteStack" in names) == (kind == "CREATE")
+        assert cloud.asked("CreateChangeSet")["ChangeSetType"] == kind
+        assert capsys.readouterr().err.count(busy) == 1
+    cloud.statuses = ["UPDATE_IN_PROGRESS", "UPDATE_COMPLETE"]
+    cloud.calls.clear()
+    assert main(["--delete"]) == 0
+    assert [name for name, _ in cloud.calls][:3] == ["DescribeStacks", "DescribeStacks", "DeleteStack"]
+    assert "give --bucket" in capsys.readouterr().err
+    assert main(["--delete"]) == 0
+    assert "no stack victorian-gateway" in capsys.readouterr().err
+
+
+def test_what_cannot_be_deleted_is_named(cloud: Cloud, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(["--bucket", "b"]) == 0
+    kept = dict(cloud.stack or {})
+    cloud.statuses = ["UPDATE_COMPLETE", "DELETE_FAILED"]
+    said = "API: dynamodb:DeleteTable User: me is not authorized to perform: dynamodb:DeleteTable on resource: tokens"
+    cloud.events = [{"LogicalResourceId": "Tokens", "ResourceStatus": "DELETE_FAILED", "ResourceStatusReason": said}]
+    monkeypatch.setattr(cloud, "forget", lambda: None)
+    assert main(["--bucket", "b", "--delete"]) == 1
+    told = capsys.readouterr().err
+    assert "could not be deleted: Tokens: API" in told and "statement Gateway " in told and kept
+
+
+def test_an_image_is_rebuilt_for_the_stacks_processor(
+    cloud: Cloud, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("subprocess.run", lambda command, **more: ran.append(" ".join(command)))
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["--bucket", "b", "--in-lambda", str(tmp_path), "--architecture", "x86_64"]) == 0
+    assert "linux/amd64" in ran[-1]
+    assert main(["--bucket", "b", "--in-lambda", str(tmp_path)]) == 0
+    assert "linux/amd64" in ran[-1], "the stack keeps its processor"
+    assert {"ParameterKey": "Architecture", "UsePreviousValue": True} in cloud.asked("CreateChangeSet")["Parameters"]
+    rule = json.loads(cloud.asked("PutLifecyclePolicy")["lifecyclePolicyText"])["rules"][0]["selection"]
+    assert rule["tagStatus"] == "untagged" and rule["countNumber"] >= 2
+
+
 def test_delete_takes_the_code_along(cloud: Cloud) -> None:
     assert main(["--bucket", "b"]) == 0
     assert main(["--bucket", "b", "--delete"]) == 0
@@ -253,6 +314,8 @@ DENIED = (
         ("DescribeStacks", "User: me is not authorized to perform: cloudformation:DescribeStacks", "Gateway"),
         ("PutObject", "Access Denied", "Bucket"),
         ("GetAccountSettings", "User: me is not authorized to perform: lambda:GetAccountSettings", "Gateway"),
+        ("DescribeStacks", f"{DENIED}, with an explicit deny in a service control policy", ""),
+        ("PutObject", "not authorized to perform: s3:PutObject because no permissions boundary allows it", ""),
     ],
 )
 def test_a_denied_action_is_named_with_its_statement(
@@ -262,8 +325,8 @@ def test_a_denied_action_is_named_with_its_statement(
     cloud.errors[operation] = ("AccessDenied", message)
     assert main(["--bucket", "b"]) == 1
     said = capsys.readouterr().err
-    assert message in said and f"statement {statement} " in said
-    assert ("s3:" in said) == (operation == "PutObject")
+    assert message in said and ("s3:" in said) == (operation == "PutObject")
+    assert f"statement {statement} " in said if statement else "ask whoever manages the account" in said
 
 
 def test_parameters_exist_in_the_template() -> None:

@@ -317,6 +317,67 @@ def test_an_update_that_is_rolled_back_deletes_nothing(
     assert scaled[-2:] == ["RegisterScalableTarget", "PutScalingPolicy"] and "DeregisterScalableTarget" in scaled
 
 
+class Endpoints:
+    """An endpoint that is found in one state after the other; None: no longer there."""
+
+    def __init__(self, *states: str | None):
+        self.states, self.calls = list(states), []
+
+    def describe_endpoint(self, EndpointName: str) -> dict[str, Any]:
+        from botocore.exceptions import ClientError
+
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if state is None:
+            said = f'Could not find endpoint "{EndpointName}".'
+            raise ClientError({"Error": {"Code": "ValidationException", "Message": said}}, "DescribeEndpoint")
+        return {"EndpointStatus": state, "EndpointConfigName": "old"}
+
+    def get_waiter(self, name: str) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda **given: self.calls.append(name)
+
+
+@pytest.mark.parametrize(
+    ("states", "done", "calls"),
+    [
+        (["Updating", "Updating", "RollingBack", "InService"], "updated", ["update_endpoint"]),
+        (["Deleting", "Deleting", None], "created", ["create_endpoint"]),
+        (["OutOfService"], "created again after a failure", ["delete_endpoint", "wait", "create_endpoint"]),
+        (["UpdateRollbackFailed"], "created again after a failure", ["delete_endpoint", "wait", "create_endpoint"]),
+    ],
+)
+def test_an_endpoint_in_mid_change_is_waited_for(
+    states: list[str | None], done: str, calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Each EndpointStatus of DescribeEndpoint: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeEndpoint.html."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(realtime, "keep_logs", lambda flags: None)
+    sagemaker, wanted = Endpoints(*states), {"EndpointConfigName": "new"}
+    flags = realtime.Flags(name="victorian")
+    assert realtime.deploy(flags, [("", {"ModelName": "m"}), ("", wanted)], sagemaker) == done
+    assert [name for name in sagemaker.calls if "describe" not in name] == calls
+    with pytest.raises(RuntimeError, match=r"OutOfService|it was deleted|not in service|still runs old"):
+        realtime.wait_in_service(Endpoints(*states), "victorian", "new")
+    assert capsys.readouterr().err.count("Updating") <= 2
+
+
+def test_delete_waits_for_an_endpoint_in_mid_change(
+    account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SageMaker deletes no endpoint that is being made or updated: "Cannot update in-progress endpoint"."""
+    assert realtime.main(arguments(model, "--instance-type", "ml.m5.xlarge")) == 0
+    asked: list[str] = []
+    stable = realtime.wait_until_stable
+    monkeypatch.setattr(
+        realtime, "wait_until_stable", lambda client, name: asked.append(str(len(sent))) or stable(client, name)
+    )
+    sent.clear()
+    assert realtime.main(["--delete"]) == 0
+    assert asked == ["0"] and sent[0][0] == "DeleteEndpoint"
+
+
 def test_scaling_survives_an_update(account: str, sent: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deregister, update, register: https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling.html."""
     import boto3
