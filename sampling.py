@@ -33,6 +33,14 @@ DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare
 MASK = 2**64 - 1
 
 
+def __getattr__(name: str) -> Any:
+    """Names of earlier systems' functions answer with the name here."""
+    here = {"top_p": "keep_top_p", "nucleus_sampling": "keep_top_p", "repetition_penalty": "penalise_repetition"}
+    if name in here:
+        raise ImportError(f"sampling.{name} is sampling.{here[name]}: `from sampling import {here[name]}`")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class LogitsError(RuntimeError):
     """Logits are NaN or infinite."""
 

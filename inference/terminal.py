@@ -91,11 +91,18 @@ class TerminalWriter:
     decoder: BatchDecoder | None = None
 
     def write(
-        self, prompt: str, params: GenerationParams, timing: Timing, *, live: bool, trim: bool = False
+        self,
+        prompt: str,
+        params: GenerationParams,
+        timing: Timing,
+        *,
+        live: bool,
+        trim: bool = False,
+        opening: str = "",
     ) -> tuple[list[Result], bool]:
         """(results, completed) of all samples. live: print the first as it is written. Ctrl-C keeps what is written.
 
-        trim: without what comes after the last finished sentence; a text without one stays as it is.
+        opening: printed before a live text, once the model is ready to write. trim: without what comes after the last finished sentence; a text without one stays as it is.
         """
         results = writing.empty_results(self.model, self.tokenizer, prompt, params)
         if results[0].truncated:
@@ -109,6 +116,9 @@ class TerminalWriter:
         with contextlib.closing(events):
             try:
                 for event in timing.watch(events):
+                    if live:
+                        print_text(opening)
+                        opening = ""
                     results[event.index].add(event)
                     if live and event.index == 0:
                         text = results[0].text
@@ -122,7 +132,7 @@ class TerminalWriter:
             for result in results:
                 result.text = result.text[: sentence_end(result.text)] or result.text
         if live:
-            print_text(results[0].text[shown:])
+            print_text(opening + results[0].text[shown:])
         return results, completed
 
 
@@ -160,9 +170,7 @@ def write_once(
     timing = Timing()
     live = live and params.n == 1 and not as_json
     opening = prompt if echo else ""
-    if live:
-        print_text(opening)
-    results, completed = writer.write(prompt, params, timing, live=live, trim=trim and not as_json)
+    results, completed = writer.write(prompt, params, timing, live=live, trim=trim and not as_json, opening=opening)
     if as_json:
         print(json.dumps(json_report(results, prompt, params, folder, timing), ensure_ascii=False))
     elif live:
@@ -205,8 +213,8 @@ def write_gallery(writer: TerminalWriter, params: GenerationParams) -> int:
         except ValueError as error:  # a small alphabet may lack a character
             print_status(f"{kind} is left out: {error}")
             continue
-        print_text(f"{chr(10) if number else ''}--- {kind} ---\n{opening if params.n == 1 else ''}")
-        results, completed = writer.write(opening, params, Timing(), live=params.n == 1)
+        print_text(f"{chr(10) if number else ''}--- {kind} ---\n")
+        results, completed = writer.write(opening, params, Timing(), live=params.n == 1, opening=opening)
         if params.n == 1:
             print(flush=True)
         else:

@@ -174,3 +174,13 @@ def test_stop_strings_never_leak(seed: int) -> None:
 def test_a_stop_string_that_overlaps_its_own_beginning() -> None:
     stopper = StopStringMatcher(["aab"])
     assert [stopper.feed(letter) for letter in "aaab"] == [("", False), ("", False), ("a", False), ("", True)]
+
+
+def test_earlier_names_answer_with_the_name_here() -> None:
+    for name, here in (("top_p", "keep_top_p"), ("repetition_penalty", "penalise_repetition")):
+        with pytest.raises(ImportError, match=f"from sampling import {here}`"):
+            exec(f"from sampling import {name}")
+        exec(f"from sampling import {here}")
+    import sampling
+
+    assert not hasattr(sampling, "no_such_name")
