@@ -128,7 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         settings = environment_settings(container)
         defaults = {name: getattr(settings, name) for name in ServerFlags.model_fields}
-        flags = parse_flags(ServerFlags, words[1:] if container else words, defaults=defaults, description=__doc__)
+        flags = parse_flags(
+            ServerFlags,
+            words[1:] if container else words,
+            defaults=defaults,
+            description=(__doc__ or "").split("\n\n")[0],
+            examples=__doc__,
+        )
         return serve(settings.model_copy(update=flags.model_dump()))
 
     return run_main(body)

@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags."""
 
     def body() -> int:
-        args = parse_flags(CopyArgs, argv)
+        args = parse_flags(CopyArgs, argv, examples=__doc__)
         if args.out is None:
             raise ConfigError(["--out is missing: name the folder to write, like --out models/mine"])
         copy_model(find_model(args.model), args.out, args.dtype)

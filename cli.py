@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, cast, get_origin
@@ -67,10 +68,17 @@ def _filled(kind: type, values: dict[str, Any]) -> Any:
 
 
 def parse_flags(
-    kind: type[M], argv: Sequence[str] | None, *, defaults: dict[str, Any] | None = None, description: str | None = None
+    kind: type[M],
+    argv: Sequence[str] | None,
+    *,
+    defaults: dict[str, Any] | None = None,
+    description: str | None = None,
+    examples: str | None = None,
 ) -> M:
     """Command-line flags as `kind`, over `defaults` (nested tables as from TOML).
 
+    description: text of `--help`, by default the docstring of `kind`. examples: a module's docstring, of which `--help` shows
+    the indented commands, one a line.
     `--help` prints every flag with its default and bounds. A flag that does not exist or cannot be read ends the
     program with code 2; values out of bounds raise one ConfigError with all errors.
     """
@@ -82,10 +90,33 @@ def parse_flags(
         flags,
         args=_gathered(kind, _with_bare_values(kind, sys.argv[1:] if argv is None else argv)),
         default=_filled(flags, checked),
-        description=description or kind.__doc__,
+        prog=program_name(),
+        description="\n".join(filter(None, (description or kind.__doc__, example_lines(examples or "")))),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return build(kind, dataclasses.asdict(parsed))
+
+
+def example_lines(text: str) -> str:
+    """The commands of a module's docstring, a paragraph of their own; empty where it has none."""
+    found = re.findall(r"^ {4}(?!>>>).*\S$|^(?:[A-Z_]+=\S+ )*python .*$", text, re.MULTILINE)
+    lines = [line if line.startswith(" ") else f"    {line}" for line in found]
+    return "\n".join(["", *lines, ""]) if lines else ""
+
+
+def program_name() -> str | None:
+    """`python -m storage.s3` for a module that is run so; None: what argparse makes of the file's name."""
+    import __main__
+
+    spec = getattr(__main__, "__spec__", None)
+    return None if spec is None or spec.name.endswith("__main__") else f"python -m {spec.name}"
+
+
+def help_alone(text: str | None) -> None:
+    """For programs that others start and that have no flags: `--help` prints `text` and ends the program."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(text)
+        sys.exit(0)
 
 
 def _with_bare_values(kind: type[BaseModel], argv: Sequence[str]) -> list[str]:

@@ -194,7 +194,9 @@ class DistributedContext:
             return cls(0, 1, "none", device)
         if "RANK" not in os.environ:
             raise ConfigError(
-                [f"--train.parallel {parallel}: start it with torchrun --standalone --nproc_per_node=N train.py …"]
+                [
+                    f"--train.parallel {parallel}: start it with `torchrun --standalone --nproc_per_node=2 train.py` and your flags"
+                ]
             )
         if device.type == "cuda":
             torch.cuda.set_device(device)

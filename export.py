@@ -2,6 +2,7 @@
 
     python export.py --to gguf                                        # the model as for generate.py, as NAME.gguf here
     python export.py --model runs/sample/best --to html               # NAME.html: opens in any browser, needs no server
+    python export.py --model runs/sample/best --to html --folder      # the folder sample-page, for a static host
     python export.py --model runs/sample/best --to hf --out models/mine
 
 docs/sharing.md lists the programs that take them, and how exactly they write what generate.py writes.
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoint import copy_model, find_model, load_model, model_title
+from checkpoint import WEIGHTS, copy_model, find_model, load_model, model_title
 from cli import parse_flags, run_main
 from config import ConfigError, FrozenSettings, GenerationParams
 from storage.atomic import read_json
@@ -34,9 +35,12 @@ class ExportArgs(FrozenSettings):
     to: Literal["hf", "gguf", "html"] | None = None
     """The form to write."""
     out: Path | None = None
-    """The file to write, for hf the folder; default: NAME.gguf or NAME.html in this folder."""
+    """The file to write, for hf and --folder the folder; default: NAME.gguf, NAME.html or NAME-page in this folder."""
     type: Type = "auto"
-    """Format of the numbers: f16, q8_0 (gguf only) or f32; auto: f16, for html f32 unless f16 holds the weights exactly."""
+    """Format of the numbers: f16, q8_0 (gguf only) or f32; auto: f16, for html f32 unless f16 holds the weights exactly,
+    with --folder as they are."""
+    folder: bool = False
+    """For html: a folder with index.html and the model's own model.safetensors, for a static host."""
 
 
 def target(args: ExportArgs, folder: Path) -> Path:
@@ -46,13 +50,15 @@ def target(args: ExportArgs, folder: Path) -> Path:
         wrong.append("--to is missing: gguf (llama.cpp), html (a page for any browser) or hf (transformers)")
     elif args.type not in ("auto", *FORMATS[args.to]):
         wrong.append(f"--type {args.type} is not for --to {args.to}: take one of {', '.join(FORMATS[args.to])}")
+    if args.folder and args.to != "html":
+        wrong.append("--folder is for --to html: leave it out, or write a page")
     if args.to == "hf" and args.out is None:
         wrong.append("--out is missing: name the folder to write, like --out models/mine")
     if args.to == "hf" and args.out is not None and args.out.resolve() == folder.resolve():
         wrong.append(f"--out {args.out} is the model itself: name another folder")
     if wrong:
         raise ConfigError(wrong)
-    return args.out or Path(f"{model_title(folder)}.{args.to}")
+    return args.out or Path(model_title(folder) + ("-page" if args.folder else f".{args.to}"))
 
 
 def licence_of(folder: Path) -> str:
@@ -98,6 +104,18 @@ def to_html(folder: Path, out: Path, dtype: Type) -> None:
     write_page(out, model, tokenizer, dtype=dtype, **about(folder))
 
 
+def to_html_folder(folder: Path, out: Path, dtype: Type) -> None:
+    from storage.web_page import write_page_folder
+
+    facts = about(folder)
+    with tempfile.TemporaryDirectory() as place:
+        if dtype != "auto" or not (folder / WEIGHTS).is_file():  # or in several pieces
+            copy_model(folder, Path(place) / "copy", "float16" if dtype == "f16" else "float32")
+            folder = Path(place) / "copy"
+        model, tokenizer = load_model(folder)
+        write_page_folder(out, folder / WEIGHTS, model, tokenizer, **facts)
+
+
 WRITERS: dict[str, Callable[[Path, Path, Type], None]] = {"hf": to_hf, "gguf": to_gguf, "html": to_html}
 
 
@@ -112,12 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags."""
 
     def body() -> int:
-        args = parse_flags(ExportArgs, argv)
+        args = parse_flags(ExportArgs, argv, examples=__doc__)
         if args.to is None:
             target(args, Path())
         folder = find_model(args.model)
         out = target(args, folder)
-        WRITERS[str(args.to)](folder, out, args.type)
+        (to_html_folder if args.folder else WRITERS[str(args.to)])(folder, out, args.type)
         size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
         print(f"{out}: {size / 1e6:.1f} MB, of {folder}", file=sys.stderr)
         return 0

@@ -18,7 +18,7 @@ from typing import Literal
 
 from checkpoint import described, fetch_model, find_model
 from cli import flag_value, parse_flags, run_main
-from config import ROOT, ConfigError, GenerationParams
+from config import FINISH_SENTENCE, ROOT, ConfigError, GenerationParams
 from storage.gpt2_format import folder_defaults
 
 with warnings.catch_warnings():
@@ -40,6 +40,8 @@ with warnings.catch_warnings():
         """Print the prompt before the text (plain text only)."""
         json: bool = False  # type: ignore[assignment]
         """Print one JSON object instead of text."""
+        trim: bool = False
+        """Leave out what comes after the last finished sentence (plain text only)."""
         stream: bool = True
         """Print words as they are written."""
         interactive: bool = False
@@ -64,7 +66,7 @@ def write(argv: list[str]) -> int:
     # 1. Flags, with the model folder's own settings as their defaults.
     wanted = flag_value(argv, "model")
     folder = fetch_model(wanted) if wanted else find_model(None, ROOT)
-    flags = parse_flags(GenerateFlags, argv, defaults=folder_defaults(folder))
+    flags = parse_flags(GenerateFlags, argv, defaults=folder_defaults(folder), examples=__doc__)
     if flags.interactive and flags.creative:
         raise ConfigError(["--interactive and --creative exclude each other: choose one"])
     params = GenerationParams(**{name: getattr(flags, name) for name in GenerationParams.model_fields})
@@ -103,7 +105,7 @@ def write(argv: list[str]) -> int:
     if flags.creative:
         return terminal.write_gallery(writer, params)
     return terminal.write_once(
-        writer, prompt, params, folder=folder, echo=flags.echo, live=flags.stream, as_json=flags.json
+        writer, prompt, params, folder=folder, echo=flags.echo, live=flags.stream, as_json=flags.json, trim=flags.trim
     )
 
 
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
-        parse_flags(GenerateFlags, words)
+        parse_flags(GenerateFlags, words, defaults={"finish_sentence": FINISH_SENTENCE}, examples=__doc__)
     return run_main(lambda: write_until_closed(words))
 
 

@@ -1,4 +1,4 @@
-"""From logits to the next token: filters, seeds and stop strings.
+"""From logits to the next token: filters and seeds; and where a text ends: stop strings, sentences.
 
     >>> history = TokenHistory(prompt_ids, len(prompt_ids), tokenizer)  # the caller appends to its list of ids
     >>> values, ids = candidates(logits, GenerationParams(top_k=40), history)     # what may still be drawn
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -408,6 +409,24 @@ def likelihoods(logits: Logits, token: int, top: int) -> tuple[float, list[tuple
     total = logits.logsumexp(-1)
     values, ids = logits.topk(min(top, len(logits)))
     return float(logits[token] - total), list(zip(ids.tolist(), (values - total).tolist(), strict=True))
+
+
+# What a sentence ends with: its mark and what closes a quotation or bracket behind it.
+_SENTENCE_END = re.compile(r"""[.!?…]+[”’"'»)\]]*(?=\s|$)""")
+# A point that ends no sentence: behind a title, a number's name, or an initial (but `said I.` is an end).
+_ABBREVIATION = re.compile(
+    r"\b(?:Mr|Mrs|Ms|Mme|Mlle|Messrs|Dr|Prof|Rev|Hon|St|Capt|Col|Gen|Lieut|Sergt|Esq|No|Vol|vol|viz|[A-HJ-Z])\.$"
+)
+SENTENCE_TAIL = 24  # characters that `sentence_end` needs to see of a sentence to know whether it has ended
+
+
+def sentence_end(text: str) -> int:
+    """Length of `text` up to its last finished sentence, closing quotation marks included; 0 if none is finished."""
+    end = 0
+    for found in _SENTENCE_END.finditer(text):
+        if not _ABBREVIATION.search(text[max(0, found.start() - SENTENCE_TAIL) : found.end()]):
+            end = found.end()
+    return end
 
 
 class StopStringMatcher:

@@ -1,6 +1,6 @@
 """Train a model: on one device, or on many under torchrun.
 
-    python train.py                                              # the sample stories, about three minutes
+    python train.py                                              # the sample stories, three minutes on two idle cores
     python train.py --preset story-small --data data/novels --train.max-steps 200
     python train.py --resume --out runs/story-small              # resume exactly where it stopped
     python train.py --init-from gpt2 --data data/mine            # fine-tune another model on your texts
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class TrainArgs(FrozenSettings):
-    """Train a GPT-2-style model. Without flags: the repository's own short stories, about three minutes."""
+    """Train a GPT-2-style model. Without flags: the repository's own short stories, three minutes on two idle cores."""
 
     preset: str = "sample"
     """Settings to start from: a name from presets/, or a .toml file; with --init-from: finetune."""
@@ -121,7 +121,7 @@ def read_base(argv: list[str]) -> Base:
 def with_flags(argv: list[str], preset: str, tables: dict[str, Any]) -> TrainArgs:
     """Command-line flags, over the tables of a preset."""
     defaults = {"preset": preset, "model": tables.get("model", {}), "train": tables.get("train", {})}
-    return parse_flags(TrainArgs, argv, defaults=defaults)
+    return parse_flags(TrainArgs, argv, defaults=defaults, examples=__doc__)
 
 
 def read_args(argv: list[str]) -> tuple[TrainArgs, Config]:
@@ -337,9 +337,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     args, config = read_args(words)
     if args.plan:
-        from training.plan import make_plan, print_plan
+        from training.plan_report import show_plan
 
-        print_plan(make_plan(args.preset, config, args.data, args.plan, args.price_per_hour))
+        show_plan(args.preset, config, args.data, args.plan, args.price_per_hour)
         return 0
     from devices import DistributedContext, keep_memory, pick_device
     from training.metrics import finish

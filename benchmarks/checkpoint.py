@@ -33,7 +33,7 @@ class Args(FrozenSettings):
 
 
 def body() -> int:
-    args = parse_flags(Args, None)
+    args = parse_flags(Args, None, examples=__doc__)
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
         prepare = ["prepare_data.py", "--preset", "sample", "--tokenizer", "gpt2", "--out", str(data)]

@@ -59,7 +59,7 @@ def measure(texts: int, tokens: int) -> tuple[float, float]:
 def _main(argv: list[str] | None) -> int:
     import torch
 
-    args = parse_flags(Args, argv)
+    args = parse_flags(Args, argv, examples=__doc__)
     torch.set_num_threads(args.threads)
     speed, work = measure(args.texts, args.tokens)
     row = {"texts": args.texts, "tokens a text": args.tokens, "threads": args.threads, "tokens/s": speed}

@@ -71,7 +71,7 @@ def measure(page: Any, url: str, rounds: int) -> list[float]:
 
 
 def _main(argv: list[str] | None) -> int:
-    args = parse_flags(Args, argv)
+    args = parse_flags(Args, argv, examples=__doc__)
     if not (args.model / "model.safetensors").is_file():
         raise ConfigError([f"--model {args.model}: no model folder: train one with `python train.py`"])
     try:

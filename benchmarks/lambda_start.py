@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "lambda"), str(ROOT / "tests" / "aws")]
 from aws_fakes import RuntimeApi  # noqa: E402
 from local_stack import Stack  # noqa: E402
 
-BODY = {"prompt": "The old house stood", "max_tokens": 1, "seed": 1}
+BODY = {"prompt": "The old house stood", "max_tokens": 1, "finish_sentence": 0, "seed": 1}
 
 
 def processor_s(process: subprocess.Popen[bytes]) -> float:

@@ -99,7 +99,7 @@ def compared(preset: str, data: Path, minutes: float, out: Path) -> list[dict[st
 
 
 def body() -> int:
-    args = parse_flags(Args, None)
+    args = parse_flags(Args, None, examples=__doc__)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=ROOT / "data") as scratch:
         for preset in args.presets:

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -215,10 +216,22 @@ def _input_files(
         selection = sources.HubSelection(
             config=flags.hub_config, revision=flags.hub_revision, validate_on=flags.validate_on
         )
-        return sources.fetch(flags.source, selection), skipped
+        try:
+            return sources.fetch(flags.source, selection), skipped
+        except sources.Unreachable as error:
+            raise sources.Unreachable(f"{error}; with files of your own: `{own_texts_command(flags, out)}`") from None
     else:
         raise ConfigError([f"--source {flags.source}: give {', '.join(sources.NAMED)} or OWNER/NAME, or --input PATH"])
     return sources.label_splits(found, flags.validate_on), skipped
+
+
+def own_texts_command(flags: PrepareFlags, out: Path) -> str:
+    """The command that goes on with the user's files where the texts of `flags` cannot be had."""
+    words = ["python", "prepare_data.py", *(("--preset", flags.preset) if flags.preset else ())]
+    words += ["--input", "my_books/", *(() if flags.preset else ("--tokenizer", flags.tokenizer))]
+    if not flags.preset or out != default_out(flags.preset):
+        words += ["--out", str(out)]
+    return shlex.join(words)
 
 
 def _save_standard_input(out: Path, stack: contextlib.ExitStack) -> tuple[Path, str]:

@@ -49,6 +49,10 @@ class SourceError(RuntimeError):
     """A corpus that cannot be fetched; the message names the flag, the address and the fix."""
 
 
+class Unreachable(SourceError):
+    """No network, or a server that does not answer."""
+
+
 class InputFile(NamedTuple):
     """One local file of texts."""
 
@@ -214,9 +218,9 @@ def _list_files(flag: str, repository: str, revision: str) -> DatasetFiles:
     if constants.HF_HUB_OFFLINE:
         if listing := _cached_files(repository, revision):
             return listing
-        raise SourceError(
+        raise Unreachable(
             f"{flag}: HF_HUB_OFFLINE is set and {repository} is not, or not whole, in {constants.HF_HUB_CACHE}: run once "
-            f"with the network, or give --input PATH with files of your own"
+            f"with the network, or take files of your own"
         )
     try:
         if listing := ask(revision):
@@ -308,7 +312,7 @@ def _web_file(source: str, file: WebFile) -> Path:
     path = ROOT / "data" / ".cache" / file.name
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
         return path
-    remedy = f"fetch it yourself and give --input {file.name}"
+    remedy = f"or fetch it elsewhere, as {file.name}"
 
     def download() -> bytes:
         with httpx2.Client(follow_redirects=True, timeout=TIMEOUT) as client:
@@ -333,7 +337,7 @@ def _with_retries(flag: str, call: Callable[[], T], address: str = "", remedy: s
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     address = address or _endpoint()
-    remedy = remedy or "set HF_ENDPOINT to a mirror, or fetch the files elsewhere and give --input PATH"
+    remedy = remedy or "set HF_ENDPOINT to a mirror, or fetch the files elsewhere"
     for number in range(ATTEMPTS):
         try:
             return call()
@@ -355,7 +359,7 @@ def _with_retries(flag: str, call: Callable[[], T], address: str = "", remedy: s
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if number == ATTEMPTS - 1 or (status < 500 and status not in (408, 429)):
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SourceError(f"{flag}: cannot fetch it from {address} ({reason}): connect, {remedy}") from None
+                raise Unreachable(f"{flag}: cannot fetch it from {address} ({reason}): connect, {remedy}") from None
             wait = FIRST_WAIT * 2**number
             print(f"{flag}: {type(error).__name__} from {address}, trying again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)

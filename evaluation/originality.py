@@ -254,7 +254,7 @@ class Index:
 
         Raises OriginalityError when it is missing, damaged, or made from another text than the folder holds now.
         """
-        place, remedy = folder / FOLDER, f"build it again: python -m evaluation.originality --data {folder}"
+        place, remedy = folder / FOLDER, f"build it again: `python -m evaluation.originality --data {folder}`"
         try:
             header = json.loads((place / HEADER).read_text(encoding="utf-8"))
             files = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in header["files"].items()}
@@ -262,7 +262,7 @@ class Index:
                 raise ValueError("its checksum differs")
         except FileNotFoundError:
             raise OriginalityError(
-                f"{place}: there is no index of this text; make one: python -m evaluation.originality --data {folder}"
+                f"{place}: there is no index of this text; make one: `python -m evaluation.originality --data {folder}`"
             ) from None
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise OriginalityError(f"{place / HEADER} is damaged ({error}): {remedy}") from None

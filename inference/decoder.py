@@ -13,7 +13,7 @@ The path of one request, called by `writing.stream` (one caller) or by `engine.E
    logits of the first new token.
 4. Decode: from then on the model reads one token a step, in one batch with all other sequences (`BatchDecoder._decode`).
 5. Sample: `sampling.sample` draws the next id from the logits (`Sequence.sample_next`). The id becomes characters, and
-   the text is searched for stop strings.
+   the text is searched for stop strings. After max_tokens it ends with its sentence, at most finish_sentence tokens later.
 6. `BatchDecoder.step` returns what happened as `Event`s: `started`, a `token` for each id, `done`.
 
 Continuous batching: sequences join and leave between any two steps, and none waits for the longest. A step reads at
@@ -51,7 +51,16 @@ from inference.compiled import CompiledStep
 from inference.cuda_graphs import record_graphs
 from inference.quantize import row_counts
 from model import GPT
-from sampling import StopStringMatcher, TokenHistory, filter_logits, likelihoods, sample, sample_seed
+from sampling import (
+    SENTENCE_TAIL,
+    StopStringMatcher,
+    TokenHistory,
+    filter_logits,
+    likelihoods,
+    sample,
+    sample_seed,
+    sentence_end,
+)
 from tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of a prompt prefilled at a time: more are not faster per token, and the other sequences wait
@@ -136,6 +145,7 @@ class Sequence:
         self.generator = torch.Generator().manual_seed(sample_seed(seed, index))
         self.history = TokenHistory(self.ids, len(prompt), tokenizer)
         self.detokenizer, self.stopper = tokenizer.detokenizer(), StopStringMatcher(params.stop)
+        self.tail = ""  # the last SENTENCE_TAIL characters written
         styles = [([control], share) for control, share in tokenizer.blend(params.style)] or [([], 1.0)]
         self.states = [SequenceState(control, share, control + self.ids) for control, share in styles]
         controls = list(tokenizer.controls.values())
@@ -200,18 +210,32 @@ class Sequence:
             if self.logprobs is not None:
                 event.logprob, event.top = self._likelihoods(shown, token)
             return [event]
+        if self._finishes_sentence(token):
+            return [self.finish("length")]
         self.ids.append(token)
         for state in self.states:
             state.pending = [token]
-        text, stopped = self.stopper.feed(self.detokenizer.feed(token))
+        piece = self.detokenizer.feed(token)
+        self.tail = (self.tail + piece)[-SENTENCE_TAIL:]
+        text, stopped = self.stopper.feed(piece)
         event = Event(self.index, "token", text, token)
         if self.logprobs is not None:
             event.logprob, event.top = self._likelihoods(shown, token)
         if stopped:
             return [event, self.finish("stop", flush=False)]
-        if len(self.ids) - self.prompt_tokens >= self.params.max_tokens:
+        if len(self.ids) - self.prompt_tokens >= self.params.max_tokens + self.params.finish_sentence:
             return [event, self.finish("length")]
         return [event]
+
+    def _finishes_sentence(self, token: int) -> bool:
+        """Whether the text, which has its max_tokens, has just ended a sentence: `token` drawn after it begins a new one.
+
+        Only the next token tells whether a quotation mark belongs to the sentence. It is then neither shown nor counted.
+        """
+        text = self.tail.rstrip()
+        if len(self.ids) - self.prompt_tokens < self.params.max_tokens or not text or sentence_end(text) != len(text):
+            return False
+        return text != self.tail or self.tokenizer.decode([token])[:1].isspace()
 
     def _likelihoods(self, logits: np.ndarray, token: int) -> tuple[float, list[tuple[int, str, float]]]:
         """Log-probability of `token`, and the requested alternatives as (id, text, log-probability)."""

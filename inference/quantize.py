@@ -265,4 +265,7 @@ def compile_all() -> None:
 
 
 if __name__ == "__main__":
+    from cli import help_alone
+
+    help_alone(compile_all.__doc__)
     compile_all()

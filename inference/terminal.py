@@ -25,6 +25,7 @@ from inference import writing
 from inference.decoder import BatchDecoder, Event, Result
 from inference.prompts import GALLERY
 from model import GPT
+from sampling import sentence_end
 from tokenizer import Tokenizer
 
 NARROWEST = 32  # characters of a column; where columns would be narrower, samples go below each other
@@ -89,8 +90,13 @@ class TerminalWriter:
     tokenizer: Tokenizer
     decoder: BatchDecoder | None = None
 
-    def write(self, prompt: str, params: GenerationParams, timing: Timing, *, live: bool) -> tuple[list[Result], bool]:
-        """(results, completed) of all samples. live: print the first as it is written. Ctrl-C keeps what is written."""
+    def write(
+        self, prompt: str, params: GenerationParams, timing: Timing, *, live: bool, trim: bool = False
+    ) -> tuple[list[Result], bool]:
+        """(results, completed) of all samples. live: print the first as it is written. Ctrl-C keeps what is written.
+
+        trim: without what comes after the last finished sentence; a text without one stays as it is.
+        """
         results = writing.empty_results(self.model, self.tokenizer, prompt, params)
         if results[0].truncated:
             print_status(
@@ -99,15 +105,25 @@ class TerminalWriter:
                 + (f" and the {params.keep} first" if params.keep else "")
             )
         events = writing.stream(self.model, self.tokenizer, prompt, params, decoder=self.decoder)
+        completed, shown = True, 0
         with contextlib.closing(events):
             try:
                 for event in timing.watch(events):
                     results[event.index].add(event)
                     if live and event.index == 0:
-                        print_text(event.text)
+                        text = results[0].text
+                        ready = shown + sentence_end(text[shown:]) if trim else len(text)
+                        if not trim or ready < len(text):  # a mark that ends the text so far may be that of 3.5
+                            print_text(text[shown:ready])
+                            shown = ready
             except KeyboardInterrupt:
-                return results, False
-        return results, True
+                completed = False
+        if trim:
+            for result in results:
+                result.text = result.text[: sentence_end(result.text)] or result.text
+        if live:
+            print_text(results[0].text[shown:])
+        return results, completed
 
 
 def columns(texts: Sequence[str], width: int) -> str:
@@ -138,6 +154,7 @@ def write_once(
     echo: bool,
     live: bool,
     as_json: bool,
+    trim: bool = False,
 ) -> int:
     """One prompt: text, samples or JSON. echo: print the prompt before the text. Returns 0, or 130 when interrupted."""
     timing = Timing()
@@ -145,7 +162,7 @@ def write_once(
     opening = prompt if echo else ""
     if live:
         print_text(opening)
-    results, completed = writer.write(prompt, params, timing, live=live)
+    results, completed = writer.write(prompt, params, timing, live=live, trim=trim and not as_json)
     if as_json:
         print(json.dumps(json_report(results, prompt, params, folder, timing), ensure_ascii=False))
     elif live:

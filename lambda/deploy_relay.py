@@ -37,7 +37,7 @@ from ecr_images import BUILD as DOCKER_FLAGS  # noqa: E402
 from ecr_images import LAMBDA, pinned  # noqa: E402
 
 from cli import parse_flags, run_main  # noqa: E402
-from config import ConfigError, FrozenSettings, GenerationParams  # noqa: E402
+from config import FINISH_SENTENCE, ConfigError, FrozenSettings, GenerationParams  # noqa: E402
 from storage import s3  # noqa: E402
 
 FILES = ("relay.py", "endpoint.py", "limits.py", "wire.py")
@@ -109,7 +109,9 @@ class Flags(FrozenSettings):
 
 def limits_json() -> str:
     """limits.json: the JSON schema of each sampling setting, for limits.py, which has no pydantic."""
-    return json.dumps(GenerationParams.model_json_schema()["properties"], separators=(",", ":"))
+    schemas = GenerationParams.model_json_schema()["properties"]
+    schemas["finish_sentence"]["default"] = FINISH_SENTENCE  # that of the endpoint's folder_defaults
+    return json.dumps(schemas, separators=(",", ":"))
 
 
 def package() -> bytes:
@@ -397,7 +399,7 @@ def deploy(flags: Flags, aws: AwsClients) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = parse_flags(Flags, argv)
+        flags = parse_flags(Flags, argv, examples=__doc__)
         if flags.package:
             BUILD.mkdir(exist_ok=True)
             (BUILD / "relay.zip").write_bytes(package())

@@ -124,6 +124,12 @@ def validate(message: Message, max_tokens: int, max_samples: int, max_prompt_byt
     return checked
 
 
+def longest(request: Message) -> int:
+    """Tokens at most of each sample of a validated request, those that finish its sentence included."""
+    extra = request.get("finish_sentence")
+    return int(request["max_tokens"]) + int(settings()["finish_sentence"]["default"] if extra is None else extra)
+
+
 def check(name: str, value: Any, schema: Message) -> Any:
     """`value` if it satisfies `schema`; a string is accepted for a list of strings."""
     kinds = {part["type"]: part for part in schema.get("anyOf", [schema])}

@@ -460,7 +460,7 @@ def _answers(url: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = parse_flags(Flags, argv)
+        flags = parse_flags(Flags, argv, examples=__doc__)
         if flags.container and not _answers(f"{flags.container}/ping"):
             raise ConfigError([f"--container {flags.container}: no answer from its /ping; start it first"])
         stop = threading.Event()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import endpoint
-from limits import InvalidRequest, Message, described, identity, parse, validate
+from limits import InvalidRequest, Message, described, identity, longest, parse, validate
 from wire import (
     POST_CHARACTERS,
     Access,
@@ -173,7 +173,7 @@ def admitted(message: Message, requests: RequestTable, access: Access) -> Messag
         raise InvalidRequest(
             "request_id was used before: choose a new one", param="request_id", code="duplicate_request"
         )
-    amount = request["max_tokens"] * request.get("n", 1)
+    amount = longest(request) * request.get("n", 1)
     day = TokenTable(settings).spend(access, amount)
     if day is None:
         requests.end(request_id)

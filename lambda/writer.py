@@ -209,6 +209,8 @@ if __name__ != "__main__" and "AWS_LAMBDA_RUNTIME_API" in os.environ:
     service()  # while the environment is being made, not in its first request
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     import runtime_loop
 
     runtime_loop.serve(worker, respond, service)

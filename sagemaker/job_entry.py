@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | Non
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     if "RANK" not in os.environ:
         launch(os.environ)
     sys.exit(main())

@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--flags" in words[:-1]:  # its value begins like a flag
             at = words.index("--flags")
             words[at : at + 2] = [f"--flags={words[at + 1]}"]
-        flags = parse_flags(Flags, words)
+        flags = parse_flags(Flags, words, examples=__doc__)
         check(flags)
         region = region_of(flags)
         job_request = request(flags, region)

@@ -497,7 +497,7 @@ def delete_all(flags: EndpointFlags) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = lower_case(parse_flags(Flags, argv))
+        flags = lower_case(parse_flags(Flags, argv, examples=__doc__))
         with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return delete_all(flags)

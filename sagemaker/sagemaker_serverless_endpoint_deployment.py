@@ -71,7 +71,7 @@ def requests(flags: Flags, url: str) -> list[tuple[str, dict[str, Any]]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        flags = base.lower_case(parse_flags(Flags, argv))
+        flags = base.lower_case(parse_flags(Flags, argv, examples=__doc__))
         with s3.readable_errors(f"endpoint {flags.name}"):
             if flags.delete:
                 return base.delete_all(flags)

@@ -59,6 +59,10 @@ def request(decoded_payload: dict[str, Any], tokenizer: Any = None, **_: Any) ->
     context = _context()
     made["max_tokens"] = min(made["max_tokens"], context - context // 4)
     made["truncate_prompt_tokens"] = context - made["max_tokens"]
+    if decoded_payload.get("return_full_text"):
+        if decoded_payload.get("style"):
+            raise ValueError("return_full_text: not together with a style, whose mark would be part of the text")
+        made["echo"] = True
     if decoded_payload.get("request_id"):
         made["request_id"] = decoded_payload["request_id"]
     if decoded_payload.get("stream"):

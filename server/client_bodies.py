@@ -209,9 +209,12 @@ class ClientBody(Body):
         return values
 
     def given_with(self, server: ServerFlags, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """The sampling settings of the request behind the server's defaults, as `/generate` has them."""
+        """The sampling settings of the request behind the server's defaults, as `/generate` has them.
+
+        These clients count the tokens that they ask for, so that no sentence is finished beyond them.
+        """
         most = min(GenerationParams().max_tokens, server.max_tokens)
-        return {"max_tokens": most, **defaults, **self.given()}
+        return {"max_tokens": most, **defaults, "finish_sentence": 0, **self.given()}
 
     def settings(self, values: dict[str, Any], server: ServerFlags) -> GenerationParams:
         """The sampling settings within this server's limits, from all their values."""
@@ -424,10 +427,18 @@ def llama_settings(params: GenerationParams) -> dict[str, Any]:
     return {LLAMA_NAMES.get(name, (name,))[0]: value for name, value in params.model_dump(mode="json").items()}
 
 
+_ONE_PROMPT_JSON = {
+    "anyOf": [
+        part | ({"maxItems": 1} if part["items"]["type"] != "integer" else {}) for part in _PROMPT_JSON["anyOf"][1:]
+    ]
+    + [{"type": "string"}]
+}
+
+
 class LlamaBody(_LlamaSampling):
     """llama.cpp's `POST /completion`. Fields it does not know are ignored."""
 
-    prompt: CompletionPrompt = ""
+    prompt: Annotated[CompletionPrompt, WithJsonSchema(_ONE_PROMPT_JSON)] = ""
     """A text or token ids."""
 
     def params(self, server: ServerFlags, defaults: Mapping[str, Any]) -> GenerationParams:

@@ -139,15 +139,15 @@ async def finish_all(generations: Sequence[Generation]) -> None:
         raise failures.exceptions[0] from None
 
 
-def generate_reply(generation: Generation, model: str) -> dict[str, Any]:
-    """The JSON of `/generate` for a complete generation."""
+def generate_reply(generation: Generation, model: str, before: str = "") -> dict[str, Any]:
+    """The JSON of `/generate` for a complete generation. before: what its texts begin with, the prompt or nothing."""
     return {
-        "generated_text": generation.text(0),
+        "generated_text": before + generation.text(0),
         "finish_reason": generation.reasons[0],
         "usage": generation.usage(),
         "seed": generation.job.seed,
         "samples": [
-            {"index": index, "text": generation.text(index), "finish_reason": reason, "tokens": count}
+            {"index": index, "text": before + generation.text(index), "finish_reason": reason, "tokens": count}
             for index, (reason, count) in enumerate(zip(generation.reasons, generation.counts, strict=True))
         ],
         "request_id": generation.request_id,

@@ -122,5 +122,6 @@ def write_prompt_limits(part: Schema, service: Service) -> None:
             option["maximum"] = engine.tokenizer.vocab_size - 1
         elif option.get("type") == "array":
             ids = option["items"].get("type") == "integer"
-            option["maxItems"] = limits.max_prompt_chars if ids else limits.max_prompts
+            most = limits.max_prompt_chars if ids else limits.max_prompts
+            option["maxItems"] = min(option.get("maxItems", most), most)
             write_prompt_limits(option["items"], service)

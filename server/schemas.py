@@ -111,6 +111,8 @@ class GenerateBody(SamplingBody):
 
     prompt: Text
     """Text to continue; empty: starts from nothing."""
+    return_full_text: bool = False
+    """Begin the texts with the prompt, as transformers' text-generation pipeline names it."""
     stream: bool = False
     """Send the text as it is written."""
     request_id: RequestId | None = None
@@ -122,6 +124,8 @@ class BatchBody(SamplingBody):
 
     prompts: list[Text] = Field(min_length=1)
     """Text or texts to continue."""
+    return_full_text: bool = False
+    """Begin each text with its prompt."""
 
 
 class SocketBody(GenerateBody):
@@ -190,7 +194,7 @@ class Sample(Reply):
 
 class GenerateReply(Reply):
     generated_text: str
-    """The first sample, without the prompt."""
+    """The first sample, without the prompt unless `return_full_text` asks for it."""
     finish_reason: FinishReason
     usage: Usage
     seed: int

@@ -229,7 +229,7 @@ class Service:
                     self.index = Index.open(data)
                 except (OSError, ValueError) as error:
                     LOG.warning("no_index", extra={"fields": {"message": str(error)}})
-                    advice = "build one with python -m evaluation.originality --data FOLDER and start the server with --index FOLDER"
+                    advice = "build one with `python -m evaluation.originality --data FOLDER` and start the server with --index FOLDER"
                     raise ApiError(404, f"this server has no originality index: {advice}", code="no_index") from None
             return self.index
 

@@ -54,10 +54,11 @@ async def framed(values: AsyncGenerator[dict[str, Any]], frame: Callable[[Any], 
             yield frame(item)
 
 
-async def messages(generation: Generation, flush_s: float = 0.0) -> AsyncGenerator[dict[str, Any]]:
+async def messages(generation: Generation, flush_s: float = 0.0, before: str = "") -> AsyncGenerator[dict[str, Any]]:
     """`started`, then `token` after `token`, then `complete` or `error`: the protocol of every streaming surface.
 
     A message holds one token, or with `flush_s` what a sample wrote in that many seconds (the first goes at once).
+    before: what each text begins with, in a message of its own: the prompt or nothing.
     """
     yield {
         "type": "started",
@@ -68,6 +69,9 @@ async def messages(generation: Generation, flush_s: float = 0.0) -> AsyncGenerat
         "truncated": generation.job.truncated,
     }
     seq = 0
+    for index in range(generation.params.n if before else 0):
+        yield {"type": "token", "request_id": generation.request_id, "seq": seq, "index": index, "text": before}
+        seq += 1
     try:
         async with aclosing(text_pieces(generation, flush_s)) as pieces:
             async for index, text in pieces:

@@ -129,13 +129,14 @@ class WebSocketConnection:
         params = body.params(self.settings, self.service.defaults)
         generation = await self.service.start(body.prompt, params, request_id=request_id)
         self.generations[request_id] = generation
-        task = asyncio.create_task(self._stream(generation))
+        before = body.prompt if body.return_full_text else ""
+        task = asyncio.create_task(self._stream(generation, before))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _stream(self, generation: Generation) -> None:
+    async def _stream(self, generation: Generation, before: str) -> None:
         try:
-            async with aclosing(messages(generation, self.settings.flush_ms / 1000)) as items:
+            async with aclosing(messages(generation, self.settings.flush_ms / 1000, before)) as items:
                 async for message in items:
                     if message["type"] in ("complete", "error"):
                         self.generations.pop(generation.request_id, None)  # the client may use the name again

@@ -323,21 +323,35 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
+def _is_model(place: Path) -> bool:
+    return (place / "config.json").is_file()
+
+
 @contextlib.contextmanager
-def atomic_folder(folder: Path | str, group: str | None = None) -> Iterator[Path]:
+def atomic_folder(
+    folder: Path | str,
+    group: str | None = None,
+    kind: str = "a model",
+    replaces: Callable[[Path], bool] = _is_model,
+) -> Iterator[Path]:
     """A new folder to fill; it replaces `folder` when the block ends, and is removed if the block fails.
 
-    Leftovers of dead processes are cleaned up first: those of `folder`, and of all folders whose names begin with `group`.
+    Only an empty folder, or one that `replaces` accepts (`kind` in the error), is replaced. Leftovers of dead processes
+    are cleaned up first: those of `folder`, and of all folders whose names begin with `group`.
     The disk must hold the old and the new folder at once; a disk error is raised as OSError that names what is kept.
     """
     place = Path(folder).resolve()
-    if place.exists() and not (place / "config.json").is_file() and (not place.is_dir() or any(place.iterdir())):
-        raise CheckpointError(f"{folder} holds something that is not a model: choose another name, or move it away")
+    if place.exists() and not replaces(place) and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"{folder} holds something that is not {kind}: choose another name, or move it away")
 
     def concerns(name: str) -> bool:
         return name == place.name or (group is not None and name.startswith(group))
 
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{folder} could not be saved: {place.parent}: {error.strerror or error}; nothing was written"
+        raise OSError(error.errno, why) from error
     recover(place.parent, concerns)
     draft, old = (place.with_name(f"{place.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     if draft in _busy:

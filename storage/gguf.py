@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from config import GenerationParams
+from config import SETTINGS, GenerationParams
+from sampling import FILTERS
 from storage.atomic import CheckpointError, atomic_file
 from tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer
 
@@ -27,8 +28,23 @@ if TYPE_CHECKING:
 
 Dtype = Literal["f16", "q8_0", "f32"]
 SUPPRESS = "tokenizer.ggml.suppress_tokens"  # ids never written; llama.cpp honours it, the package has no name for it
-# Our order of filters in llama.cpp's names. Its own order ends with the temperature.
-SAMPLERS = "penalties;dry;top_n_sigma;temperature;top_k;top_p;min_p;typ_p;xtc"
+# llama.cpp's samplers that do what our filters do. Its top_k is part of our temperature's filter and comes behind it.
+SAMPLER_OF = {
+    "repetition_penalty": "penalties",
+    "frequency_penalty": "penalties",
+    "presence_penalty": "penalties",
+    "dry_multiplier": "dry",
+    "top_n_sigma": "top_n_sigma",
+    "temperature": "temperature;top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typ_p",
+    "xtc_probability": "xtc",
+}
+APART = ("logit_bias",)  # belongs to one request, there too
+SAMPLERS = ";".join(
+    dict.fromkeys(SAMPLER_OF[name] for name, _ in FILTERS if name not in APART)
+)  # its own order differs
 NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -159,7 +175,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(draft, "gpt2")
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
-        if told := " ".join(part for part in (description, notice(tokenizer)) if part):
+        if told := " ".join(part for part in (description, notice(tokenizer), unsaid(generation)) if part):
             writer.add_description(told)
         if licence:
             writer.add_license(licence)
@@ -192,6 +208,19 @@ def notice(tokenizer: Tokenizer) -> str:
     return "Its vocabulary is single characters: llama.cpp drops those that it does not know without a message."
 
 
+def unsaid(generation: GenerationParams) -> str:
+    """What the file's description says of settings for which GGUF has no key; empty where none of them is on."""
+    found = [
+        f"{name} {getattr(generation, name)}"
+        for name, setting in SETTINGS.items()
+        if setting.in_presets
+        and not setting.gguf
+        and setting.off is not None
+        and getattr(generation, name) != setting.off
+    ]
+    return f"Written best with {', '.join(found)}, which this file cannot set." if found else ""
+
+
 def _add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
     import gguf
 
@@ -219,12 +248,12 @@ def _add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
 
 
 def _add_sampling(writer: GGUFWriter, generation: GenerationParams) -> None:
+    """All settings that have a key, those that are off too: llama.cpp has other defaults (min_p 0.05)."""
     writer.add_sampling_sequence(SAMPLERS)
-    writer.add_sampling_temp(generation.temperature)
-    writer.add_sampling_top_k(generation.top_k)
-    writer.add_sampling_top_p(generation.top_p)
-    writer.add_sampling_min_p(generation.min_p)  # 0 too: llama.cpp's own default is 0.05
-    writer.add_sampling_penalty_repeat(generation.repetition_penalty)
-    writer.add_sampling_penalty_last_n(generation.penalty_last_n or -1)  # -1: over all that is in view, as ours
-    writer.add_sampling_xtc_probability(generation.xtc_probability)
-    writer.add_sampling_xtc_threshold(generation.xtc_threshold)
+    for name, setting in SETTINGS.items():
+        if setting.gguf:
+            value = getattr(generation, name)
+            if name == "penalty_last_n":
+                value = value or -1  # over all that is in view, as ours; 0 is none there
+            add = writer.add_int32 if isinstance(value, int) else writer.add_float32
+            add(f"general.sampling.{setting.gguf}", value)

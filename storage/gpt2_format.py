@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import SETTINGS, ConfigError, GenerationParams, ModelConfig, build
+from config import FINISH_SENTENCE, SETTINGS, ConfigError, GenerationParams, ModelConfig, build
 from storage.atomic import FORMAT, CheckpointError, present, read_json, write_text
 
 if TYPE_CHECKING:
@@ -345,11 +345,14 @@ def as_trained(config: ModelConfig, weights: Mapping[str, Tensor]) -> ModelConfi
 
 
 def folder_defaults(folder: Path) -> dict[str, Any]:
-    """The sampling settings in a model folder's generation_config.json, those that are within our bounds."""
+    """The settings that people write with: those in a model folder's generation_config.json that are within our bounds,
+    and to finish the sentence.
+    """
+    values: dict[str, Any] = {"finish_sentence": FINISH_SENTENCE}
     try:
         held = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return values
     found = {name: held[setting.hf] for name, setting in SETTINGS.items() if held.get(setting.hf) is not None}
     if isinstance(own := held.get(OURS), dict):
         found["max_tokens"] = own.get("max_tokens")
@@ -357,7 +360,6 @@ def folder_defaults(folder: Path) -> dict[str, Any]:
         found.pop("max_tokens", None)
     if held.get("do_sample") is False and "temperature" not in found:
         found["temperature"] = 0.0
-    values: dict[str, Any] = {}
     for name, value in found.items():
         with contextlib.suppress(ConfigError):
             build(GenerationParams, {name: value})

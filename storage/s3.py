@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         if len(words) >= 2 and not any(word.startswith("-") for word in words[:2]):
             words = ["--source", words[0], "--target", words[1], *words[2:]]
-        flags = parse_flags(Transfer, words, defaults={"source": "", "target": ""})
+        flags = parse_flags(Transfer, words, defaults={"source": "", "target": ""}, examples=__doc__)
         up, down = is_s3(flags.target), is_s3(flags.source)
         if up == down:
             raise ConfigError(

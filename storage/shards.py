@@ -107,7 +107,7 @@ class Manifest(FrozenSettings):
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             raise ManifestError(
-                f"{path}: no such file; prepare the data first: python prepare_data.py --input PATH --out {folder}"
+                f"{path}: no such file; prepare the data first: `python prepare_data.py --input my_books/ --out {folder}`"
             ) from None
         except OSError as error:
             raise ManifestError(f"{path}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from functools import lru_cache
@@ -156,3 +157,14 @@ def test_the_hooks_before_a_commit_run_what_make_lint_runs() -> None:
     lint = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe[1].splitlines() if "mypy" not in line]
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     assert [hook["entry"] for hook in hooks] == lint and not any(hook["pass_filenames"] for hook in hooks)
+
+
+def test_the_shipped_model_has_one_figure_in_bits_a_byte() -> None:
+    folder = ROOT / "models" / "victorian-mini"
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bits = f"{next(part['card']['val_bpb'] for part in held.values() if isinstance(part, dict) and 'card' in part):.3f}"
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", results.split("\n## victorian-mini\n")[1], flags=re.MULTILINE)[0]
+    assert re.findall(r"([\d.]+) bits (?:per|a) byte(?! more)", section) == [bits]
+    for page in (folder / "README.md", ROOT / "README.md"):
+        assert bits in page.read_text(encoding="utf-8"), page

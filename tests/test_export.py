@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def test_a_page_holds_float16_only_where_that_is_exact_or_asked_for(folder: Path
         (("--to", "html", "--type", "q8_0"), "--type q8_0 is not for --to html: take one of f16, f32"),
         (("--to", "hf", "--type", "q8_0"), "--out is missing"),
         (("--to", "hf", "--out", "{model}"), "is the model itself"),
+        (("--to", "gguf", "--folder"), "--folder is for --to html"),
     ],
 )
 def test_bad_flags_end_with_2(
@@ -90,51 +92,92 @@ def test_bad_flags_end_with_2(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("to", ["gguf", "html", "hf"])
-def test_what_is_no_model_ends_with_1_and_leaves_the_old_file(
-    folder: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+FORMS = {"gguf": ("gguf",), "html": ("html",), "page": ("html", "--folder"), "hf": ("hf",)}
+
+
+def old(out: Path, form: str) -> dict[str, bytes]:
+    """Put what an earlier export might have left at `out`; its files."""
+    if form in ("gguf", "html"):
+        out.write_bytes(b"old")
+        return {"": b"old"}
+    files = {"index.html": b"old", "model.safetensors": b"old"} if form == "page" else {"config.json": b"{}"}
+    out.mkdir()
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    return files
+
+
+def held(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()} if out.is_dir() else {"": out.read_bytes()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_model_ends_with_1_and_leaves_what_was_there(
+    folder: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    if to != "hf":
-        out.write_bytes(b"old")
-    assert run(tmp_path / "nothing", "--to", to, "--out", str(out)) == 1
+    before = old(out, form)
+    assert run(tmp_path / "nothing", "--to", *FORMS[form], "--out", str(out)) == 1
     assert "no model there" in capsys.readouterr().err
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert run(folder, "--to", to, "--out", str(out)) == 1
-    assert "model.safetensors is damaged" in capsys.readouterr().err
-    assert names(tmp_path) == (["runs"] if to == "hf" else ["out", "runs"])
-    assert to == "hf" or out.read_bytes() == b"old"
+    for cut in (100, weights.stat().st_size - 20):  # in the numbers, and in the header
+        weights.write_bytes(weights.read_bytes()[:-cut])
+        assert run(folder, "--to", *FORMS[form], "--out", str(out)) == 1
+        assert "model.safetensors is damaged" in capsys.readouterr().err
+    assert names(tmp_path) == ["out", "runs"] and held(out) == before
 
 
-@pytest.mark.parametrize("to", ["gguf", "html"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_path_that_cannot_be_written_is_named(
-    folder: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for out in (tmp_path / "file" / "m", tmp_path / "runs"):
-        assert run(folder, "--to", to, "--out", str(out)) == 1
+    for out in (tmp_path / "file" / "m", tmp_path / "runs", *([tmp_path / "file"] if form in ("page", "hf") else [])):
+        assert run(folder, "--to", *FORMS[form], "--out", str(out)) == 1
         assert str(out) in capsys.readouterr().err
-    assert names(tmp_path) == ["file", "runs"]
+    assert names(tmp_path) == ["file", "runs"] and names(tmp_path / "runs") == ["mine"]
 
 
-@pytest.mark.parametrize("to", ["gguf", "html"])
-def test_a_disk_that_fills_leaves_the_old_file(
-    folder: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_disk_that_fills_leaves_what_was_there(
+    folder: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The size that a file may have stands in for the room on the disk: writing fails in the middle."""
     resource = pytest.importorskip("resource")
     out = tmp_path / "m"
-    out.write_bytes(b"old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    before = old(out, form)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
-        code = run(folder, "--to", to, "--out", str(out))
+        code = run(folder, "--to", *FORMS[form], "--out", str(out))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     shown = capsys.readouterr().err
-    assert code == 1 and f"{out} could not be written: " in shown and "the old m still stands" in shown
-    assert names(tmp_path) == ["m", "runs"] and out.read_bytes() == b"old"
+    assert code == 1 and re.search(re.escape(str(out)) + " could not be (written|saved): .* m still stands", shown)
+    assert names(tmp_path) == ["m", "runs"] and held(out) == before
+    assert run(folder, "--to", *FORMS[form], "--out", str(out)) == 0  # with room again it is replaced
+    assert names(tmp_path) == ["m", "runs"] and held(out) != before
+
+
+def test_a_page_as_a_folder_has_the_models_own_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And stands for no other folder: a site that lies there is not replaced."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        assert run(folder, "--to", "html", "--folder") == 0
+        assert capsys.readouterr().err.startswith("mine-page: 0.")
+    page = tmp_path / "here" / "mine-page"
+    assert names(page.parent) == ["mine-page"] and names(page) == ["index.html", "model.safetensors"]
+    assert (page / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert run(folder, "--to", "html", "--folder", "--type", "f16") == 0
+    assert (page / "model.safetensors").stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
+    (page / "notes.txt").write_text("mine")
+    before = held(page)
+    assert run(folder, "--to", "html", "--folder") == 1
+    assert "mine-page holds something that is not an exported page" in capsys.readouterr().err
+    assert held(page) == before
 
 
 def test_a_process_that_is_stopped_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import generate as command
 import sampling
-from config import ConfigError, GenerationParams
+from config import FINISH_SENTENCE, ConfigError, GenerationParams
 from generate import main
 from inference import decoder, writing
 from inference.decoder import Event
@@ -46,6 +46,7 @@ def folder(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *words: str, prompt: str | None = "It was") -> int:
     given = [] if prompt is None else ["--prompt", prompt]
     given += [] if "--dtype" in words else ["--dtype", "float32"]  # `auto` depends on the processor
+    given += [] if "--finish-sentence" in words else ["--finish-sentence", "0"]  # as PARAMS
     return main(["--model", str(folder), "--max-tokens", "25", "--seed", "11", *given, *words])
 
 
@@ -235,6 +236,43 @@ def test_json(folder: Path, model: GPT, capsys: pytest.CaptureFixture[str]) -> N
     assert [sample["tokens"] for sample in found["samples"]] == [result.tokens for result in expected]
 
 
+def fragmentary(model: GPT) -> tuple[list[str], str, str, str]:
+    """(flags, the text they give, the same without its fragment, the same with its sentence finished)"""
+    marks = {tiny_tokenizer().encode(mark)[0]: 6.0 for mark in ". "}
+    for seed in range(200):
+        params = PARAMS.model_copy(update={"logit_bias": marks, "seed": seed})
+        text = generate(model, tiny_tokenizer(), "It was", params)[0].text
+        if not 0 < (end := sampling.sentence_end(text)) < len(text) - 2:
+            continue
+        params = params.model_copy(update={"finish_sentence": FINISH_SENTENCE})
+        whole = generate(model, tiny_tokenizer(), "It was", params)[0].text
+        if sampling.sentence_end(whole) == len(whole.rstrip()):
+            pairs = [str(word) for pair in marks.items() for word in pair]
+            return ["--seed", str(seed), "--logit-bias", *pairs], text, text[:end], whole
+    raise AssertionError("no seed writes a fragment that is then finished")
+
+
+@pytest.mark.parametrize("words", [[], ["--no-stream"]])
+def test_a_fragment_is_trimmed_on_request(
+    folder: Path, model: GPT, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, text, trimmed, _ = fragmentary(model)
+    assert run(folder, *given, *words) == 0
+    assert capsys.readouterr().out == f"It was{text}\n"
+    assert run(folder, *given, *words, "--trim") == 0
+    assert capsys.readouterr().out == f"It was{trimmed}\n"
+
+
+def test_a_text_at_the_terminal_finishes_its_sentence(
+    folder: Path, model: GPT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, text, _, whole = fragmentary(model)
+    words = ["--model", str(folder), "--max-tokens", "25", "--dtype", "float32", "--prompt", "It was", *given]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"It was{whole}\n"
+    assert whole.startswith(text) and len(whole) > len(text)
+
+
 def test_several_samples(folder: Path, model: GPT, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     expected = generate(model, tiny_tokenizer(), "It was", PARAMS.model_copy(update={"n": 3}))
     assert run(folder, "--n", "3") == 0
@@ -315,11 +353,12 @@ def test_the_folder_s_own_settings_are_the_defaults(folder: Path, tmp_path: Path
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"max_new_tokens": 7, "temperature": 0.5, "top_k": 5_000_000, "top_p": 0.5, "do_sample": True})
     )
-    assert folder_defaults(tmp_path) == {"temperature": 0.5, "top_p": 0.5, "max_tokens": 7}
+    finish = {"finish_sentence": FINISH_SENTENCE}
+    assert folder_defaults(tmp_path) == {"temperature": 0.5, "top_p": 0.5, "max_tokens": 7} | finish
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.1}')
-    assert folder_defaults(tmp_path) == {"temperature": 0.0, "repetition_penalty": 1.1}
+    assert folder_defaults(tmp_path) == {"temperature": 0.0, "repetition_penalty": 1.1} | finish
     (tmp_path / "generation_config.json").write_text("{")
-    assert folder_defaults(tmp_path) == folder_defaults(tmp_path / "none") == {}
+    assert folder_defaults(tmp_path) == folder_defaults(tmp_path / "none") == finish
     assert folder_defaults(folder)["max_tokens"] == 200
 
 

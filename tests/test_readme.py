@@ -1,4 +1,4 @@
-"""Every command that the README and the pages of docs/ show runs, in the order of the pages.
+"""Every command that the README, the pages of docs/ and the errors show runs, in the order of the pages.
 
 What trains or writes gets flags behind its own that make it small: shape, steps, tokens. What needs a network, a server,
 an account or hours is run by hand (BY_HAND, RECORDS); of these the tests check that the program exists and knows the flags.
@@ -7,6 +7,7 @@ The commands build on each other: run them with `--dist loadfile`, or one after 
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from corpus.preparation import PrepareFlags, default_out, own_texts_command
 from support.forked import PYTHON
 from support.helpers import ROOT, nonsense
 
@@ -208,3 +210,55 @@ def test_a_command_run_by_hand_names_a_program_and_flags_that_exist(clone: Path,
     if flags:
         unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(clone, program))]
         assert not unknown, f"{' '.join(program)} --help does not name {', '.join(unknown)}"
+
+
+SOURCES = (
+    "*.py",
+    *(f"{room}/**/*.py" for room in ("storage", "inference", "evaluation", "corpus", "server", "training")),
+)
+SHOWN = re.compile(r"`((?:python|torchrun) [^`]+)`|^ {4}(python [^\n]+)$|: {2,}(python [^(\n]+)", re.MULTILINE)
+# what stands for a value in an error's text -> such a value in the clone
+VALUES = {
+    "flag": "--tokenizer-from runs/sample/best",
+    "folder": "data/remedy",
+    "out": "data/remedy",
+    "where": "runs/sample",
+    "FOLDER": "data/remedy",
+}
+
+
+def shown_text(node: ast.expr) -> str:
+    """A string of the source, with its placeholders filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(shown_text(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return VALUES.get(ast.unparse(node.value).split(".")[-1], "")
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+@lru_cache
+def remedies() -> tuple[str, ...]:
+    """Each command that an error or a summary of the programs tells to type."""
+    found = []
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        parts -= {id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)}
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in parts | docs:
+                found += ["".join(groups).strip() for groups in SHOWN.findall(shown_text(node))]
+    found += [own_texts_command(PrepareFlags(preset=name), default_out(name)) for name in ("story-nano", "starter")]
+    found.append(own_texts_command(PrepareFlags(source="tinystories"), Path("data/fetched")))
+    return tuple(sorted(dict.fromkeys(line.replace("FOLDER", VALUES["FOLDER"]) for line in found)))
+
+
+def test_errors_tell_commands() -> None:
+    assert len(remedies()) >= 12, remedies()
+
+
+@pytest.mark.parametrize("line", [line for line in remedies() if "s3://" not in line])
+def test_a_remedy_that_an_error_prints_runs(clone: Path, line: str) -> None:
+    if "--data data/remedy" in line and not (clone / "data" / "remedy").is_dir():
+        test_the_command_runs(clone, "python prepare_data.py --input my_books/ --out data/remedy")
+    test_the_command_runs(clone, line)

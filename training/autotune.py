@@ -248,7 +248,10 @@ def conflicting_flags(minutes: float, inputs: tuple[str, ...], data: Path | None
     prepared = data is not None and (data / "manifest.json").is_file()
     found = [f"--minutes chooses everything itself: leave out {name}" for name in others]
     if not minutes:
-        found.append("--input goes with --minutes; for a preset prepare the texts with prepare_data.py")
+        found.append(
+            "--input goes with --minutes: `python train.py --input my_books/ --minutes 10`; for a preset prepare the texts first: "
+            "`python prepare_data.py --input my_books/ --out data/mine`, then give --data data/mine"
+        )
     if data and not inputs and not prepared:
         found.append(f"--data {data}: no manifest.json there: give the texts with --input, to have them prepared in it")
     if inputs and prepared:

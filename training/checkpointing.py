@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ConfigError
+from config import Config, ConfigError, TrainConfig
 from training.model_setup import full_state_dict
 from training.resume import check_texts, content_of, thread_notes
 
@@ -146,7 +146,18 @@ def model_card(config: Config, data: TokenData, progress: Progress) -> dict[str,
         "tokens_seen": progress.windows * config.model.block_size,
         "val_loss": val_loss,
         "val_bpb": None if val_loss is None else bits_per_byte(val_loss, data),
+        "counted_3_grams": counted_for(config.train),
     }
+
+
+def counted_for(train: TrainConfig) -> str | None:
+    """What a run has used the counted 3-grams of its training text for, as a card says it; None: for nothing."""
+    uses = [
+        use
+        for use, used in (("the first weights", train.ngram_start), ("a part of the targets", train.ngram_teacher))
+        if used
+    ]
+    return " and ".join(uses) or None
 
 
 def bits_per_byte(loss: float, data: TokenData) -> float:

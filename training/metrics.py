@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 from evaluation.yardstick import yardstick_line
 from storage.atomic import atomic_write_text
+from training.console import Console, line
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -43,42 +43,12 @@ def truncate_after_step(path: Path, step: int) -> None:
     atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def duration(seconds: float) -> str:
-    """Seconds as `45s`, `3m20s` or `5h07m`."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 def time_left(steps: float, steps_per_s: float, minutes: float, used_s: float) -> float | None:
     """Seconds until `steps` more are done or `minutes` in all (0: no limit) are over; None if neither ends the run."""
     left = steps / steps_per_s
     if minutes:
         left = min(left, max(0.0, minutes * 60 - used_s))
     return left if math.isfinite(left) else None
-
-
-def line(values: Mapping[str, Any]) -> str:
-    """One log line, `key=value` pairs that CloudWatch's and SageMaker's patterns can read."""
-    forms = {
-        "lr": "{:.3g}",
-        "tokens_per_s": "{:.0f}",
-        "tokens": "{:d}",
-        "step": "{:d}",
-        "mfu": "{:.3f}",
-        "seconds_per_batch": "{:.3f}",
-        "gpu_memory_gb": "{:.2f}",
-    }
-    parts = []
-    for key, value in values.items():
-        if value is None or key == "elapsed_s":
-            continue
-        form = forms.get(key, "{:.4f}" if isinstance(value, float) else "{}")
-        parts.append(f"{key}={form.format(value)}")
-    return " ".join(parts)
 
 
 class Throughput:
@@ -136,8 +106,6 @@ class RunLog:
     done: steps that a resumed run has done, -1 for a new one; records of later steps are dropped, as those are repeated.
     """
 
-    LIVE_S = 0.3  # seconds between changes of the live line
-
     def __init__(
         self,
         folder: Path,
@@ -149,9 +117,7 @@ class RunLog:
         done: int = -1,
     ):
         self.folder, self.total, self.enabled = folder, total_steps, enabled
-        self.tty = sys.stderr.isatty()
-        self._live_at = time.monotonic()
-        self._live = ""
+        self.console = Console(enabled)
         self._writer: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -174,26 +140,12 @@ class RunLog:
             self._wandb = client.init(project=project, name=wandb, id=key, resume="allow", dir=str(folder))
 
     def say(self, text: str) -> None:
-        """A line on standard error, above the live line."""
-        if self.enabled:
-            self._clear()
-            print(text, file=sys.stderr, flush=True)
+        """A line on standard error."""
+        self.console.say(text)
 
     def live(self, step: int, loss: float, tokens_per_s: float, eta_s: float | None) -> None:
-        """The line that changes in place, a few times a second; only in a terminal."""
-        if not (self.enabled and self.tty) or time.monotonic() - self._live_at <= self.LIVE_S:
-            return
-        self._live_at = time.monotonic()
-        share = f"{step / self.total:4.0%} " if self.total else ""
-        self._clear()
-        self._live = f"{share}step {step:,}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
-        self._live += f"  {duration(eta_s)} left" if eta_s is not None else ""
-        print(self._live, end="\r", file=sys.stderr, flush=True)
-
-    def _clear(self) -> None:
-        if self._live:
-            print(" " * len(self._live), end="\r", file=sys.stderr)
-            self._live = ""
+        """The bar of a terminal, which changes in place a few times a second."""
+        self.console.bar(step, self.total, loss=loss, tokens_per_s=tokens_per_s, eta_s=eta_s)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
@@ -211,8 +163,7 @@ class RunLog:
                 self._writer.add_scalar(key, value, kept["step"])
         if self._wandb:
             self._wandb.log(numbers, step=kept["step"])
-        tail = f" eta={duration(eta_s)}" if eta_s is not None else ""
-        self.say(f"{line(kept)}{tail}")
+        self.console.row(kept, eta_s)
 
     def sample(self, row: Mapping[str, Any]) -> None:
         """One sample: {"step", "prompt", "text", "seed"} to samples.jsonl, TensorBoard and the screen."""
@@ -221,14 +172,13 @@ class RunLog:
         self._append(SAMPLES, row)
         if self._writer:
             self._writer.add_text("sample", row["prompt"] + row["text"], row["step"])
-        body = (row["prompt"] + row["text"]).strip().replace("\n", "\n    ")
-        self.say(f"  sample at step {row['step']}:\n    {body}")
+        self.console.sample(row["step"], row["prompt"] + row["text"])
 
     def close(self) -> None:
         """Flush everything and draw loss.png."""
         if not self.enabled:
             return
-        self._clear()
+        self.console.clear()
         if self._writer:
             self._writer.close()
         if self._wandb:
@@ -269,15 +219,22 @@ def draw_losses(folder: Path) -> Path | None:
 def finish(summary: dict[str, Any]) -> None:
     """Print the summary on standard error, with the commands to use next."""
     done, yardstick = summary.pop("done"), summary.pop("yardstick")
-    print(f"{summary.pop('reason')}: {line(summary)}", file=sys.stderr)
-    print(yardstick_line(yardstick), file=sys.stderr)
+    console, reason = Console(), summary.pop("reason")
+    console.note(closing(reason, summary), f"{reason}: {line(summary)}")
+    console.note(yardstick_line(yardstick), yardstick_line(yardstick))
     run = Path(summary["run"])
     where = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     if done:
-        print(f'write with it:  python generate.py --model {where}/best --prompt "…"', file=sys.stderr)
-        print(
-            f"share it:       python export.py --model {where}/best --to html  (or --to gguf, for llama.cpp)",
-            file=sys.stderr,
-        )
+        console.say(f'write with it:  python generate.py --model {where}/best --prompt "…"')
+        console.say(f"share it:       python export.py --model {where}/best --to html  (or --to gguf, for llama.cpp)")
     else:
-        print(f"resume with:    python train.py --resume --out {where}", file=sys.stderr)
+        console.say(f"resume with:    python train.py --resume --out {where}")
+
+
+def closing(reason: str, summary: Mapping[str, Any]) -> str:
+    """A run's summary in words."""
+    speed, loss = summary["tokens_per_s"], summary["best_val_loss"]
+    parts = [f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {summary['time']}"]
+    parts += [f"{speed:,} tokens/s"] if speed else []
+    parts += [f"best validation loss {loss:.4f} at step {summary['best_step']:,}"] if loss is not None else []
+    return f"\n{reason}: {', '.join(parts)}"

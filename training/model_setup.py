@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from config import Config, ConfigError, ModelConfig, build
@@ -72,7 +73,7 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, counting:
         raise ConfigError(
             [
                 f"--init-from {init_from}: its tokenizer is not the one of {data.folder}: prepare the texts with "
-                f"`python prepare_data.py {flag} …`"
+                f"`python prepare_data.py --input my_books/ {flag} --out data/mine` and give --data data/mine"
             ]
         )
     return model
@@ -130,11 +131,17 @@ def wrapped(model: GPT, config: Config, distributed: DistributedContext, device:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, with a warning
         module = torch.compile(module)  # type: ignore[assignment]
     if distributed.mode == "ddp":
-        module = torch.nn.parallel.DistributedDataParallel(
+        parallel = torch.nn.parallel.DistributedDataParallel
+        # The only buffer is constant, and ranks validate different numbers of batches. torch 2.13 renamed the setting.
+        known = inspect.signature(parallel).parameters
+        sync: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        module = parallel(
             module,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # the only buffer is constant, and ranks validate different numbers of batches
+            **sync,
         )
     return module
 

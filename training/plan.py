@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from model import GPT
 
 
-MFU = 0.40  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
+MFU = 0.35  # share of the data sheet's rate assumed at 768 channels; narrower models reach proportionally less
 GPU_MEMORY = {
     "H200": 141,
     "H100": 80,
@@ -62,6 +62,7 @@ CORPUS_TOKENS = {
     "tinystories": 470_000_000,
     "tinyshakespeare": 301_000,
 }  # until they are prepared
+COUNTS_BYTES, TEACHER_BYTES = 12, 22  # kept for each counted token: the 3-grams, and a teacher's tables of them
 RUNTIME_BYTES = {"cpu": 450_000_000, "cuda": 1_500_000_000}  # Python, torch and its libraries before any tensor
 
 
@@ -114,6 +115,16 @@ def memory_needed(
         logits=rows * V * (4 + 4 + wide),
         runtime=RUNTIME_BYTES.get(device, 1_000_000_000),
     )
+
+
+def counts_memory(train: TrainConfig, tokens: int, kind: str) -> int:
+    """Bytes that the counted n-grams of so many training tokens keep on one device of `kind`; a GPU holds a teacher's only."""
+    from training.ngram import MOST_TOKENS
+    from training.ngram_teacher import FREQUENT
+
+    counted = min(tokens, MOST_TOKENS)
+    teacher = counted * TEACHER_BYTES + 4 * FREQUENT if counted and train.ngram_teacher else 0
+    return teacher + (counted * COUNTS_BYTES if kind == "cpu" else 0)
 
 
 def available_memory(device: torch.device) -> int:
@@ -443,24 +454,31 @@ def named_machine(target: str, train: TrainConfig) -> Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will need; `print_plan` prints it."""
+class Outline:
+    """What is known of a run before anything is measured."""
 
     preset: str
     config: Config  # with the vocabulary filled in
     parts: list[tuple[str, int, int]]  # (component, parameters, bytes), the total last
+    flops_per_token: float
     machine: Machine
     batch_size: int
     grad_accum_steps: int
     tokens_per_step: int
     estimated_bytes: int  # of memory on one device
-    costs: Costs
-    basis: str  # of the speed: measured or assumed
     steps: int  # 0: only time limits the run
     corpus: int  # training tokens, 0 if unknown
-    non_training_s: dict[str, float]  # evaluation, samples, checkpoints
+    val_tokens: int
     data: Path  # where the prepared texts are, or would be
-    price_per_hour: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan(Outline):
+    """What a run will need."""
+
+    costs: Costs
+    basis: str  # of the speed: measured or assumed
+    non_training_s: dict[str, float]  # evaluation, samples, checkpoints
 
     @property
     def tokens_per_s(self) -> float:
@@ -487,17 +505,20 @@ def spec_sheet_estimate(machine: Machine, flops_per_token: float, tokens_per_ste
     return Costs(tokens_per_step * token_s, eval_s=token_s / 3), basis  # forward alone is a third of training
 
 
-def make_plan(preset: str, config: Config, data: Path | None, target: str, price_per_hour: float = 0.0) -> Plan:
+def make_plan(preset: str, config: Config, data: Path | None, target: str) -> Plan:
     """Work out what a run needs. Raises ConfigError if it cannot fit.
 
-    data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance. price_per_hour: of
-    the target, in any currency; 0 leaves the cost out.
+    data: the prepared texts; None: the preset's own. target: `here`, a GPU's name or an AWS instance.
     """
+    return completed(outline(preset, config, data, target))
+
+
+def outline(preset: str, config: Config, data: Path | None, target: str) -> Outline:
+    """The part of `make_plan` that takes no measuring."""
     import torch
 
     from corpus.preparation import default_out
     from model import GPT
-    from storage.shards import MANIFEST
     from training.schedule import total_steps
     from training.step import grad_accum_steps
 
@@ -509,10 +530,12 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     machine = this_machine(train) if target == "here" else named_machine(target, train)
 
     # 2 memory, and with it the batch
+    corpus, val_tokens = corpus_tokens(preset, config, data)
+    counts = counts_memory(train, corpus, machine.kind)
     shards = machine.world if train.parallel == "fsdp" else 1
     fits = (machine.precision, machine.kind, shards)
-    batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory, *fits)
-    need = memory_needed(model, train, max(1, batch), *fits).total
+    batch = train.batch_size or fitting_batch(model, train, machine.world, machine.memory - counts, *fits)
+    need = memory_needed(model, train, max(1, batch), *fits).total + counts
     if not batch or need > machine.memory:
         message = out_of_memory_message(
             model, train, max(1, batch), machine.memory, machine.precision, machine.kind, machine.world
@@ -521,74 +544,45 @@ def make_plan(preset: str, config: Config, data: Path | None, target: str, price
     accumulate = grad_accum_steps(train, batch, model.block_size, machine.world)
     tokens_per_step = accumulate * batch * machine.world * model.block_size
 
-    # 3 time
-    corpus, val_tokens = corpus_tokens(preset, config, data)
+    # 3 the number of steps
     per_epoch = max(1, math.ceil(corpus / model.block_size))
     steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
-    if machine.gpu:
-        costs, basis = spec_sheet_estimate(machine, gpt.flops_per_token(), tokens_per_step)
-    else:
-        folder = data or default_out(preset)
-        taught = folder if (folder / MANIFEST).is_file() else None
-        costs = measure_here(config, batch, accumulate, machine.precision, data=taught)
-        basis = "measured over a few steps"
-    epochs = steps * tokens_per_step / corpus if corpus else 0.0
-    return Plan(
+    return Outline(
         preset,
         config,
         gpt.report(),
+        gpt.flops_per_token(),
         machine,
         batch,
         accumulate,
         tokens_per_step,
         need,
-        costs,
-        basis,
         steps,
         corpus,
-        non_training_time(train, steps, epochs, val_tokens, costs),
+        val_tokens,
         data or default_out(preset),
-        price_per_hour,
     )
 
 
-def print_plan(plan: Plan) -> None:
-    """Print a plan on standard output."""
-    from training.metrics import duration
+def completed(known: Outline) -> Plan:
+    """An outline with what a run costs: measured on this machine, or from the data sheet of another."""
+    from storage.shards import MANIFEST
 
-    machine, costs, train = plan.machine, plan.costs, plan.config.train
-    print(f"{plan.preset}: {plan.config.description}")
-    for name, count, size in plan.parts:
-        print(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")
-    if machine.warning:
-        print(f"note: {machine.warning}")
-    print(
-        f"on {machine.label}, {machine.precision}: micro-batch {plan.batch_size} x {plan.grad_accum_steps} accumulated = "
-        f"{plan.tokens_per_step:,} tokens a step"
-    )
-    room, estimate = gigabytes(machine.memory), gigabytes(plan.estimated_bytes)
-    if costs.peak_bytes is not None:
-        print(f"memory: {gigabytes(costs.peak_bytes)} measured of {room} free (estimated {estimate})")
+    if known.machine.gpu:
+        costs, basis = spec_sheet_estimate(known.machine, known.flops_per_token, known.tokens_per_step)
     else:
-        print(f"memory: about {estimate} of {room} a GPU")
-    print(f"speed: {plan.tokens_per_s:,.0f} tokens/s ({plan.basis})")
-    if not plan.steps:
-        tokens = plan.tokens_per_s * train.max_minutes * 60
-        print(f"time limit: {train.max_minutes:g} minutes, about {tokens:,.0f} tokens")
-        return
-    tokens = plan.steps * plan.tokens_per_step
-    passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.non_training_s.items() if seconds >= 1)
-    including = f" (including {parts})" if parts else ""
-    print(f"time: {duration(plan.total_s)} for {plan.steps:,} steps, {tokens:,} tokens{passes}{including}")
-    if train.max_minutes and plan.total_s > train.max_minutes * 60:
-        done = train.max_minutes * 60 / plan.total_s
-        print(f"note: --train.max-minutes {train.max_minutes:g} ends it after {done:.0%} of that")
-    if plan.price_per_hour:
-        print(f"cost: {plan.total_s / 3600 * plan.price_per_hour:,.2f} at {plan.price_per_hour:g} an hour")
-    if not plan.corpus:
-        print(f"note: no prepared texts in {plan.data} yet, so epochs are not counted")
+        taught = known.data if (known.data / MANIFEST).is_file() else None
+        costs = measure_here(
+            known.config, known.batch_size, known.grad_accum_steps, known.machine.precision, data=taught
+        )
+        basis = "measured over a few steps"
+    epochs = known.steps * known.tokens_per_step / known.corpus if known.corpus else 0.0
+    elsewhere = non_training_time(known.config.train, known.steps, epochs, known.val_tokens, costs)
+    return Plan(**vars(known), costs=costs, basis=basis, non_training_s=elsewhere)
 
 
 if __name__ == "__main__":
+    from cli import help_alone
+
+    help_alone(__doc__)
     print(json.dumps(benchmark_steps(json.load(sys.stdin))))

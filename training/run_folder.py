@@ -95,7 +95,7 @@ def prepared(folder: Path | None, preset: str) -> Path:
         if not (folder / "manifest.json").is_file():
             raise ConfigError(
                 [
-                    f"--data {folder}: no manifest.json there: prepare it with `python prepare_data.py --input … --out {folder}`"
+                    f"--data {folder}: no manifest.json there: prepare it with `python prepare_data.py --input my_books/ --out {folder}`"
                 ]
             )
         return folder
@@ -106,8 +106,8 @@ def prepared(folder: Path | None, preset: str) -> Path:
     if not source and not (target / "manifest.json").is_file():
         raise ConfigError(
             [
-                f"--preset {preset} has no texts of its own: prepare yours with `python prepare_data.py --input … "
-                f"--out data/mine` and add --data data/mine"
+                f"--preset {preset} has no texts of its own: prepare yours with `python prepare_data.py "
+                f"--input my_books/ --out data/mine` and add --data data/mine"
             ]
         )
     local = source.endswith(".txt")

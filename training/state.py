@@ -29,8 +29,9 @@ from storage.atomic import atomic_write_text
 from tokenizer import Tokenizer
 from training import plan
 from training.checkpointing import CheckpointWriter, InitialState, Progress, bits_per_byte
+from training.console import duration
 from training.counting import Counting, rows_of
-from training.metrics import RunLog, Throughput, duration, time_left
+from training.metrics import RunLog, Throughput, time_left
 from training.model_setup import dividing_batch, unsharded_model
 from training.ngram_teacher import SoftTargets, Teacher, teacher_weight
 from training.optimizer import Optimizer
@@ -205,10 +206,12 @@ def announce(state: TrainState, start: InitialState, warnings: list[str]) -> Non
         log.say(f"warning: {warning}")
     parts = f"steps in {state.train.parts} parts" if state.train.parts > 1 else "whole steps"
     splits, steps = data.manifest.splits, f"{state.total_steps:,}" if state.total_steps else "unlimited"
-    log.say(
-        f"run {log.folder}   data {data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens\n"
-        f"device {device_name(state.distributed.device)}, {state.precision}, {parts}   {sizes.tokens_per_step:,} tokens a step, {steps} "
-        f"steps, context {sizes.block_size}"
+    texts = f"{data.folder}: {splits.train.tokens:,} training and {splits.val.tokens:,} validation tokens"
+    device = f"{device_name(state.distributed.device)}, {state.precision}, {parts}"
+    work = f"{sizes.tokens_per_step:,} tokens a step, {steps} steps, context {sizes.block_size}"
+    log.console.note(
+        f"run      {log.folder}\ndata     {texts}\ndevice   {device}\nsteps    {work}",
+        f"run {log.folder}   data {texts}\ndevice {device}   {work}",
     )
     for name, count, size in state.model.report():
         log.say(f"  {name:<20} {count:>13,} parameters {size / 1e6:>9.1f} MB")

@@ -222,7 +222,9 @@ def _spawn(run: Run, arguments: list[str]) -> Run:
 def main(argv: list[str] | None = None) -> int:
     """`python -m ui.training_runs PREPARE-FLAGS --then-train TRAIN-FLAGS`: prepare texts, then become `train.py`."""
     import prepare_data
+    from cli import help_alone
 
+    help_alone(main.__doc__)
     words = sys.argv[1:] if argv is None else argv
     at = words.index("--then-train")
     code = prepare_data.main(words[:at])

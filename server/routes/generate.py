@@ -72,10 +72,11 @@ async def answer(
     settings = service.settings
     request_id = body.request_id or request.state.request_id
     generation = await service.start(body.prompt, body.params(settings, service.defaults), request_id=request_id)
+    before = body.prompt if body.return_full_text else ""
     if body.stream:
-        chunks = framed(messages(generation, settings.flush_ms / 1000), frame)
+        chunks = framed(messages(generation, settings.flush_ms / 1000, before), frame)
         return StreamResponse(chunks, [generation], media_type, settings.stall_s)
-    return await whole_answer(request, [generation], lambda: generate_reply(generation, service.name))
+    return await whole_answer(request, [generation], lambda: generate_reply(generation, service.name, before))
 
 
 async def answer_batch(service: Service, request: Request, body: schemas.BatchBody) -> Response:
@@ -85,7 +86,10 @@ async def answer_batch(service: Service, request: Request, body: schemas.BatchBo
     generations = await service.start_all(prompts, params, request.state.request_id, "prompts")
 
     def reply() -> dict[str, Any]:
-        results = [generate_reply(generation, service.name) for generation in generations]
+        before = body.prompts if body.return_full_text else [""] * len(body.prompts)
+        results = [
+            generate_reply(generation, service.name, text) for generation, text in zip(generations, before, strict=True)
+        ]
         return {"results": results, "usage": total_usage(generations), "model": service.name}
 
     return await whole_answer(request, generations, reply)

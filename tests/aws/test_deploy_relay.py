@@ -15,7 +15,7 @@ import deploy_relay
 import pytest
 from deploy_relay import main, package, template
 
-from config import GenerationParams
+from config import FINISH_SENTENCE, GenerationParams
 from support.helpers import ROOT
 
 OUTPUTS = {"Url": "wss://api.execute-api.eu-west-1.amazonaws.com/prod", "ApiId": "api", "TokensTable": "tokens"}
@@ -107,7 +107,9 @@ def values(given: dict[str, Any]) -> dict[str, Any]:
 def test_the_package_holds_the_handlers_and_is_reproducible() -> None:
     with zipfile.ZipFile(io.BytesIO(package())) as archive:
         assert set(archive.namelist()) == {*deploy_relay.FILES, "limits.json"}
-        assert json.loads(archive.read("limits.json")) == GenerationParams.model_json_schema()["properties"]
+        schemas = GenerationParams.model_json_schema()["properties"]
+        schemas["finish_sentence"]["default"] = FINISH_SENTENCE
+        assert json.loads(archive.read("limits.json")) == schemas
         assert archive.read("relay.py") == (ROOT / "lambda" / "relay.py").read_bytes()
     assert package() == package()
     assert "CodeUri: s3://b/k.zip" in template("s3://b/k.zip") and "../build" not in template("s3://b/k.zip")

@@ -24,7 +24,7 @@ from inference.engine import Engine
 from support.helpers import ROOT
 from support.tiny_models import random_model, save, shape, tiny_tokenizer
 
-ENDLESS = {"logit_bias": {str(tiny_tokenizer().eot): -100}}  # texts that only their length ends
+ENDLESS = {"logit_bias": {str(tiny_tokenizer().eot): -100}, "finish_sentence": 0}  # texts that only their length ends
 
 
 @pytest.fixture(scope="module")

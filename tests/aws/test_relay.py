@@ -408,19 +408,24 @@ def test_a_worker_that_dies_is_told(container: FakeContainer) -> None:
 
 
 def test_an_allowance_for_a_day_is_kept(container: FakeContainer) -> None:
+    plain = {"finish_sentence": 0}
     with Stack(container.url) as stack:
         stack.admit("local", "local", daily=50)
-        assert generate(stack, "a", max_tokens=30)[-1]["type"] == "complete"
-        refused = generate(stack, "b", max_tokens=30)[-1]["error"]
+        asked = {"max_tokens": 30, "finish_sentence": 30}  # all that may be written is reserved
+        assert generate(stack, "0", **asked)[-1]["error"]["code"] == "allowance_exceeded"
+        assert generate(stack, "a", max_tokens=30, **plain)[-1]["type"] == "complete"
+        refused = generate(stack, "b", max_tokens=30, **plain)[-1]["error"]
         assert refused["code"] == "allowance_exceeded" and "today's 50" in refused["message"]
-        assert generate(stack, "c", max_tokens=20)[-1]["type"] == "complete"
+        assert generate(stack, "c", max_tokens=20, **plain)[-1]["type"] == "complete"
         container.fault = "error_amid"
         stack.admit("local", "local", daily=100)
-        assert generate(stack, "d", max_tokens=50)[-1]["type"] == "error"
+        assert generate(stack, "d", max_tokens=50, **plain)[-1]["type"] == "error"
         container.fault = ""
         wait_for(lambda: not stack.functions.running)
-        assert generate(stack, "e", max_tokens=47)[-1]["type"] == "complete", "what was not written was given back"
-        assert generate(stack, "f", max_tokens=1)[-1]["type"] == "error"
+        assert generate(stack, "e", max_tokens=47, **plain)[-1]["type"] == "complete", (
+            "what was not written was given back"
+        )
+        assert generate(stack, "f", max_tokens=1, **plain)[-1]["type"] == "error"
 
 
 def test_fifty_clients_at_once(stack: Stack, container: FakeContainer) -> None:

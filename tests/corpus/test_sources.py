@@ -239,7 +239,7 @@ def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked = sum(hub.asked.values())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("pg19", HubSelection()) == first
-    with pytest.raises(SourceError, match=r"--source tinystories: HF_HUB_OFFLINE is set .* give --input PATH"):
+    with pytest.raises(SourceError, match=r"--source tinystories: HF_HUB_OFFLINE is set .* take files of your own"):
         fetch("tinystories", HubSelection())
     assert sum(hub.asked.values()) == asked
     first[2].path.unlink()  # one of two training files
@@ -255,7 +255,10 @@ def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run("--preset", "story-nano", "--out", tmp_path / "none") == 1
     shown = capsys.readouterr().err
     assert f"--source tinystories: cannot fetch it from {nowhere}" in shown
-    assert "set HF_ENDPOINT to a mirror, or fetch the files elsewhere and give --input PATH" in shown
+    assert (
+        "set HF_ENDPOINT to a mirror, or fetch the files elsewhere; with files of your own: `python prepare_data.py"
+        in shown
+    )
 
 
 def test_a_data_set_that_changes_is_not_mixed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +281,7 @@ def test_tiny_shakespeare_is_checked(hub: Hub, tmp_path: Path, monkeypatch: pyte
     for wrong in (good.__class__(url, "play.txt", len(play), "0" * 64), good.__class__(url + "x", "play.txt", 1, "")):
         monkeypatch.setitem(sources.NAMED, "tinyshakespeare", wrong)
         assert run("--preset", "shakespeare-char", "--out", tmp_path / "out") == 1
-        assert "fetch it yourself and give --input play.txt" in capsys.readouterr().err
+        assert "or fetch it elsewhere, as play.txt" in capsys.readouterr().err
         assert not list(tmp_path.rglob("play*"))
     monkeypatch.setitem(sources.NAMED, "tinyshakespeare", good)
     hub.busy = hub.cuts = 1

@@ -14,6 +14,7 @@ from inference.compiled import CompiledStep
 from inference.decoder import BatchDecoder, Event, Sequence
 from model import GPT
 from support.tiny_models import random_model, shape, tiny_tokenizer
+from tokenizer import char_tokenizer
 
 
 class Asked:
@@ -49,6 +50,7 @@ RAGGED = [
     Asked("times", xtc_probability=0.5, xtc_threshold=0.05, max_tokens=50),
     Asked("times", top_n_sigma=1.5, top_k=0, temperature=2.0, max_tokens=50),
     Asked("times", typical_p=0.5, top_k=0, max_tokens=50),
+    Asked("times", logit_bias={14: 6.0, 221: 6.0}, finish_sentence=40, max_tokens=9),
 ]
 
 
@@ -304,3 +306,43 @@ def test_a_long_prompt_delays_the_others_by_one_chunk_a_step(monkeypatch: pytest
         batch.step()
         assert len(quick.output_ids) == before + 1
         assert bool(slow.output_ids) == (step == 5)
+
+
+def written(text: str, **values: Any) -> str:
+    """What a sequence shows whose model finds `text` likeliest, a character a token, and then only the letter x."""
+    tokenizer = char_tokenizer([text + "x"], 1)
+    params = GenerationParams(**{"temperature": 0.0, "repetition_penalty": 1.0, **values})
+    sequence = Sequence(tokenizer, tokenizer.encode("x"), params, seed=0, index=0, context=1000)
+    shown = ""
+    for id in tokenizer.encode(text + "x" * 500):
+        for event in sequence.sample_next(np.eye(tokenizer.vocab_size, dtype=np.float32)[id]):
+            shown += event.text
+        if sequence.finish_reason:
+            assert sequence.finish_reason == "length" and sequence.usage()["completion_tokens"] == len(shown)
+            return shown
+    raise AssertionError("the text does not end")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "wanted"),
+    [
+        ("He came. She went. They", 3, "He came."),
+        ("He came. She went. They", 8, "He came."),  # as long as its sentence
+        ("He came. She went. They", 9, "He came. "),  # what ends it has been written
+        ("He came. She went. They", 10, "He came. She went."),
+        ("“Go!” she said. “No.” Then", 4, "“Go!”"),
+        ("“Go. Go (at once!)” she said", 6, "“Go. Go (at once!)”"),
+        ("So Mr. Pip and Mrs. J. Joe slept… Then", 2, "So Mr. Pip and Mrs. J. Joe slept…"),
+        ("At 3.5 p.m. they", 3, "At 3.5 p.m."),
+        ("No, said I. Then", 3, "No, said I."),
+        ("Done.\n\nCHAPTER II", 2, "Done."),
+    ],
+)
+def test_a_text_ends_with_its_sentence(text: str, tokens: int, wanted: str) -> None:
+    assert written(text, max_tokens=tokens, finish_sentence=60) == wanted
+    assert written(text, max_tokens=tokens, finish_sentence=0) == text[:tokens]
+
+
+def test_a_sentence_without_an_end_takes_a_bounded_number_of_tokens() -> None:
+    assert written("and so", max_tokens=4, finish_sentence=9) == "and soxxxxxxx"
+    assert written("and so.", max_tokens=4, finish_sentence=3) == "and so."

@@ -14,12 +14,16 @@ import torch
 from starlette.testclient import TestClient
 
 import api
-from config import GenerationParams
+from config import FINISH_SENTENCE, GenerationParams
 from inference.engine import Engine
 from inference.quantize import load_for_writing
 from inference.writing import generate
 from model import GPT
+from sampling import sentence_end
+from server import schemas
+from server.client_bodies import CompletionBody, KoboldBody, LlamaBody
 from server.service import Service
+from storage.gpt2_format import folder_defaults
 from support.api_support import (
     PARAMS,
     PROMPT,
@@ -135,6 +139,49 @@ def test_one_seed_one_text_with_every_filter(client: TestClient, model: GPT, tok
     found = surfaces(client, **FILTERED)
     assert len(terminal) > 10 and found == dict.fromkeys(found, terminal)
     assert terminal != generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS))[0].text
+
+
+def test_the_prompt_comes_with_the_text_on_request(client: TestClient) -> None:
+    plain = surfaces(client)["rest"]
+    body = {"prompt": PROMPT, "n": 2, "return_full_text": True, **PARAMS}
+    whole = client.post("/generate", json=body).json()
+    assert whole["generated_text"] == whole["samples"][0]["text"] == PROMPT + plain
+    assert whole["samples"][1]["text"].startswith(PROMPT) and whole["samples"][0]["tokens"] == PARAMS["max_tokens"]
+    assert client.post("/invocations", json=body).json()["generated_text"] == PROMPT + plain
+    lines = client.post("/invocations", json={**body, "stream": True}).text.splitlines()
+    assert texts([json.loads(line) for line in lines])[0] == PROMPT + plain
+    asked = {"prompts": ["x", PROMPT], "return_full_text": True, **PARAMS}
+    results = client.post("/generate/batch", json=asked).json()["results"]
+    assert results[1]["generated_text"] == PROMPT + plain and results[0]["generated_text"].startswith("x")
+    with client.websocket_connect("/ws") as socket:
+        found = socket_messages(socket, body)
+    check_protocol(found, 2)
+    assert texts(found)[0] == PROMPT + plain
+
+
+def test_a_sentence_is_finished_alike_on_every_surface(client: TestClient, model: GPT, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.encode(mark)[0] for mark in (".", " ")]
+    asked: dict[str, Any] = {"max_tokens": 6, "finish_sentence": 60, "logit_bias": {str(id): 5.0 for id in ids}}
+    terminal = generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS | asked))[0]
+    assert 6 <= terminal.tokens < 66 and sentence_end(terminal.text) == len(terminal.text.rstrip()) > 0
+    found = surfaces(client, **asked)
+    assert found == dict.fromkeys(found, terminal.text)
+    shorter = generate(model, tokenizer, PROMPT, GenerationParams(**PARAMS | asked | {"finish_sentence": 0}))[0]
+    assert shorter.tokens == 6 and terminal.text.startswith(shorter.text)
+
+
+def test_sentences_are_finished_where_people_write_and_not_for_clients_that_count_tokens(tmp_path: Path) -> None:
+    usual = folder_defaults(tmp_path)
+    made = [
+        schemas.GenerateBody(prompt="x").params(settings(), usual),
+        schemas.BatchBody(prompts=["x"]).params(settings(), usual),
+        CompletionBody(prompt="x").params(settings()),
+        KoboldBody(prompt="x").params(settings(), usual),
+        LlamaBody(prompt="x").params(settings(), usual),
+        schemas.GenerateBody(prompt="x", finish_sentence=0).params(settings(), usual),
+        KoboldBody(prompt="x", finish_sentence=7).params(settings(), usual),
+    ]
+    assert [params.finish_sentence for params in made] == [FINISH_SENTENCE, FINISH_SENTENCE, 0, 0, 0, 0, 7]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

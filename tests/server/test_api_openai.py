@@ -129,6 +129,12 @@ def test_openai_client_raises_when_a_stream_fails_midway(engine: Engine, monkeyp
         assert until(lambda: engine.stats()["running"] == 0)
 
 
+def beyond_the_bounds_of_a_seed(body: Any) -> bool:
+    """Whether a seed is above its maximum of 2**63 - 1: schemathesis counts some above it as valid, as a float cannot tell."""
+    seeds = [body.get(name) for name in ("seed", "sampler_seed")] if isinstance(body, dict) else []
+    return any(isinstance(seed, int) and seed >= 2**63 for seed in seeds)
+
+
 def test_schemathesis_finds_nothing(engine: Engine) -> None:
     import hypothesis
     import schemathesis
@@ -153,6 +159,7 @@ def test_schemathesis_finds_nothing(engine: Engine) -> None:
                 suppress_health_check=list(HealthCheck),
             )
             def check(case: Any) -> None:
+                hypothesis.assume(not beyond_the_bounds_of_a_seed(case.body))
                 case.call_and_validate()
 
             check()

@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, quants
+from gguf import GGUFReader, Keys, quants
 
-from config import GenerationParams
+from config import SETTINGS, GenerationParams
 from model import sinusoids
+from sampling import FILTERS
 from storage.atomic import CheckpointError
-from storage.gguf import SAMPLERS, gguf_tensors, packed, vocabulary, write_gguf
+from storage.gguf import SAMPLER_OF, SAMPLERS, gguf_tensors, packed, vocabulary, write_gguf
 from support.exports import KINDS, exported
 from support.tiny_models import TEXT, random_model, shape
 from tokenizer import char_tokenizer
 
+UNKEYED = {
+    "typical_p": 0.5,
+    "top_n_sigma": 1.5,
+    "dry_multiplier": 0.8,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+}
 PARAMS = GenerationParams(temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1)
 
 
@@ -28,6 +36,10 @@ def written(path: Path, kind: str, **how: Any) -> GGUFReader:
     model, tokenizer = exported(kind)
     write_gguf(path, model, tokenizer, name="mine", generation=PARAMS, **how)
     return GGUFReader(path)
+
+
+def value_of(path: Path, key: str) -> Any:
+    return value(GGUFReader(path), key)
 
 
 def value(reader: GGUFReader, key: str) -> Any:
@@ -84,6 +96,22 @@ def test_the_settings_and_the_true_context_go_with_it(tmp_path: Path) -> None:
     assert value(reader, "gpt2.context_length") == 128 and value(reader, "general.architecture") == "gpt2"
     assert (value(reader, "general.name"), value(reader, "general.license")) == ("mine", "mit")
     assert value(reader, "general.description") == "Of novels."
+
+
+def test_no_setting_is_forgotten(tmp_path: Path) -> None:
+    """A setting that shapes the text has a key of its own, or the description names it where it is on."""
+    off = {"dry_base", "dry_allowed_length", "dry_sequence_breakers"}  # say nothing while DRY is off
+    keyed = {name for name, setting in SETTINGS.items() if setting.gguf}
+    assert {name for name, setting in SETTINGS.items() if setting.in_presets} - keyed - off == set(UNKEYED)
+    assert set(SAMPLER_OF) == {name for name, _ in FILTERS if SETTINGS[name].in_presets}
+    assert SAMPLERS == "penalties;dry;top_n_sigma;temperature;top_k;top_p;min_p;typ_p;xtc"
+    known = {key.rpartition(".")[2] for name, key in vars(Keys.General).items() if name.startswith("SAMPLING_")}
+    assert {SETTINGS[name].gguf for name in keyed} <= known
+    model, tokenizer = exported("own vocabulary")
+    for name, value in UNKEYED.items():
+        write_gguf(tmp_path / "m.gguf", model, tokenizer, name="m", generation=GenerationParams(**{name: value}))
+        told = value_of(tmp_path / "m.gguf", "general.description")
+        assert told == f"Written best with {name} {value}, which this file cannot set."
 
 
 def test_merges_of_characters_join_their_bytes_from_the_left() -> None:

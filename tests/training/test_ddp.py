@@ -76,7 +76,7 @@ def test_two_processes_equal_one(tiny_data: Path, tmp_path: Path, pair: tuple[Pa
     assert rows(out, "val_loss")[-1]["val_loss"] == pytest.approx(
         rows(tmp_path / "one", "val_loss")[-1]["val_loss"], abs=1e-5
     )
-    assert "128 tokens a step" in text
+    assert "128 tokens a step" in text and "FutureWarning" not in text
     assert load_training(out / "last")["progress"]["windows"] == 5 * 8
 
 

@@ -159,3 +159,12 @@ def test_counts_cannot_start_a_model_that_has_weights(
     flags = ["--init-from", str(undisturbed / "best"), "--train.ngram-start", "--out", str(tmp_path / "run")]
     assert train.main(["--data", str(tiny_data), *flags]) == 2
     assert "--train.ngram-start: --init-from" in capsys.readouterr().err
+
+
+def test_the_card_tells_that_counts_were_used(undisturbed: Path, tiny_data: Path, tmp_path: Path) -> None:
+    assert (
+        "| counted 3 grams | the first weights and a part of the targets |"
+        in (undisturbed / "best" / "README.md").read_text()
+    )
+    assert run(tiny_data, tmp_path / "plain", "--train.max-steps", "1") == 0
+    assert "counted" not in (tmp_path / "plain" / "best" / "README.md").read_text()

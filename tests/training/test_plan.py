@@ -16,6 +16,7 @@ from config import ConfigError, ModelConfig, TrainConfig, load_config
 from support.helpers import TINY_FLAGS
 from training import plan
 from training import step as training_step
+from training.plan_report import show_plan
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, vocab_used=50257)
 SETTINGS = TrainConfig(max_steps=10)
@@ -37,7 +38,34 @@ def test_a_named_machine(capsys: pytest.CaptureFixture[str]) -> None:
     hours = (5532 * 524_288 + evaluation) / speed / 3600
     assert figure(text, r"cost: ([\d.]+) at 20") == pytest.approx(hours * 20, rel=1e-3)
     assert "(including evaluation " in text
-    assert "40% of 2,496 TFLOP/s assumed" in text
+    assert "35% of 2,496 TFLOP/s assumed" in text
+
+
+def test_plan_and_documentation_assume_the_same_utilisation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (plan.ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"| at {plan.MFU:.0%} of it |" in text and f"\n{plan.MFU:.0%} is what good PyTorch code reaches" in text
+    rows = re.findall(r"\| one (\S+), .*? \| [\d.]+(?: PFLOP/s)? \| [\d.]+ \| ([\d,]+) \|", text)
+    assert len(rows) == 4
+    for machine, speed in rows:
+        assert train.main(["--preset", "victorian", "--plan", machine, "--train.precision", "bf16"]) == 0
+        planned = figure(capsys.readouterr().out, r"speed: ([\d,]+) tokens/s")
+        assert planned == pytest.approx(float(speed.replace(",", "")), rel=0.02)
+
+
+def test_what_is_known_is_printed_before_anything_is_measured(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+
+    def measure(*given: object, **more: object) -> plan.Costs:
+        shown.append(capsys.readouterr().out)
+        return plan.Costs(1.0)
+
+    monkeypatch.setattr(plan, "measure_here", measure)
+    show_plan("story-small", load_config("story-small"), tiny_data, "here")
+    for part in ("total", "parameters", "tokens a step", "memory: about ", "steps, "):
+        assert part in shown[0], part
+    assert "speed: " not in shown[0] and "speed: " in capsys.readouterr().out
 
 
 def test_what_cannot_fit_is_refused_with_flags_that_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +124,23 @@ def test_memory_grows_as_it_should() -> None:
     assert need(n_layer=24).activations > 1.8 * base.activations
     assert need(dropout=0.1).activations > base.activations
     assert base.logits < 4 * 1024 * 50304 * 4  # never the whole float32 logits
+
+
+def test_counted_n_grams_need_memory_up_to_a_bound() -> None:
+    taught = SETTINGS.model_copy(update={"ngram_teacher": 4e6})
+    assert plan.counts_memory(SETTINGS, 10**7, "cpu") == 12 * 10**7 and not plan.counts_memory(SETTINGS, 10**7, "cuda")
+    assert plan.counts_memory(taught, 10**7, "cpu") == 34 * 10**7 + 4 * 2**24
+    assert plan.counts_memory(taught, 10**7, "cuda") == 22 * 10**7 + 4 * 2**24
+    assert plan.counts_memory(taught, 10**10, "cpu") == plan.counts_memory(taught, 2**25, "cpu") < 1.3e9
+    assert not plan.counts_memory(taught, 0, "cpu")
+
+
+def test_the_estimate_of_a_plan_has_the_counts(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_here", lambda *args, **more: plan.Costs(1.0))
+    config = load_config(values={"train": {"max_steps": 10, "device": "cpu"}})
+    text = plan.make_plan("sample", config, tiny_data, "here")
+    bare = plan.memory_needed(text.config.model, config.train, text.batch_size, "fp32", "cpu").total
+    assert text.estimated_bytes >= bare + plan.COUNTS_BYTES * text.corpus > bare
 
 
 def test_the_trial_measures_this_machine(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

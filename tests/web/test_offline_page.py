@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,15 @@ import torch
 
 import export
 from checkpoint import load_model
-from config import GenerationParams, ModelConfig
+from config import SETTINGS, GenerationParams, ModelConfig
 from inference.writing import generate
 from model import GPT
-from sampling import sample_seed
-from storage.atomic import CheckpointError
-from storage.web_page import write_page
+from sampling import FILTERS, sample_seed
+from storage.atomic import CheckpointError, read_tensors, write_tensors
+from storage.web_page import WITHOUT, write_page
 from support.exports import KINDS, ODD, exported, story
 from support.helpers import ROOT
-from support.tiny_models import tiny_tokenizer
+from support.tiny_models import save, tiny_tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -94,22 +97,44 @@ def opened(browser: Any, path: Path, link: str = "", context: Any = None, **opti
 
 
 def settings(params: GenerationParams) -> dict[str, Any]:
-    return {**params.model_dump(exclude={"stop"}), "seed": str(params.seed or 0)}
+    return {**params.model_dump(mode="json"), "seed": str(params.seed or 0)}
+
+
+# Each filter alone or with what it works beside, and all at once.
+FILTERED: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_k": 0, "top_p": 1.0},
+    {"top_k": 0, "min_p": 0.02, "temperature": 2.0},
+    {"top_k": 7, "top_p": 0.6},
+    {"top_k": 0, "top_p": 1.0, "typical_p": 0.7},
+    {"top_k": 30, "top_n_sigma": 1.2},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.02},
+    {"repetition_penalty": 1.0, "dry_multiplier": 3.0, "dry_base": 1.5, "dry_allowed_length": 1},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4, "penalty_last_n": 12},
+    {"logit_bias": {"40": 2.5, "41": -100.0, "70000": 1.0}, "keep": 5},
+    {
+        "typical_p": 0.9, "top_n_sigma": 2.5, "xtc_probability": 0.3, "xtc_threshold": 0.05, "dry_multiplier": 0.8,
+        "presence_penalty": -0.3, "frequency_penalty": 0.2, "penalty_last_n": 40, "min_p": 0.01, "keep": 9,
+    },
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_has_the_ids_and_the_words_of_generate(kind: str, browser: Any, folder: Path) -> None:
-    """From short, empty and over-long prompts, beyond the context, with every filter, in a style."""
+    """From short, empty and over-long prompts, beyond the context, with every filter, in a style and in a blend."""
     model, tokenizer = exported(kind)
     text = story() + ODD * (tokenizer.kind != "char")
     styles = ["", *tokenizer.styles]
     few = tokenizer.kind == "gpt2"  # each token of a large vocabulary takes long
-    tries = [(prompt, GREEDY) for prompt in ("It was", "", story()[:3000])]
+    tries = [(prompt, GREEDY) for prompt in ("It was", "", story()[:3000], "\ufeffIt was\r\nthe")]
     tries.append(("It was", GREEDY.model_copy(update={"max_tokens": 20 if few else 150, "style": styles[-1]})))
-    for number, values in enumerate(
-        ({}, {"top_k": 0, "top_p": 1.0}, {"top_k": 0, "min_p": 0.02, "temperature": 2.0}, {"top_k": 7, "top_p": 0.6})
-    ):
-        params = GenerationParams(max_tokens=20 if few else 150, seed=2**60 + number, style=styles[-1], **values)
+    if len(styles) > 2:
+        blend = {"style": f"{styles[1]}:0.7, {styles[2]}:2", "seed": 5}
+        tries += [("It was", GREEDY.model_copy(update=blend)), ("", GenerationParams(max_tokens=40, **blend))]
+        tries.append((story()[:2000], GenerationParams(max_tokens=40, keep=7, **blend)))
+    for number, values in enumerate(FILTERED):
+        count = 20 if few else 150 if number < 2 else 50
+        params = GenerationParams(max_tokens=count, seed=2**60 + number, style=styles[-1], **values)
         tries.append(("It was the best", params))
     with opened(browser, page_of(folder, kind)) as page:
         assert page.evaluate("text => tokenizer.encode(text)", text) == tokenizer.encode(text)
@@ -117,6 +142,121 @@ def test_the_page_has_the_ids_and_the_words_of_generate(kind: str, browser: Any,
             (ours,) = generate(model, tokenizer, prompt, params)
             found = page.evaluate(WRITE, [prompt, settings(params)])
             assert (found["ids"], found["text"]) == (ours.ids, ours.text), (prompt[:20], params)
+
+
+def test_no_setting_and_no_filter_is_forgotten(browser: Any, folder: Path) -> None:
+    """The page's filters are sampling.FILTERS, in order and off where those are; every setting but `n` has a field."""
+    off = {name: setting.off for name, setting in SETTINGS.items()} | {"logit_bias": {}}
+    with opened(browser, page_of(folder, KINDS[0])) as page:
+        assert page.evaluate("FILTERS.map(([name]) => name)") == [name for name, _ in FILTERS]
+        on = "values => FILTERS.filter(([,, filter]) => activeFilters(values).includes(filter)).map(([name]) => name)"
+        assert page.evaluate(on, off) == ["temperature"]
+        for name, _ in FILTERS:
+            changed = {**off, name: {"3": 1.0} if name == "logit_bias" else 0.5}
+            assert page.evaluate(on, changed) == [one for one, _ in FILTERS if one in (name, "temperature")]
+        listed = page.evaluate("[...FIELDS]")
+        assert sorted(listed) == sorted(set(SETTINGS) - set(WITHOUT))
+        held = page.evaluate("settings()")
+    (params,) = [GenerationParams(max_tokens=12)]
+    expected = params.model_dump(mode="json", exclude={"seed", *WITHOUT})
+    assert {name: held[name] for name in expected} == expected
+
+
+def test_stop_strings_cut_the_text_where_generate_does(browser: Any, folder: Path) -> None:
+    model, tokenizer = exported("own vocabulary")
+    free = GenerationParams(max_tokens=80, seed=11)
+    text = generate(model, tokenizer, "It was", free)[0].text
+    with opened(browser, page_of(folder, "own vocabulary")) as page:
+        for stop in (
+            (text[9:12],),
+            (text[20:22], text[15:23]),
+            (text[30:34] + "?", text[40:41]),
+            ("never there",),
+            (text[-3:] + "x",),
+        ):
+            params = free.model_copy(update={"stop": stop})
+            (ours,) = generate(model, tokenizer, "It was", params)
+            assert page.evaluate(WRITE, ["It was", settings(params)])["text"] == ours.text, stop
+        page.fill("#text", "It was")
+        page.fill("#max_tokens", "80")
+        page.fill("#seed", "11")
+        page.locator("#more summary").first.click()
+        page.fill("#stop", r"never\n|" + page.evaluate("text => asLine([text])", text[20:22]))
+        page.click("#continue")
+        wait(page, "A stop phrase ended the text.*from seed 11")
+        params = free.model_copy(update={"stop": ("never\n", text[20:22])})
+        assert page.input_value("#text") == "It was" + generate(model, tokenizer, "It was", params)[0].text
+        ends = page.evaluate("written.map(token => [token.start, token.end])")
+        assert ends[0][0] == 6 and ends[-1][1] <= len(page.input_value("#text"))
+
+
+def test_a_blend_is_chosen_and_carried_by_a_link(browser: Any, folder: Path) -> None:
+    with opened(browser, page_of(folder, "gpt2 styles")) as page:
+        assert page.is_hidden("#blend")
+        page.select_option("#style", label="a blend …")
+        page.fill("#blend", "pip:1, mary:1")
+        page.fill("#text", "It was")
+        page.fill("#max_tokens", "5")
+        page.fill("#seed", "3")
+        page.click("#continue")
+        wait(page, "“mary” is none of this model's: it has pip, joe")
+        page.fill("#blend", "pip:1, joe:3")
+        page.click("#continue")
+        wait(page, "from seed 3")
+        text = page.input_value("#text")
+        link = "#" + page.evaluate("address()").split("#", 1)[1]
+    model, tokenizer = exported("gpt2 styles")
+    params = GenerationParams(max_tokens=5, seed=3, style="pip:1,joe:3")
+    assert text == "It was" + generate(model, tokenizer, "It was", params)[0].text
+    with opened(browser, page_of(folder, "gpt2 styles"), link) as page:
+        assert page.input_value("#blend") == "pip:1, joe:3" and page.is_visible("#blend")
+        page.click("#continue")
+        wait(page, "from seed 3")
+        assert page.input_value("#text") == text
+
+
+def test_a_field_that_cannot_be_is_named_and_a_link_brings_all_settings(browser: Any, folder: Path) -> None:
+    path = page_of(folder, KINDS[0])
+    wrong = {
+        "top_p": ("0", "Top-p 0 is outside 0 to 1"),
+        "min_p": ("1", "Min-p 1 is outside 0 to 1"),
+        "top_k": ("2.5", "Top-k 2.5 is no whole number"),
+        "logit_bias": ("3:1000", "Logit bias 3:1000 is not like"),
+        "stop": ("|".join("abcdefghijklmnopq"), "is more than 16 phrases"),
+    }
+    context = browser.new_context()
+    with opened(browser, path, context=context) as page:
+        page.fill("#text", "It was")
+        for name, (value, message) in wrong.items():
+            before = page.input_value(f"#{name}")
+            page.evaluate("([name, value]) => { at(name).value = value; }", [name, value])
+            page.click("#continue")
+            wait(page, message)
+            assert page.is_visible(f"#{name}") and page.input_value("#text") == "It was"
+            page.fill(f"#{name}", before)
+        changed = {
+            "dry_multiplier": "0.8",
+            "dry_sequence_breakers": r"\n|a\|b|\\",
+            "logit_bias": "3:1.5, 4:-2",
+            "keep": "3",
+        }
+        for name, value in changed.items():
+            page.evaluate("([name, value]) => { at(name).value = value; }", [name, value])
+        held = page.evaluate("settings()")
+        assert held["dry_sequence_breakers"] == ["\n", "a|b", "\\"] and held["logit_bias"] == {"3": 1.5, "4": -2}
+        page.fill("#seed", "8")
+        page.click("#continue")
+        wait(page, "from seed 8")
+        text, link = page.input_value("#text"), "#" + page.evaluate("address()").split("#", 1)[1]
+    assert "typical_p" not in link and "dry_multiplier=0.8" in link
+    with opened(browser, path, context=context) as page:  # a reader with settings of her own
+        page.evaluate("at('presence_penalty').value = '1'; keep()")
+    with opened(browser, path, link, context=context) as page:
+        assert page.input_value("#presence_penalty") == "0"
+        page.click("#continue")
+        wait(page, "from seed 8")
+        assert page.input_value("#text") == text
+    context.close()
 
 
 def test_characters_that_the_model_lacks_are_named(browser: Any, folder: Path) -> None:
@@ -184,7 +324,7 @@ def test_writing_undoing_and_trying_again(browser: Any, folder: Path) -> None:
 
         page.fill("#max_tokens", "5000")
         page.click("#continue")
-        assert page.is_visible("#stop")
+        assert page.is_visible("#halt")
         page.keyboard.press("Escape")
         wait(page, "Stopped")
         assert page.is_visible("#continue") and page.locator("#text").get_attribute("readonly") is None
@@ -264,6 +404,81 @@ def test_names_texts_and_links_are_never_markup(browser: Any, folder: Path) -> N
         page.click("#continue")
         wait(page, "from seed")
         assert page.input_value("#text").startswith(MARKUP) and page.locator("img, b").count() == 0
+
+
+@contextmanager
+def served(place: Path) -> Iterator[str]:
+    """A plain static server for a folder; its address."""
+    handler = partial(QuietHandler, directory=str(place))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def as_folder(place: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Export a model with a style as a folder; the model and its tokenizer, as loaded again."""
+    model, tokenizer = exported("characters with a style")
+    source = save(place.parent / f"{place.name}-model", model, tokenizer)
+    weights = {name: tensor.to(dtype) for name, tensor in read_tensors(source / "model.safetensors").items()}
+    write_tensors(place.parent / "copy", weights)
+    os.replace(place.parent / "copy", source / "model.safetensors")
+    (source / "checksums.json").unlink(missing_ok=True)
+    assert export.main(["--model", str(source), "--to", "html", "--folder", "--out", str(place)]) == 0
+    return load_model(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_folder_on_a_static_host_asks_for_its_own_two_files(browser: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    model, tokenizer = as_folder(tmp_path / "page", dtype)
+    asked: list[str] = []
+    faults: list[str] = []
+    with served(tmp_path / "page") as address:
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text))
+        page.goto(address)
+        wait(page, r"^Ready\.$")
+        for params in (GREEDY, GenerationParams(max_tokens=60, seed=4, style="pip")):
+            (ours,) = generate(model, tokenizer, "It was", params)
+            assert page.evaluate(WRITE, ["It was", settings(params)])["text"] == ours.text
+        assert asked == [address, f"{address}model.safetensors"] and not faults
+        other = page.evaluate("fetch('https://example.invalid/').then(() => 'went', () => 'held back')")
+        assert other == "held back" and "Content Security Policy" in faults[0]
+        page.close()
+
+
+def test_a_folder_whose_file_is_missing_cut_or_another_says_so(browser: Any, tmp_path: Path) -> None:
+    as_folder(tmp_path / "page")
+    weights = tmp_path / "page" / "model.safetensors"
+    whole = weights.read_bytes()
+    with served(tmp_path / "page") as address:
+        for content in (None, whole[:-9], whole[:-1] + b"x"):
+            weights.unlink(missing_ok=True)
+            if content is not None:
+                weights.write_bytes(content)
+            page = browser.new_page()
+            page.goto(address)
+            wait(page, "model.safetensors beside this page is missing, or is not the one")
+            assert page.is_disabled("#continue") and page.input_value("#text") == ""
+            page.close()
+
+
+def test_a_folder_opened_from_a_file_says_that_it_needs_a_host(browser: Any, tmp_path: Path) -> None:
+    as_folder(tmp_path / "page")
+    asked: list[str] = []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "page" / "index.html").as_uri())
+    wait(page, "Put both on a web host, or have the one-file page made: python export.py --to html")
+    assert len(asked) == 1 and page.is_disabled("#continue")
+    page.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from config import ConfigError, preset_names, preset_values
-from training.metrics import duration
+from training.console import duration
 from ui import state, training_runs
 from ui.charts import CURVES, curve_chart, loss_chart, run_frame
 from ui.training_runs import Run, TrainingError

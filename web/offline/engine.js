@@ -1,6 +1,6 @@
 "use strict";
-// A GPT-2 in one file: its vocabulary, its forward pass and its sampling, as tokenizer.py, model.py, sampling.py and
-// inference/decoder.py have them. Nothing here touches the page or the network; Node runs it as it is.
+// A GPT-2: its vocabulary, its forward pass and its writing, as tokenizer.py, model.py and inference/decoder.py have them.
+// Nothing here touches the page or the network; with sampling.js before it, Node runs it as it is.
 
 // ---- One kernel in WebAssembly -------------------------------------------------------------------------------------
 // y[r] = sum of w[r][c] * x[c], 16 numbers a turn in four SIMD sums. In the text format:
@@ -108,13 +108,22 @@ function float16(bits) {
   return halves[bits];
 }
 
-/** The numbers in little-endian bytes of type "f16" or "f32". */
+/** The numbers in little-endian bytes of type "f16", "bf16" or "f32". */
 function decodeNumbers(bytes, type) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const found = new Float32Array(bytes.byteLength / (type === "f16" ? 2 : 4));
+  const found = new Float32Array(bytes.byteLength / (type === "f32" ? 4 : 2)), bits = new Uint32Array(found.buffer);
   for (let at = 0; at < found.length; at++) {
-    found[at] = type === "f16" ? float16(view.getUint16(2 * at, true)) : view.getFloat32(4 * at, true);
+    if (type === "f32") found[at] = view.getFloat32(4 * at, true);
+    else if (type === "f16") found[at] = float16(view.getUint16(2 * at, true));
+    else bits[at] = view.getUint16(2 * at, true) << 16; // the upper half of a float32
   }
+  return found;
+}
+
+/** A matrix [columns, rows] as [rows, columns]: GPT-2's files hold some of them turned. */
+function turned(numbers, [rows, columns]) {
+  const found = new Float32Array(numbers.length);
+  for (let row = 0; row < rows; row++) for (let n = 0; n < columns; n++) found[row * columns + n] = numbers[n * rows + row];
   return found;
 }
 
@@ -129,11 +138,11 @@ class GPT {
     const C = this.n_embd, D = C / this.n_head;
     this.headSize = D;
     const wide = padded(4 * C) + padded(this.tokens) + 8 * padded(C) + padded(this.block_size) + 64;
-    const store = this.n_layer * this.n_head * (this.block_size * padded(D) + D * padded(this.block_size));
-    let total = wide + store;
+    let total = wide;
     for (const tensor of tensors) total += (tensor.shape[1] ? tensor.shape[0] : 1) * padded(tensor.shape.at(-1));
     this.memory = new WebAssembly.Memory({ initial: Math.ceil((4 * total) / 65536) + 1 });
     this.numbers = new Float32Array(this.memory.buffer);
+    this.plain = plain;
     this.kernel = matrixVector(this.memory, plain);
     this.used = 0;
     this.tensors = new Map();
@@ -154,9 +163,24 @@ class GPT {
     this.out = this.take(padded(C));
     this.wide = this.take(padded(4 * C));
     this.logits = this.take(padded(this.tokens));
-    this.keys = this.take(this.n_layer * this.n_head * this.block_size * padded(D)); // [layer, head, position, channel]
-    this.values = this.take(this.n_layer * this.n_head * D * padded(this.block_size)); // [layer, head, channel, position]
-    this.held = []; // the ids whose keys and values are there
+    this.slots = []; // key-value caches, one for each style of a blend: {keys, values, held}
+    this.slot(0);
+  }
+
+  /** The cache of that number, made on first use. held: the ids whose keys and values are there. */
+  slot(number) {
+    while (this.slots.length <= number) {
+      const { n_layer: L, n_head: H, block_size: T, headSize: D } = this, keys = this.used, values = keys + L * H * T * padded(D);
+      this.used = values + L * H * D * padded(T); // keys [layer, head, position, channel], values [layer, head, channel, position]
+      const short = 4 * (this.used + 16) - this.memory.buffer.byteLength;
+      if (short > 0) {
+        this.memory.grow(Math.ceil(short / 65536));
+        this.numbers = new Float32Array(this.memory.buffer);
+        this.kernel = matrixVector(this.memory, this.plain);
+      }
+      this.slots.push({ keys, values, held: [] });
+    }
+    return this.slots[number];
   }
 
   take(count) {
@@ -184,11 +208,11 @@ class GPT {
     for (let n = 0; n < C; n++) numbers[out + n] = (numbers[x + n] - mean) * scale * numbers[weight + n] + numbers[bias + n];
   }
 
-  attend(layer, position) {
+  attend(layer, position, slot) {
     const { numbers, kernel, n_head: H, n_embd: C, headSize: D, block_size: T, qkv, query, scores } = this;
     const Dp = padded(D), Tp = padded(T), seen = position + 1, used = padded(seen), scale = 1 / Math.sqrt(D);
     for (let head = 0; head < H; head++) {
-      const keys = this.keys + (layer * H + head) * T * Dp, values = this.values + (layer * H + head) * D * Tp;
+      const keys = slot.keys + (layer * H + head) * T * Dp, values = slot.values + (layer * H + head) * D * Tp;
       for (let n = 0; n < D; n++) {
         numbers[query + n] = numbers[qkv + head * D + n] * scale;
         numbers[keys + position * Dp + n] = numbers[qkv + C + head * D + n];
@@ -204,9 +228,9 @@ class GPT {
     }
   }
 
-  /** Read one more token; its logits [tokens] (a view, until the next call) if `wanted`. */
-  forward(id, wanted) {
-    const { numbers, x, n_embd: C } = this, position = this.held.length;
+  /** Read one more token into a cache; its logits [tokens] (a view, until the next call) if `wanted`. */
+  forward(id, wanted, number = 0) {
+    const slot = this.slot(number), { numbers, x, n_embd: C } = this, position = slot.held.length;
     const words = this.tensors.get("token_embd.weight"), places = this.tensors.get("position_embd.weight");
     for (let n = 0; n < C; n++) {
       numbers[x + n] = numbers[words.start + id * words.stride + n] + numbers[places.start + position * places.stride + n];
@@ -215,7 +239,7 @@ class GPT {
       const block = `blk.${layer}`;
       this.norm(`${block}.attn_norm`);
       this.multiply(`${block}.attn_qkv`, this.normed, this.qkv);
-      this.attend(layer, position);
+      this.attend(layer, position, slot);
       this.multiply(`${block}.attn_output`, this.mixed, this.out);
       for (let n = 0; n < C; n++) numbers[x + n] += numbers[this.out + n];
       this.norm(`${block}.ffn_norm`);
@@ -227,18 +251,19 @@ class GPT {
       this.multiply(`${block}.ffn_down`, this.wide, this.out);
       for (let n = 0; n < C; n++) numbers[x + n] += numbers[this.out + n];
     }
-    this.held.push(id);
+    slot.held.push(id);
     if (!wanted) return null;
     this.norm("output_norm");
     this.multiply(this.tensors.has("output.weight") ? "output" : "token_embd", this.normed, this.logits);
     return numbers.subarray(this.logits, this.logits + this.tokens);
   }
 
-  /** Keep of what is held the beginning that `ids` share, all but their last; returns how many need not be read. */
-  keep(ids) {
+  /** Keep of what a cache holds the beginning that `ids` share, all but their last; returns how many need not be read. */
+  keep(ids, number = 0) {
+    const { held } = this.slot(number);
     let same = 0;
-    while (same < Math.min(this.held.length, ids.length - 1) && this.held[same] === ids[same]) same++;
-    this.held.length = same;
+    while (same < Math.min(held.length, ids.length - 1) && held[same] === ids[same]) same++;
+    held.length = same;
     return same;
   }
 }
@@ -247,6 +272,12 @@ class GPT {
 
 const SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"; // Unicode White_Space
 const WORDS = `'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^${SPACE}\\p{L}\\p{N}]+|[${SPACE}]+(?![^${SPACE}])|[${SPACE}]`;
+
+/** A style's name: lower-case letters and digits without accents, joined by hyphens, as config.style_name. */
+function slug(text) {
+  const plain = text.toLowerCase().normalize("NFKD").replace(/\p{Mn}/gu, "");
+  return plain.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+}
 
 class Tokenizer {
   /** facts: {kind, eot, start, styles: {name: id}, controls: [id]}. pieces: the bytes of each id, none for controls. */
@@ -259,6 +290,7 @@ class Tokenizer {
       if (piece.length) this.ids.set(this.kind === "char" ? text.decode(piece) : String.fromCharCode(...piece), id);
     });
     this.known = new Map(); // words already merged
+    this.found = new Map(); // ids of strings at which DRY's passages end
   }
 
   encode(text) {
@@ -325,213 +357,122 @@ class Tokenizer {
     };
   }
 
+  /** [control id, share] of each style that `dickens:0.7,austen:0.3` names, as tokenizer.blend; the shares sum to 1. */
+  blend(style) {
+    const shares = new Map();
+    for (const part of style.split(",").filter((part) => part.trim())) {
+      const [, own, colon, weight] = /^([^:]*)(:?)(.*)$/s.exec(part), name = slug(own), share = colon ? Number(weight.trim() || NaN) : 1;
+      if (!name || !(share > 0 && share < Infinity)) {
+        throw new Error(`Style “${part.trim()}”: write NAME or NAME:WEIGHT with a weight above 0, like dickens:0.7.`);
+      }
+      shares.set(name, (shares.get(name) ?? 0) + share);
+    }
+    if (shares.size > 4) throw new Error(`${shares.size} styles are too many: at most 4 can be blended.`);
+    const total = [...shares.values()].reduce((a, b) => a + b, 0), found = new Map(), known = Object.keys(this.styles);
+    for (const [name, share] of shares) {
+      const words = name.split("-");
+      const fit = known.includes(name) ? [name] : known.filter((own) => words.every((word) => own.split("-").includes(word)));
+      if (fit.length !== 1) throw new Error(`Style “${name}” is ${fit.length ? "several" : "none"} of this model's: it has ${known.join(", ") || "none"}.`);
+      found.set(this.styles[fit[0]], (found.get(this.styles[fit[0]]) ?? 0) + share / total);
+    }
+    return [...found];
+  }
+
+  /** Ids whose bytes hold one of `strings`; of a string that no single id holds, the last id it encodes to. */
+  breakers(strings) {
+    const key = JSON.stringify(strings);
+    if (!this.found.has(key)) this.found.set(key, new Set(strings.flatMap((text) => this.holding(text))));
+    return this.found.get(key);
+  }
+
+  holding(text) {
+    const latin1 = (bytes) => bytes.reduce((made, byte) => made + String.fromCharCode(byte), ""); // a letter a byte
+    const wanted = latin1(new TextEncoder().encode(text));
+    const ids = [...this.pieces.keys()].filter((id) => latin1(this.pieces[id]).includes(wanted));
+    try {
+      return ids.length ? ids : this.encode(text).slice(-1);
+    } catch {
+      return []; // a small alphabet may lack its characters: it never occurs then
+    }
+  }
+
   text(id) {
     return new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.pieces[id]);
   }
 }
 
-// ---- Chance --------------------------------------------------------------------------------------------------------
-
-/** The generator's seed of one sample: the low 32 bits of SplitMix64 (Steele et al. 2014), as sampling.sample_seed. */
-function seedOf(seed, index = 0) {
-  const mask = (1n << 64n) - 1n;
-  let z = (BigInt(seed) + BigInt(index + 1) * 0x9e3779b97f4a7c15n) & mask;
-  z = ((z ^ (z >> 30n)) * 0xbf58476d1ce4e5b9n) & mask;
-  z = ((z ^ (z >> 27n)) * 0x94d049bb133111ebn) & mask;
-  return Number((z ^ (z >> 31n)) & 0xffffffffn);
-}
-
-/** torch.rand in float64 on a CPU: MT19937 (Matsumoto & Nishimura 1998), 53 bits of two words, the high one first. */
-class Generator {
-  constructor(seed) {
-    this.state = new Uint32Array(624);
-    this.state[0] = seed;
-    for (let n = 1; n < 624; n++) {
-      const last = this.state[n - 1] ^ (this.state[n - 1] >>> 30);
-      this.state[n] = Math.imul(1812433253, last) + n;
-    }
-    this.at = 624;
-  }
-
-  word() {
-    const { state } = this;
-    if (this.at === 624) {
-      for (let n = 0; n < 624; n++) {
-        const bits = (state[n] & 0x80000000) | (state[(n + 1) % 624] & 0x7fffffff);
-        state[n] = state[(n + 397) % 624] ^ (bits >>> 1) ^ (bits & 1 ? 0x9908b0df : 0);
-      }
-      this.at = 0;
-    }
-    let y = state[this.at++];
-    y ^= y >>> 11;
-    y ^= (y << 7) & 0x9d2c5680;
-    y ^= (y << 15) & 0xefc60000;
-    return (y ^ (y >>> 18)) >>> 0;
-  }
-
-  random() {
-    const high = this.word(), low = this.word();
-    return ((high & 0x1fffff) * 4294967296 + low) / 9007199254740992;
-  }
-}
-
-const f32 = Math.fround;
-
-/** Sum in float32 in the order of numpy's pairwise summation. */
-function pairwise(values, start = 0, count = values.length) {
-  if (count < 8) {
-    let sum = 0;
-    for (let n = 0; n < count; n++) sum = f32(sum + values[start + n]);
-    return sum;
-  }
-  if (count <= 128) {
-    const sums = Array.from({ length: 8 }, (_, n) => values[start + n]);
-    let at = 8;
-    for (; at + 8 <= count; at += 8) for (let n = 0; n < 8; n++) sums[n] = f32(sums[n] + values[start + at + n]);
-    const [a, b, c, d, e, f, g, h] = sums;
-    let sum = f32(f32(f32(a + b) + f32(c + d)) + f32(f32(e + f) + f32(g + h)));
-    for (; at < count; at++) sum = f32(sum + values[start + at]);
-    return sum;
-  }
-  const half = (count >> 1) & ~7;
-  return f32(pairwise(values, start, half) + pairwise(values, start + half, count - half));
-}
-
-/** softmax in float32 */
-function softmax(values) {
-  let most = -Infinity;
-  for (const value of values) if (value > most) most = value;
-  const powers = Float32Array.from(values, (value) => Math.exp(f32(value - most))), sum = pairwise(powers);
-  return powers.map((power) => power / sum);
-}
-
-/** The ids of the `count` largest logits, falling; of equal ones the larger id first. */
-function largest(logits, count) {
-  const found = []; // falling; short, so that insertion is quick
-  for (let id = 0; id < logits.length; id++) {
-    const value = logits[id];
-    if (found.length === count && !(value >= logits[found[count - 1]])) continue;
-    let place = found.length;
-    while (place && value >= logits[found[place - 1]]) place--;
-    found.splice(place, 0, id);
-    if (found.length > count) found.pop();
-  }
-  return found;
-}
-
-/** {values, ids} of the tokens that may be drawn: repetition penalty, temperature, top-k, top-p, min-p, in that order. */
-function candidates(logits, settings, seen) {
-  const penalty = f32(settings.repetition_penalty), temperature = f32(settings.temperature), N = logits.length;
-  if (penalty !== 1) {
-    logits = logits.slice();
-    for (const id of seen) logits[id] = logits[id] < 0 ? logits[id] * penalty : logits[id] / penalty;
-  }
-  if (settings.temperature < 1e-6) {
-    let best = 0;
-    for (let id = 1; id < N; id++) if (logits[id] > logits[best]) best = id;
-    return { values: [logits[best]], ids: [best] };
-  }
-  let ids, values;
-  if (settings.top_k > 0 && settings.top_k < N) {
-    ids = largest(logits, settings.top_k + 1); // one more, to see whether the last place is shared
-    values = ids.map((id) => f32(logits[id] / temperature));
-    const least = values.at(-2);
-    if (values.at(-1) === least) {
-      ids = [...logits.keys()].filter((id) => f32(logits[id] / temperature) >= least);
-      values = ids.map((id) => f32(logits[id] / temperature));
-    } else {
-      ids.pop();
-      values.pop();
-    }
-  } else {
-    ids = [...logits.keys()];
-    values = Array.from(logits, (value) => f32(value / temperature));
-  }
-  const only = (kept) => {
-    ids = ids.filter((_, n) => kept[n]);
-    values = values.filter((_, n) => kept[n]);
-  };
-  if (settings.top_p < 1) {
-    const order = [...ids.keys()].sort((a, b) => values[a] - values[b] || ids[a] - ids[b]);
-    [ids, values] = [order.map((n) => ids[n]), order.map((n) => values[n])];
-    let sum = 0;
-    const floor = f32(1 - settings.top_p), kept = Array.from(softmax(values), (share) => (sum = f32(sum + share)) > floor);
-    kept[kept.length - 1] = true;
-    only(kept);
-  }
-  if (settings.min_p > 0) {
-    const shares = softmax(values), floor = f32(f32(settings.min_p) * shares.reduce((a, b) => Math.max(a, b)));
-    only(Array.from(shares, (share) => share >= floor));
-  }
-  return { values, ids };
-}
-
-/** Draw an id, taking one number from `generator` unless the temperature is 0. */
-function sample(logits, settings, generator, seen) {
-  const { values, ids } = candidates(logits, settings, seen);
-  if (!Number.isFinite(values.reduce((a, b) => (a > b ? a : b)))) throw new Error("The model's numbers are damaged: export it again.");
-  if (ids.length === 1 && settings.temperature < 1e-6) return ids[0];
-  let sum = 0;
-  const summed = Array.from(softmax(values), (share) => (sum += share)), drawn = generator.random() * sum;
-  const place = summed.findIndex((below) => below > drawn);
-  return ids[place < 0 ? ids.length - 1 : place];
-}
-
-/** {probability of `token`, likeliest: [{text, probability}]} under unfiltered logits. */
-function likelihoods(logits, token, count, tokenizer) {
-  let most = -Infinity, sum = 0;
-  for (const value of logits) if (value > most) most = value;
-  for (const value of logits) sum += Math.exp(value - most);
-  const share = (id) => Math.exp(logits[id] - most) / sum;
-  const name = (id) => (id === tokenizer.eot ? null : tokenizer.text(id)); // null: the end of the text
-  return { probability: share(token), likeliest: largest(logits, count).map((id) => ({ text: name(id), probability: share(id) })) };
-}
-
 // ---- Writing -------------------------------------------------------------------------------------------------------
 
-/** What is read of a prompt: its end; a quarter of the context, or max_tokens if less, stays free for writing. */
+const blended = (settings) => settings.style.replace(/^[ ,]+|[ ,]+$/g, "") !== "";
+
+/** What is read of a prompt: its first `keep` ids and its end; a quarter of the context, or max_tokens if less, stays free. */
 function promptWindow(ids, context, settings) {
-  const room = context - Math.min(settings.max_tokens, context >> 2) - (settings.style ? 1 : 0);
-  return ids.length <= room ? ids : ids.slice(ids.length - room);
+  const room = context - Math.min(settings.max_tokens, context >> 2) - (blended(settings) ? 1 : 0);
+  if (ids.length <= room) return ids.slice();
+  const keep = Math.min(settings.keep, room >> 1);
+  return [...ids.slice(0, keep), ...ids.slice(ids.length - room + keep)];
+}
+
+/** Read what is unread of each style's window; the next token's logits, of a blend the weighted sum. Null if stopped. */
+async function read(model, states, pause, stopped) {
+  let sum = null;
+  for (const [slot, state] of states.entries()) {
+    let logits = null;
+    for (let n = 0; n < state.unread.length; n++) {
+      logits = model.forward(state.unread[n], n === state.unread.length - 1, slot);
+      await pause();
+      if (stopped()) return null;
+    }
+    if (states.length === 1) return logits;
+    const weight = f32(state.weight), part = logits.map((value) => weight * value);
+    sum = sum ? sum.map((value, id) => value + part[id]) : part;
+  }
+  return sum;
 }
 
 /**
- * Continue `prompt`: yields {id, text, probability, likeliest} a token, then {text, reason} at the end.
+ * Continue `prompt`: yields {id, piece, text, probability, likeliest} a token, then {text, reason} at the end. piece: what
+ * the token spells; text: what may be shown now, later where a stop string might begin.
  * pause(): awaited after each token read or written, so that the page stays alive. stopped(): whether to end.
  */
 async function* write(model, tokenizer, prompt, settings, pause = async () => {}, stopped = () => false) {
-  const context = model.block_size, front = settings.style ? [tokenizer.styles[settings.style]] : [];
-  let ids = tokenizer.encode(prompt);
-  if (!ids.length && !front.length) ids = [tokenizer.start];
-  ids = promptWindow(ids, context, settings).slice();
-  const generator = new Generator(seedOf(settings.seed)), seen = new Set(ids), stream = tokenizer.stream();
-  let reason = "length", unread = front.concat(ids);
-  unread = unread.slice(model.keep(unread));
+  const context = model.block_size, styles = tokenizer.blend(settings.style);
+  let ids = tokenizer.encode(prompt.replace(/^\ufeff/, "").replace(/\r\n?/g, "\n"));
+  if (!ids.length && !styles.length) ids = [tokenizer.start];
+  ids = promptWindow(ids, context, settings);
+  const states = (styles.length ? styles : [[null, 1]]).map(([control, weight]) => ({ front: control === null ? [] : [control], weight }));
+  states.forEach((state, slot) => {
+    const window = state.front.concat(ids);
+    state.unread = window.slice(model.keep(window, slot));
+  });
+  const history = new TokenHistory(ids, ids.length, tokenizer), generator = new Generator(seedOf(settings.seed));
+  const stream = tokenizer.stream(), stopper = new StopStringMatcher(settings.stop);
+  let reason = "length";
   for (let written = 0; written < settings.max_tokens; written++) {
-    let logits = null;
-    for (let n = 0; n < unread.length; n++) {
-      logits = model.forward(unread[n], n === unread.length - 1);
-      await pause();
-      if (stopped()) break;
-    }
-    if (stopped()) {
+    const logits = await read(model, states, pause, stopped);
+    if (!logits) {
       reason = "stopped";
       break;
     }
     for (const id of tokenizer.controls) logits[id] = -Infinity;
-    const id = sample(logits, settings, generator, seen);
+    const id = sample(logits, settings, generator, history);
     if (id === tokenizer.eot) {
       reason = "stop";
       break;
     }
     ids.push(id);
-    seen.add(id);
-    yield { id, text: stream.feed(id), ...likelihoods(logits, id, 5, tokenizer) };
-    unread = [id];
-    if (model.held.length >= context) {
-      unread = front.concat(ids.slice(-(((context * 3) >> 2) - front.length))); // the context is full: read the newest part again
-      model.held.length = 0;
+    const piece = stream.feed(id), [text, ended] = stopper.feed(piece);
+    yield { id, piece, text, ...likelihoods(logits, id, 5, tokenizer) };
+    if (ended) return yield { text: "", reason: "phrase" };
+    for (const [slot, state] of states.entries()) {
+      state.unread = [id];
+      if (model.slots[slot].held.length < context) continue;
+      const window = ((context * 3) >> 2) - state.front.length; // the context is full: read the newest part again
+      const keep = Math.min(settings.keep, window >> 1);
+      state.unread = [...state.front, ...ids.slice(0, keep), ...ids.slice(keep - window)];
+      model.slots[slot].held.length = 0;
     }
   }
-  yield { text: stream.flush(), reason };
+  const [text, ended] = stopper.feed(stream.flush());
+  yield { text: ended ? text : text + stopper.rest(), reason };
 }

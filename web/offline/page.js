@@ -3,8 +3,10 @@
 
 const at = (id) => document.getElementById(id);
 const MODEL = JSON.parse(at("model").textContent);
-const NUMBERS = ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"];
-const FIELDS = [...NUMBERS, "style", "seed"];
+const PLAIN = ["max_tokens", "temperature"];
+const CONTROLS = new Map(MODEL.controls.map((control) => [control.name, control])); // the settings behind "More"
+const FIELDS = [...PLAIN, ...CONTROLS.keys(), "style", "seed"];
+const BLEND = "\n"; // the choice of a style that asks for a blend; no style is called so
 const OPENINGS = ["The old house stood", "It was a dark night, and", "“My dear,” said the old lady,", "There was once, in the county of", "I was born in the year"];
 const PLACE = `victorian-gpt ${MODEL.name} ${MODEL.parameters}`; // in the browser's own storage
 const sheet = at("text"), mirror = at("mirror"), card = at("card");
@@ -17,7 +19,8 @@ let writing = false, halted = false;
 
 // ---- The model out of the page -------------------------------------------------------------------------------------
 
-function unpack() {
+async function unpack() {
+  const read = MODEL.file ? await besides(MODEL.file) : (n) => decodeNumbers(fromBase64(take(`tensor-${n}`)), MODEL.tensors[n].type);
   const bytes = fromBase64(take("vocabulary")), count = MODEL.shape.tokens, lengths = new DataView(bytes.buffer);
   const pieces = [];
   for (let id = 0, start = 2 * count; id < count; id++) {
@@ -26,7 +29,31 @@ function unpack() {
     start = end;
   }
   tokenizer = new Tokenizer(MODEL.vocabulary, pieces);
-  model = new GPT(MODEL.shape, MODEL.tensors, (n) => decodeNumbers(fromBase64(take(`tensor-${n}`)), MODEL.tensors[n].type));
+  model = new GPT(MODEL.shape, MODEL.tensors, read);
+}
+
+/** What reads a tensor of the file beside this page, once it is here and is the one of the export. */
+async function besides({ name, bytes, integrity }) {
+  if (location.protocol === "file:") {
+    throw new Error(
+      `a browser does not let a page that was opened from a file read ${name} beside it. Put both on a web host, ` +
+        "or have the one-file page made: python export.py --to html",
+    );
+  }
+  say(`Loading the model, ${(bytes / 1e6).toFixed(1)} MB …`);
+  let buffer;
+  try {
+    const answer = await fetch(name, { integrity });
+    if (!answer.ok) throw new Error(answer.status);
+    buffer = await answer.arrayBuffer();
+  } catch {
+    throw new Error(`${name} beside this page is missing, or is not the one that was exported with it. Put both files of the export there`);
+  }
+  return (n) => {
+    const { at, shape, type, turn } = MODEL.tensors[n], count = shape.reduce((a, b) => a * b);
+    const numbers = decodeNumbers(new Uint8Array(buffer, at, count * (type === "f32" ? 4 : 2)), type);
+    return turn ? turned(numbers, shape) : numbers;
+  };
 }
 
 /** The text of a data block, which is then removed. */
@@ -74,7 +101,7 @@ function reflect() {
 
 function buttons() {
   at("continue").hidden = writing;
-  at("stop").hidden = !writing;
+  at("halt").hidden = !writing;
   at("continue").disabled = !model;
   at("retry").disabled = writing || !latest;
   at("undo").disabled = writing || !past.length;
@@ -114,19 +141,111 @@ function hideCard() {
 
 // ---- Settings, saved in the browser and carried by links -----------------------------------------------------------
 
+const ESCAPES = { "\n": "\\n", "\t": "\\t", "\\": "\\\\", "|": "\\|" };
+
+/** Texts as one line, parted by |, in which \n stands for the end of a line; and back. */
+const asLine = (phrases) => phrases.map((phrase) => phrase.replace(/[\n\t\\|]/g, (letter) => ESCAPES[letter])).join("|");
+function asPhrases(line) {
+  const plain = (part) => part.replace(/\\(.)/g, (_, letter) => ({ n: "\n", t: "\t" })[letter] ?? letter);
+  return (line.match(/(?:\\.|[^|])+/g) ?? []).map(plain);
+}
+
+/** What a field behind "More" holds; throws a sentence. */
+function valueOf({ name, label, kind, whole, minimum, maximum, above, below }) {
+  const text = at(name).value.trim(), wrong = (why) => new Error(`${label} ${text || "(empty)"} ${why}.`);
+  if (kind === "phrases") {
+    const phrases = asPhrases(at(name).value);
+    if (phrases.length > maximum || phrases.some((phrase) => phrase.length > 1000)) throw wrong(`is more than ${maximum} phrases, or a very long one`);
+    return phrases;
+  }
+  if (kind === "bias") {
+    const pairs = text.split(/[,\s]+/).filter(Boolean).map((pair) => pair.split(":"));
+    const right = ([id, value, more]) => /^\d{1,9}$/.test(id) && value && Math.abs(Number(value)) <= 100 && more === undefined;
+    if (!pairs.every(right) || pairs.length > maximum) throw wrong("is not like 262:-5, 11:2, with numbers of tokens and values of at most 100");
+    return Object.fromEntries(pairs.map(([id, value]) => [Number(id), Number(value)]));
+  }
+  const value = text === "" ? NaN : Number(text);
+  if (whole && !Number.isInteger(value)) throw wrong("is no whole number");
+  if (!(value >= minimum && value <= maximum && (above === undefined || value > above) && (below === undefined || value < below))) {
+    throw wrong(`is outside ${minimum} to ${maximum}`);
+  }
+  return value;
+}
+
+/** The fields behind "More": label and description of each are the setting's own. */
+function build() {
+  for (const control of CONTROLS.values()) {
+    const label = make("label", `${control.label} `), field = make("input");
+    const extra = { phrases: " Several are parted by |; \\n is a line's end.", bias: " Like 262:-5, 11:2." }[control.kind] ?? "";
+    label.htmlFor = field.id = control.name;
+    label.append(make("small", control.help + extra));
+    field.autocomplete = "off";
+    field.spellcheck = false;
+    if (control.kind === "number") {
+      field.type = "number";
+      Object.assign(field, { min: control.minimum, max: control.maximum, step: control.whole ? 1 : "any" });
+    }
+    field.onchange = () => {
+      try {
+        valueOf(control);
+        field.setCustomValidity("");
+      } catch (error) {
+        field.setCustomValidity(error.message);
+        say(error.message, true);
+      }
+    };
+    at(control.rare ? "seldom" : "common").append(label, field);
+  }
+}
+
+function styleOf() {
+  return !at("style") ? "" : at("style").value === BLEND ? at("blend").value.trim() : at("style").value;
+}
+
+/** Choose a style or a blend; one that the model does not have is none. */
+function setStyle(text) {
+  const select = at("style");
+  if (!select) return;
+  const known = (style) => {
+    try {
+      return Tokenizer.prototype.blend.call(MODEL.vocabulary, style).length > 0;
+    } catch {
+      return false;
+    }
+  };
+  if (Object.hasOwn(MODEL.vocabulary.styles, text)) select.value = text;
+  else if (known(text)) [select.value, at("blend").value] = [BLEND, text];
+  else select.value = "";
+  showBlend();
+}
+
+function showBlend() {
+  for (const part of [at("blend"), document.querySelector('label[for="blend"]')]) part.hidden = at("style").value !== BLEND;
+}
+
 function settings() {
-  const found = { style: at("style").value };
-  for (const name of NUMBERS) {
+  const found = { style: styleOf() }, open = (field, error) => {
+    at("settings").open = true;
+    for (let fold = field.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    field.focus();
+    return error;
+  };
+  for (const name of PLAIN) {
     const field = at(name);
     if (!field.checkValidity() || field.value === "") {
-      field.closest("details#more")?.setAttribute("open", "");
-      at("settings").open = true;
-      field.focus();
       const label = document.querySelector(`label[for="${name}"]`).firstChild.textContent.trim();
-      throw new Error(`${label} ${field.value || "(empty)"} is outside ${field.min} to ${field.max}.`);
+      throw open(field, new Error(`${label} ${field.value || "(empty)"} is outside ${field.min} to ${field.max}.`));
     }
     found[name] = Number(field.value);
   }
+  for (const [name, control] of CONTROLS) {
+    try {
+      found[name] = valueOf(control);
+    } catch (error) {
+      throw open(at(name), error);
+    }
+  }
+  tokenizer.blend(found.style);
   if (at("fresh").checked) at("seed").value = freshSeed();
   const seed = at("seed").value.trim();
   if (!/^\d{1,19}$/.test(seed) || BigInt(seed) >= 2n ** 63n) throw new Error(`Seed ${seed || "(empty)"} is no whole number below 2⁶³.`);
@@ -139,20 +258,36 @@ function freshSeed() {
   return String((high & 0x1fffff) * 4294967296 + low);
 }
 
+/** A setting as its field shows it. */
+function asText(value) {
+  if (Array.isArray(value)) return asLine(value);
+  if (value !== null && typeof value === "object") return Object.entries(value).map((pair) => pair.join(":")).join(", ");
+  return String(value);
+}
+
 function apply(values) {
   for (const name of FIELDS) if (values[name] !== undefined && values[name] !== null) {
+    if (name === "style") {
+      setStyle(asText(values.style));
+      continue;
+    }
     const field = at(name), before = field.value;
-    field.value = values[name];
-    if (name === "style" && !Object.hasOwn(MODEL.vocabulary.styles, values.style)) field.value = "";
-    if (NUMBERS.includes(name) && (field.value === "" || !field.checkValidity())) field.value = before;
+    field.value = asText(values[name]);
+    if (PLAIN.includes(name) && (field.value === "" || !field.checkValidity())) field.value = before;
+    if (!CONTROLS.has(name)) continue;
+    try {
+      valueOf(CONTROLS.get(name));
+    } catch {
+      field.value = before;
+    }
   }
   for (const name of ["fresh", "tint"]) if (typeof values[name] === "boolean") at(name).checked = values[name];
   document.querySelector(".slider output").textContent = Number(at("temperature").value).toFixed(2);
 }
 
 function held() {
-  const values = { text: sheet.value, fresh: at("fresh").checked, tint: at("tint").checked };
-  for (const name of FIELDS) values[name] = at(name).value;
+  const values = { text: sheet.value, fresh: at("fresh").checked, tint: at("tint").checked, style: styleOf() };
+  for (const name of FIELDS) if (name !== "style") values[name] = at(name).value;
   return values;
 }
 
@@ -176,7 +311,10 @@ function remembered() {
 /** The address of this page with the beginning, the settings and the seed of what was written last. */
 function address() {
   const values = held(), link = new URLSearchParams({ prompt: latest ? latest.text : values.text });
-  for (const name of FIELDS) if (values[name] !== "") link.set(name, values[name]);
+  for (const name of FIELDS) {
+    const usual = CONTROLS.get(name)?.rare ? asText(MODEL.settings[name]) : ""; // what is rare is carried where it was changed
+    if (values[name] !== usual) link.set(name, values[name]);
+  }
   return `${location.href.split("#")[0]}#${link}`;
 }
 
@@ -185,7 +323,7 @@ function fromAddress() {
   if (!link.has("prompt")) return false;
   const values = Object.fromEntries(link);
   if (sheet.value && sheet.value !== values.prompt) past.push({ text: sheet.value, written });
-  apply({ ...values, fresh: !values.seed });
+  apply({ ...MODEL.settings, ...values, fresh: !values.seed }); // not what this reader had set
   put(values.prompt, []);
   latest = null;
   return true;
@@ -254,15 +392,14 @@ async function go(recorded = true) {
   say("Writing …");
   written = written.map((token) => ({ ...token, last: false }));
   const start = sheet.value, began = performance.now();
-  let text = start, count = 0, reason = "length", painted = began;
+  let text = start, spelt = start.length, count = 0, reason = "length", painted = began;
   try {
     for await (const step of write(model, tokenizer, start, chosen, pause, () => halted)) {
-      const from = text.length;
-      text += step.text;
+      text += step.text; // may lag behind what the tokens spell: it could begin a stop string
       if (step.reason) reason = step.reason;
       else {
         count++;
-        written.push({ start: from, end: text.length, probability: step.probability, likeliest: step.likeliest, last: true });
+        written.push({ start: spelt, end: (spelt += step.piece.length), probability: step.probability, likeliest: step.likeliest, last: true });
       }
       if (step.reason || performance.now() - painted > 60) {
         const near = innerHeight + scrollY > document.documentElement.scrollHeight - 240;
@@ -273,13 +410,15 @@ async function go(recorded = true) {
       }
     }
     const seconds = (performance.now() - began) / 1000;
-    const ends = { length: "", stop: "The model ended the text here. ", stopped: "Stopped. " };
+    const ends = { length: "", stop: "The model ended the text here. ", phrase: "A stop phrase ended the text. ", stopped: "Stopped. " };
     say(`${ends[reason]}${count} tokens, ${Math.round(count / seconds)} a second, from seed ${chosen.seed}.`);
     at("spoken").textContent = text.slice(start.length);
   } catch (error) {
     say(error.message, true);
   }
   writing = false;
+  written = written.filter((token) => token.start < text.length); // a stop string may have taken the last
+  for (const token of written) token.end = Math.min(token.end, text.length);
   sheet.value = text;
   reflect();
   buttons();
@@ -303,19 +442,16 @@ function describe() {
   at("limits").textContent = limits ? String(limits) : "It states inventions as facts, and repeats the opinions of its books.";
   const licence = MODEL.licence ? `Licence: ${MODEL.licence.toLowerCase() === "mit" ? "MIT" : MODEL.licence}. ` : "";
   at("made").textContent = `${licence}Made with the Victorian Literature Generator.`;
-  for (const name of Object.keys(MODEL.vocabulary.styles)) at("style").append(new Option(name, name));
-  if (!Object.keys(MODEL.vocabulary.styles).length) for (const part of document.querySelectorAll(".styled")) part.remove();
-  if (!at("style")) {
-    const none = make("input");
-    none.id = "style";
-    none.type = "hidden";
-    at("settings").append(none);
-  }
+  const styles = Object.keys(MODEL.vocabulary.styles);
+  for (const name of styles) at("style").append(new Option(name, name));
+  if (styles.length > 1) at("style").append(new Option("a blend …", BLEND));
+  if (!styles.length) for (const part of document.querySelectorAll(".styled")) part.remove();
+  else at("blend").placeholder = styles.slice(0, 2).map((name, n) => `${name}:${n ? 0.3 : 0.7}`).join(", ");
 }
 
 function listen() {
   at("continue").onclick = () => go();
-  at("stop").onclick = () => (halted = true);
+  at("halt").onclick = () => (halted = true);
   at("retry").onclick = retry;
   at("undo").onclick = undo;
   at("link").onclick = async () => {
@@ -354,6 +490,7 @@ function listen() {
   };
   at("settings").oninput = (event) => {
     if (event.target === at("temperature")) document.querySelector(".slider output").textContent = Number(at("temperature").value).toFixed(2);
+    if (event.target === at("style")) showBlend();
     if (event.target === at("seed")) at("fresh").checked = false;
     if (event.target === at("tint")) reflect();
     keep();
@@ -387,6 +524,7 @@ function listen() {
 
 function begin() {
   describe();
+  build();
   at("settings").open = innerWidth > 832;
   apply({ ...MODEL.settings, seed: freshSeed(), fresh: true });
   const before = remembered();
@@ -394,11 +532,12 @@ function begin() {
   put(typeof before.text === "string" ? before.text : "", []);
   const linked = fromAddress();
   listen();
-  setTimeout(() => {
+  setTimeout(async () => {
     try {
-      unpack();
+      await unpack();
     } catch (error) {
-      return say(`The model could not be unpacked (${error.message}): this needs some hundred megabytes of memory.`, true);
+      const memory = error instanceof RangeError ? ": it needs some hundred megabytes of memory" : "";
+      return say(`The model could not be loaded: ${error.message}${memory}.`, true);
     }
     for (const opening of OPENINGS) {
       try {
