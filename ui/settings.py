@@ -13,7 +13,7 @@ from typing import Any
 
 import streamlit as st
 
-from config import SETTINGS, ConfigError, GenerationParams, build
+from config import FINISH_SENTENCE, SETTINGS, ConfigError, GenerationParams, build
 from ui.backends import BackendLocation
 from ui.history import History
 
@@ -131,7 +131,7 @@ def start(place: BackendLocation | None, history: History) -> None:
     """Give every control its first value, once a session."""
     state = st.session_state
     if PREFIX + "temperature" not in state:
-        first = {name: getattr(DEFAULTS, name) for name in SETTINGS}
+        first = {name: getattr(DEFAULTS, name) for name in SETTINGS} | {"finish_sentence": FINISH_SENTENCE}
         known = known_presets(place, history)
         apply({**first, **known.get(OWN, {}), "seed": None})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -535,3 +536,43 @@ def test_a_text_continues_after_the_server_died_midway(model: Path, chromium: An
         context.close()
         app.stop()
         api.stop()
+
+
+@pytest.mark.slow
+def test_one_seed_one_text_at_the_terminal_by_rest_on_the_page_and_in_the_app(chromium: Any, tmp_path: Path) -> None:
+    """Nothing but the opening and the seed is given: the defaults are the same everywhere, too."""
+    shipped, opening, seed = str(ROOT / "models" / "victorian-mini"), "The old house stood", "4"
+    words = [*PYTHON, "generate.py", "--model", shipped, "--prompt", opening, "--seed", seed]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    texts = {"terminal": done.stdout.strip()}
+    port = free_port()
+    server = Process(["api", "--model", shipped, "--port", str(port)], port, "/readyz", tmp_path / "api.log").start()
+    app = app_process(tmp_path, "--runs", str(tmp_path / "runs"), "--model", shipped).start()
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE_S * 1000)
+    try:
+        body = json.dumps({"prompt": opening, "seed": int(seed)}).encode()
+        request = urllib.request.Request(
+            server.url + "/generate", body, headers={"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            texts["rest"] = (opening + json.load(answer)["generated_text"]).strip()
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator("#temperature").wait_for()
+        page.get_by_label("Opening").fill(opening)
+        page.get_by_label("Seed").fill(seed)
+        page.get_by_role("button", name="Write").click()
+        page.get_by_text("Done:").wait_for()
+        texts["page"] = str(page.locator(".text").text_content()).strip()
+        tab = Tab(context.new_page()).open(app.url)
+        tab.page.get_by_text("More settings").click()
+        field = tab.page.get_by_label("Seed", exact=True)
+        field.fill(seed)
+        field.press("Enter")
+        texts["app"] = tab.settled().write(opening).go().idle().text().strip()
+    finally:
+        context.close()
+        server.stop()
+        app.stop()
+    assert len(texts["terminal"]) > 300 and len(set(texts.values())) == 1, texts

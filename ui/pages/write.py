@@ -163,7 +163,7 @@ def draw_editor(backend: Backend, opened: OpenStory, drawn: tuple[bool, ...]) ->
 
 def visible_text(backend: Backend, text: str, params: GenerationParams) -> VisibleText | None:
     """What the model reads of `text`; computed again only when the text or the settings have changed."""
-    key = (id(backend), hash(text), params.max_tokens, params.keep)
+    key = (id(backend), hash(text), params.max_tokens, params.keep, params.style)
     kept = st.session_state.get("visible")
     if kept is None or kept[0] != key:
         kept = st.session_state["visible"] = (key, backend.visible_text(text, params))
