@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ZERO_TEMPERATURE = 1e-6  # temperatures below it count as 0: the most likely token
 BLOCK = 64  # logits of which `top_k` looks at the maximum first
+LARGEST_K = 256  # beyond it the compiled `largest` is not faster: it keeps its candidates in order by insertion
 DRY_MOST = 1e6  # DRY's largest penalty: with it no token is drawn, however likely
 DRY_LONGEST = 200  # ids beyond the allowed length at which DRY stops to compare: the penalty is enormous long before
 MASK = 2**64 - 1
@@ -79,11 +80,17 @@ class TokenHistory:
     """The ids of one text so far, as the filters need them. `ids` is the caller's list, which grows at its end.
 
     prompt_tokens: how many of them are the prompt's; the rest are written. tokenizer: for filters that look at what
-    the ids spell.
+    the ids spell. largest: see `with_largest`; may be set later.
     """
 
-    def __init__(self, ids: list[int], prompt_tokens: int = 0, tokenizer: Tokenizer | None = None):
-        self.ids, self.prompt_tokens, self.tokenizer = ids, prompt_tokens, tokenizer
+    def __init__(
+        self,
+        ids: list[int],
+        prompt_tokens: int = 0,
+        tokenizer: Tokenizer | None = None,
+        largest: Largest | None = None,
+    ):
+        self.ids, self.prompt_tokens, self.tokenizer, self.largest = ids, prompt_tokens, tokenizer, largest
         self._known: set[int] = set()
         self._distinct, self._counted = GrowingArray(), 0
         self._all = GrowingArray()
@@ -94,6 +101,8 @@ class TokenHistory:
         known, found = self._filters
         if known is not params:
             found = active_filters(params)
+            if self.largest is not None:
+                found = with_largest(found, params, self.largest)
             self._filters = params, found
         return found
 
@@ -165,6 +174,8 @@ Logits = np.ndarray | Tensor  # float32, on the CPU
 # neither array in place. Penalties come first and get all N ids: to them the logit of id i is logits[i].
 Candidates = tuple[np.ndarray, np.ndarray]
 Filter = Callable[[np.ndarray, np.ndarray, GenerationParams, TokenHistory, torch.Generator | None], Candidates]
+# `inference/candidates.py: largest`, which is compiled
+Largest = Callable[[np.ndarray, np.ndarray, np.float32, np.float32, int, np.ndarray, np.ndarray], bool]
 
 
 def add_bias(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -298,9 +309,9 @@ def keep_top_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_
     """
     order = np.lexsort((ids, logits))
     logits, ids = logits[order], ids[order]
-    kept = softmax(logits).cumsum() > np.float32(1 - params.top_p)
-    kept[-1] = True
-    return logits[kept], ids[kept]
+    first = int(softmax(logits).cumsum().searchsorted(np.float32(1 - params.top_p), side="right"))
+    first = min(first, len(ids) - 1)
+    return logits[first:], ids[first:]
 
 
 def keep_min_p(logits: np.ndarray, ids: np.ndarray, params: GenerationParams, *_: Any) -> Candidates:
@@ -366,6 +377,35 @@ def active_filters(params: GenerationParams) -> list[Filter]:
     return [
         function for name, function in FILTERS if name == "temperature" or getattr(params, name) != SETTINGS[name].off
     ]
+
+
+def with_largest(filters: list[Filter], params: GenerationParams, largest: Largest) -> list[Filter]:
+    """`filters`, the first of them done by the compiled `largest` where it can: repetition penalty, temperature, top-k.
+
+    The same numbers in less than half of the time.
+    """
+    penalised = filters[0] is penalise_repetition
+    penalty = np.float32(params.repetition_penalty) if penalised else np.float32(1)
+    k, temperature = params.top_k, np.float32(params.temperature)
+    if filters[penalised] is not apply_temperature or not 0 < k <= LARGEST_K or temperature < ZERO_TEMPERATURE:
+        return filters
+
+    def first_filters(
+        logits: np.ndarray,
+        ids: np.ndarray,
+        params: GenerationParams,
+        text: TokenHistory,
+        generator: torch.Generator | None,
+    ) -> Candidates:
+        seen = text.distinct(params.penalty_last_n) if penalised else text.array()[:0]
+        values, places = np.empty(k + 1, dtype=np.float32), np.empty(k + 1, dtype=np.int64)
+        if k < len(ids) and largest(logits, seen, penalty, temperature, k, values, places):
+            return values[:-1], places[:-1]
+        for function in filters[: penalised + 1]:
+            logits, ids = function(logits, ids, params, text, generator)
+        return logits, ids
+
+    return [first_filters, *filters[penalised + 1 :]]
 
 
 def _candidates(

@@ -58,7 +58,7 @@ def code_folder() -> Path | None:
 
     here = Path(__file__).parent
     version = hashlib.sha256(numba.__version__.encode())
-    for name in ("kernels.py", "vectors.py"):
+    for name in ("candidates.py", "kernels.py", "vectors.py"):
         version.update((here / name).read_bytes())
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     folder = (Path(chosen) if chosen else user_cache_path("victorian-kernels")) / version.hexdigest()[:16]
@@ -87,10 +87,11 @@ def load_kernels() -> Any:
             return None
         folder = code_folder()
         numba.config.CACHE_DIR = str(folder or "")  # type: ignore[attr-defined]
-        from inference import kernels
+        from inference import candidates, kernels
 
         if folder is not None:
             kernels.forward.enable_caching()
+            candidates.largest.enable_caching()
         return kernels
 
 
@@ -115,7 +116,9 @@ class CompiledStep:
 
     def __init__(self, model: GPT, kernels: Any, threads: int = 1):
         """threads: among which outputs and heads are shared; the results do not depend on it."""
-        self.config, self.kernels = model.config, kernels
+        from inference.candidates import largest
+
+        self.config, self.kernels, self.largest = model.config, kernels, largest
         c = self.config
         self.held: list[Any] = []  # whatever the addresses below point to
         vectors: list[np.ndarray] = []
@@ -193,6 +196,8 @@ class CompiledStep:
             slow.start()
             try:
                 self(KVCache(self.config, 1, torch.device("cpu"), torch.float32), [0], [0], threads=1)
+                one, ids = np.float32(1), np.zeros(2, dtype=np.int64)
+                self.largest(np.zeros(2, dtype=np.float32), ids[:1], one, one, 1, np.zeros(2, dtype=np.float32), ids)
             finally:
                 slow.cancel()
             _compiled.add(formats)
@@ -204,7 +209,7 @@ class CompiledStep:
             self.rows = rows
             size = 9 * rows * width + width + self.threads * (rows * width + c.block_size)
             self.work = np.empty(size, dtype=np.float32)
-            self.numbers = np.empty((self.threads, rows * 4 * width), dtype=np.uint8)
+            self.numbers = np.empty((self.threads, rows * 4 * width), dtype=self.kernels.ROUNDED)
             self.scales = np.empty((self.threads, rows), dtype=np.float32)
         if last > self.outputs:
             self.outputs = last

@@ -311,6 +311,7 @@ class BatchDecoder:
                 entries, key=lambda slot: (entries[slot].reusable(state.pending, self.grain), -len(entries[slot].ids))
             )
             self.free_slots.remove(state.slot)
+        sequence.history.largest = self.compiled.largest if self.compiled else None
         self.sequences.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

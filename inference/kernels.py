@@ -20,8 +20,11 @@ from numba import njit, types
 from inference.vectors import VNNI, WIDTH, exponent, make_dots, read, weighted_sum, write
 
 OUTPUTS = 8  # computed at a time, so that a row's numbers are loaded once for all of them
-WIDE = WIDTH == 16  # sixteen sums of vectors fit the registers of AVX-512, eight those of AVX2 and NEON
-ONE, PAIR, FOUR, SINGLE = make_dots(1, 8, OUTPUTS), make_dots(2, 4, OUTPUTS), make_dots(4, 4, OUTPUTS), make_dots(1, 1)
+# Sixteen sums of vectors fit the registers of AVX-512, twelve those of AVX2 and NEON, with integers eight.
+WIDE = WIDTH == 16
+HALF_OUTPUTS = OUTPUTS // 2  # so many where several rows are read together
+ONE, SINGLE = make_dots(1, OUTPUTS, prefetch=True), make_dots(1, 1)
+LAST, PAIR, THREE, FOUR = (make_dots(rows, HALF_OUTPUTS, prefetch=True) for rows in (1, 2, 3, 4))
 
 F = np.float32
 LOG2E, LN2_HIGH, LN2_LOW = F(1.44269504088896341), F(0.693359375), F(-2.12194440e-4)
@@ -32,6 +35,8 @@ LOWEST, HIGHEST, HALF, UNIT = F(-87.0), F(88.0), F(0.5), F(1.0)
 GELU_1, GELU_3 = F(-2 * 0.7978845608028654), F(-2 * 0.7978845608028654 * 0.044715)
 EPSILON, TINY, LARGEST = F(1e-5), F(1e-30), F(127.0)
 SHIFT = 128 if VNNI else 0  # what vpdpbusd wants added to a row's int8 numbers
+ROUNDED = np.uint8 if VNNI else np.int16  # how a row's int8 numbers are held
+ROUNDED_SIZE = 1 if VNNI else 2
 NONE = -1
 
 # Columns of the table of a layer: addresses of matrices, then places in `vectors` (NONE: the model has no such bias).
@@ -97,27 +102,57 @@ def multiply(token, w, size, inside, outputs, x, x_stride, x_size, rows, y, y_st
     """y[r, n] = sum of w[n, k] x[r, k]: addresses, strides in numbers, `size` and `x_size` bytes a number."""
     n = 0
     while n + OUTPUTS <= outputs:
-        block, to = w + n * inside * size, y + n * 4
-        half = block + OUTPUTS // 2 * inside * size
-        row = 0
-        while WIDE and row + 4 <= rows:
-            source, target = x + row * x_stride * x_size, to + row * y_stride * 4
-            FOUR(token, block, inside, source, x_stride, inside, target, y_stride)
-            FOUR(token, half, inside, source, x_stride, inside, target + OUTPUTS // 2 * 4, y_stride)
-            row += 4
-        while row + 2 <= rows:
-            source, target = x + row * x_stride * x_size, to + row * y_stride * 4
-            PAIR(token, block, inside, source, x_stride, inside, target, y_stride)
-            PAIR(token, half, inside, source, x_stride, inside, target + OUTPUTS // 2 * 4, y_stride)
-            row += 2
-        if row < rows:
-            ONE(token, block, inside, x + row * x_stride * x_size, x_stride, inside, to + row * y_stride * 4, y_stride)
+        if rows == 1:
+            block = w + n * inside * size
+            ONE(
+                token,
+                block,
+                inside,
+                x,
+                x_stride,
+                inside,
+                y + n * 4,
+                y_stride,
+                block + OUTPUTS * inside * size,
+                OUTPUTS * size,
+            )
+        else:
+            for half in range(n, n + OUTPUTS, HALF_OUTPUTS):
+                block = w + half * inside * size
+                several(token, block, size, inside, x, x_stride, x_size, rows, y + half * 4, y_stride)
         n += OUTPUTS
     while n < outputs:
         for row in range(rows):
             source, target = x + row * x_stride * x_size, y + (row * y_stride + n) * 4
-            SINGLE(token, w + n * inside * size, inside, source, x_stride, inside, target, y_stride)
+            SINGLE(token, w + n * inside * size, inside, source, x_stride, inside, target, y_stride, 0, 0)
         n += 1
+
+
+@compiled
+def several(token, w, size, inside, x, x_stride, x_size, rows, y, y_stride):
+    """HALF_OUTPUTS outputs of several rows, a few rows at a time.
+
+    Each group of rows asks for its share of the weights that come OUTPUTS further on, so that memory is asked evenly.
+    """
+    groups = (rows + 3) // 4 if WIDE else (rows + 1) // 2 if size == 1 else (rows + 2) // 3
+    step = (HALF_OUTPUTS * size + groups - 1) // groups
+    later, end = w + OUTPUTS * inside * size, w + (OUTPUTS + HALF_OUTPUTS) * inside * size
+    row = 0
+    while row < rows:
+        source, target, left = x + row * x_stride * x_size, y + row * y_stride * 4, rows - row
+        if WIDE and left >= 4:
+            FOUR(token, w, inside, source, x_stride, inside, target, y_stride, later, step)
+            row += 4
+        elif not WIDE and size > 1 and left >= 3 and left != 4:  # four as two pairs
+            THREE(token, w, inside, source, x_stride, inside, target, y_stride, later, step)
+            row += 3
+        elif left >= 2:
+            PAIR(token, w, inside, source, x_stride, inside, target, y_stride, later, step)
+            row += 2
+        else:
+            LAST(token, w, inside, source, x_stride, inside, target, y_stride, later, step)
+            row += 1
+        later = min(later + step * inside, end)
 
 
 @compiled
@@ -132,7 +167,7 @@ def prepare(size, work, place, width, rows, numbers, scales):
         factor = LARGEST / largest
         out = numbers[row * width : (row + 1) * width]
         for k in range(width):
-            out[k] = np.uint8(np.int32(np.floor(x[k] * factor + HALF)) + SHIFT)
+            out[k] = ROUNDED(np.int32(np.floor(x[k] * factor + HALF)) + SHIFT)
 
 
 @compiled
@@ -162,7 +197,7 @@ def linear(state, t, which, outputs, first, last, x, inside, rows, y, stride):
     """
     token, size, vectors, work, numbers, scales = state
     base, count = work.ctypes.data, last - first
-    source, x_size = (numbers.ctypes.data, 1) if size == 1 else (base + x * 4, 4)
+    source, x_size = (numbers.ctypes.data, ROUNDED_SIZE) if size == 1 else (base + x * 4, 4)
     w = t[which] + first * inside * size
     multiply(token, w, size, inside, count, source, inside, x_size, rows, base + y * 4, stride)
     bias, scale = t[which + BIAS], t[which + SCALE]
@@ -176,13 +211,13 @@ def normalise(work, x, y, width, rows, vectors, weight, bias, ones):
     moment = np.empty(1, dtype=np.float32)
     to = moment.ctypes.data
     for row in range(rows):
-        SINGLE(F(0), base + ones * 4, 0, base + (x + row * width) * 4, 0, width, to, 0)
+        SINGLE(F(0), base + ones * 4, 0, base + (x + row * width) * 4, 0, width, to, 0, 0, 0)
         mean = moment[0] / F(width)
         source, out = work[x + row * width : x + (row + 1) * width], work[y + row * width : y + (row + 1) * width]
         for k in range(width):
             out[k] = source[k] - mean
         at = base + (y + row * width) * 4
-        SINGLE(F(0), at, 0, at, 0, width, to, 0)
+        SINGLE(F(0), at, 0, at, 0, width, to, 0, 0, 0)
         factor = UNIT / np.sqrt(moment[0] / F(width) + EPSILON)
         by = vectors[weight : weight + width]
         for k in range(width):
@@ -336,7 +371,7 @@ def forward(
     prepare(size, work, h, C, M, numbers, scales)
     flat = logits.reshape(-1)
     lo, hi = share(tokens, thread, threads, OUTPUTS)
-    source, x_size = (numbers.ctypes.data, 1) if size == 1 else (work.ctypes.data + h * 4, 4)
+    source, x_size = (numbers.ctypes.data, ROUNDED_SIZE) if size == 1 else (work.ctypes.data + h * 4, 4)
     multiply(token, t[ATTN] + lo * C * size, size, C, hi - lo, source, C, x_size, M, flat.ctypes.data + lo * 4, tokens)
     finish(size, flat, lo, tokens, M, lo, hi - lo, vectors, NONE, t[ATTN + SCALE], tokens, scales)
     meet(team, threads)

@@ -6,7 +6,7 @@ on how many there are. The vectors are LLVM's own: it cuts them to what the proc
 
 A format is named by the type of a number, its token: float32; uint16 for float16; int16 for bfloat16; int8 for integers.
 Stored numbers are widened to float32 in registers (`vcvtph2ps`, `fcvtl`; bfloat16 is the upper half of a float32). With
-int8 the row is int8 too and the sums are exact integers.
+int8 weights the row is rounded to as many bits and the sums are exact integers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 # Numba infers the types of compiled functions and gives intrinsics their first argument
 # mypy: disable-error-code="no-untyped-def, call-arg"
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -36,6 +37,7 @@ HALF = "f16c" in FEATURES or not X86  # float16 is widened by an instruction
 VNNI = ("llvm.x86.avx512.vpdpbusd.512", 64) if "avx512vnni" in FEATURES else None
 
 F32, F16, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+BYTES = {F32: 4, F16: 2, I16: 2, I8: 1}
 STORED = {types.float32: F32, types.uint16: F16, types.int16: I16, types.int8: I8}
 
 
@@ -95,6 +97,18 @@ def _total(builder: Any, vector: Any, add: Callable[[Any, Any], Any]) -> Any:
     return builder.extract_element(vector, I32(0))
 
 
+def _eight_totals(builder: Any, eight: list[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """The sums of eight vectors of eight numbers as one vector, each in the order of `_total` but with fewer instructions."""
+
+    def halves(a: Any, b: Any, low: list[int], step: int) -> Any:
+        lanes = (ir.Constant(ir.VectorType(I32, 8), [lane + at for lane in low]) for at in (0, step))
+        return add(*(builder.shuffle_vector(a, b, chosen) for chosen in lanes))
+
+    fours = [halves(eight[at], eight[at + 4], [0, 1, 2, 3, 8, 9, 10, 11], 4) for at in range(4)]
+    twos = [halves(fours[at], fours[at + 1], [0, 1, 8, 9, 4, 5, 12, 13], 2) for at in (0, 2)]
+    return halves(*twos, [0, 2, 8, 10, 4, 6, 12, 14], 1)
+
+
 def _loop(builder: Any, start: Any, stop: Any, step: int, held: list[Any], body: Callable[[Any, list[Any]], list[Any]]):
     """`for index in range(start, stop, step): held = body(index, held)`; returns what is held at the end."""
     before = builder.block
@@ -117,7 +131,7 @@ def _loop(builder: Any, start: Any, stop: Any, step: int, held: list[Any], body:
 
 
 def _integer_step(builder: Any, weights: Any, x: Any, total: Any) -> Any:
-    """total [int32 vector] plus the products of int8 weights and of a row's int8 numbers (with VNNI: plus 128)."""
+    """total [int32 vector] plus the products of int8 weights and of a row's int16 numbers (with VNNI: uint8, plus 128)."""
     if VNNI:
         vector = ir.VectorType(I32, VNNI[1] // 4)
         return builder.call(
@@ -144,20 +158,62 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
-def make_dots(rows: int, outputs: int, ahead: int = 0) -> Any:
-    """`dots(token, w, w_stride, x, x_stride, count, y, y_stride)`: y[r, o] = sum of w[o, k] x[r, k] over k < count.
+def _store_sums(
+    builder: Any,
+    totals: list[Any],
+    outputs: int,
+    add: Callable[[Any, Any], Any],
+    rest: Callable[[list[Any]], list[Any]],
+    complete: Any,
+    y: Any,
+    y_stride: Any,
+) -> None:
+    """Add up the vectors `totals`, `outputs` for each row, and store the sums; `rest` adds what fills no vector, if not `complete`."""
+    summed = totals[0].type.element
+
+    def place(number: int) -> Any:
+        row, output = divmod(number, outputs)
+        at = builder.add(builder.mul(y_stride, I64(row)), I64(output))
+        return builder.gep(builder.inttoptr(y, summed.as_pointer()), [at])
+
+    def singly() -> None:
+        for number, total in enumerate(rest([_total(builder, total, add) for total in totals])):
+            builder.store(total, place(number))
+
+    def together() -> None:
+        for first in range(0, len(totals), 8):
+            eight = totals[first : first + 8]
+            sums = _eight_totals(builder, eight + eight[:1] * (8 - len(eight)), add)
+            for at in range(0, len(eight), outputs):
+                lanes = ir.Constant(ir.VectorType(I32, outputs), list(range(at, at + outputs)))
+                pointer = builder.bitcast(place(first + at), ir.VectorType(summed, outputs).as_pointer())
+                builder.store(builder.shuffle_vector(sums, sums, lanes), pointer, align=4)
+
+    if totals[0].type.count != 8 or outputs not in (4, 8):
+        singly()
+        return
+    with builder.if_else(complete) as (yes, no):
+        with yes:
+            together()
+        with no:
+            singly()
+
+
+def make_dots(rows: int, outputs: int, prefetch: bool = False) -> Any:
+    """`dots(token, w, w_stride, x, x_stride, count, y, y_stride, later, step)`: y[r, o] = sum of w[o, k] x[r, k], k < count.
 
     For `rows` rows and `outputs` outputs. w, x and y are addresses, strides in numbers; x is float32 and y float32, with
-    int8 weights x int8 (plus 128 as uint8 where VNNI is set) and y int32. ahead: how many outputs further on memory is
-    asked for: rows of weights that are read side by side are too many short streams for the processor to foresee.
+    int8 weights x int16 (uint8, plus 128, where VNNI is set) and y int32. prefetch: the memory from `later` on, `step`
+    bytes for each k, is asked for meanwhile; not of float32. Rows of weights that are read side by side are too many short
+    streams for the processor to foresee.
     """
     pairs = [(row, output) for row in range(rows) for output in range(outputs)]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, w, w_stride, x, x_stride, count, y, y_stride = args
+        _, w, w_stride, x, x_stride, count, y, y_stride, later, step = args
         stored = STORED[signature.args[0]]
         exact = stored is I8
-        given, summed = (I8, I32) if exact else (F32, F32)
+        given, summed = ((I8 if VNNI else I16), I32) if exact else (F32, F32)
         width = (VNNI[1] if VNNI else 2 * WIDTH) if exact else WIDTH
         lanes = width // (4 if VNNI else 2) if exact else width
         add = builder.add if exact else builder.fadd
@@ -165,16 +221,12 @@ def make_dots(rows: int, outputs: int, ahead: int = 0) -> Any:
         def at(base: Any, stride: Any, number: int, size: int) -> Any:
             return builder.add(base, builder.mul(stride, I64(number * size)))
 
-        size = {F32: 4, F16: 2, I16: 2, I8: 1}
-        sources = [at(w, w_stride, output, size[stored]) for output in range(outputs)]
-        inputs = [at(x, x_stride, row, size[given]) for row in range(rows)]
-
-        later = builder.add(w, builder.mul(w_stride, I64(ahead * size[stored])))
+        sources = [at(w, w_stride, output, BYTES[stored]) for output in range(outputs)]
+        inputs = [at(x, x_stride, row, BYTES[given]) for row in range(rows)]
 
         def vectors(index: Any, totals: list[Any]) -> list[Any]:
-            step_bytes = outputs * size[stored]  # for each number of a row
-            for line in range(0, step_bytes * width if ahead and size[stored] < 4 else 0, 64):
-                _prefetch(builder, builder.add(later, builder.add(builder.mul(index, I64(step_bytes)), I64(line))))
+            for line in range(0, outputs * BYTES[stored] * width if prefetch and stored is not F32 else 0, 64):
+                _prefetch(builder, builder.add(later, builder.add(builder.mul(index, step), I64(line))))
             numbers = [_load(builder, base, index, given, width) for base in inputs]
             new = list(totals)
             for output, base in enumerate(sources):
@@ -182,8 +234,8 @@ def make_dots(rows: int, outputs: int, ahead: int = 0) -> Any:
                 weights = weights if exact else _widen(builder, weights, stored)
                 for row in range(rows):
                     place = row * outputs + output
-                    step = _integer_step if exact else _multiply_add
-                    new[place] = step(builder, weights, numbers[row], totals[place])
+                    add_product = _integer_step if exact else _multiply_add
+                    new[place] = add_product(builder, weights, numbers[row], totals[place])
             return new
 
         def singles(index: Any, totals: list[Any]) -> list[Any]:
@@ -203,16 +255,25 @@ def make_dots(rows: int, outputs: int, ahead: int = 0) -> Any:
         whole = builder.and_(count, I64(-width))
         zero = ir.Constant(ir.VectorType(summed, lanes), None)
         totals = _loop(builder, I64(0), whole, width, [zero] * len(pairs), vectors)
-        sums = [_total(builder, total, add) for total in totals]
-        sums = _loop(builder, whole, count, 1, sums, singles)
-        for (row, output), total in zip(pairs, sums, strict=True):
-            place = builder.add(builder.mul(y_stride, I64(row)), I64(output))
-            builder.store(total, builder.gep(builder.inttoptr(y, summed.as_pointer()), [place]))
+        rest = partial(_loop, builder, whole, count, 1, body=singles)
+        _store_sums(builder, totals, outputs, add, rest, builder.icmp_signed("==", whole, count), y, y_stride)
         return context.get_dummy_value()
 
     @intrinsic
-    def dots(typing: Any, token: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, count: Any, y: Any, y_stride: Any):
-        return types.void(token, *([types.int64] * 7)), generate
+    def dots(
+        typing: Any,
+        token: Any,
+        w: Any,
+        w_stride: Any,
+        x: Any,
+        x_stride: Any,
+        count: Any,
+        y: Any,
+        y_stride: Any,
+        later: Any,
+        step: Any,
+    ):
+        return types.void(token, *([types.int64] * 9)), generate
 
     return dots
 

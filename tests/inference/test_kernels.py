@@ -115,13 +115,13 @@ def test_integer_sums_are_exact(inside: int, vnni: bool, monkeypatch: pytest.Mon
     dots = vectors.make_dots(2, 4)
     from numba import njit
 
-    run = njit(lambda w, x, y: dots(np.int8(0), w, inside, x, inside, inside, y, 4))
+    run = njit(lambda w, x, y: dots(np.int8(0), w, inside, x, inside, inside, y, 4, 0, 0))
     generator = np.random.default_rng(1)
     w = generator.choice(np.array([-127, 127, 3], dtype=np.int8), (4, inside))
     w[0] = 127
     numbers = generator.choice(np.array([-127, 127, 50]), (2, inside))
     numbers[0] = -127
-    x = (numbers + 128).astype(np.uint8) if vnni else numbers.astype(np.int8).view(np.uint8)
+    x = (numbers + 128).astype(np.uint8) if vnni else numbers.astype(np.int16)
     y = np.zeros((2, 4), dtype=np.int32)
     run(w.ctypes.data, x.ctypes.data, y.ctypes.data)
     assert np.array_equal(y, (numbers + (128 if vnni else 0)) @ w.astype(np.int64).T)
