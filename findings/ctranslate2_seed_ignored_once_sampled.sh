@@ -3,7 +3,7 @@
 # "sets the seed of random generators".
 # Seen with ctranslate2 4.8.5: a generator that has sampled once goes on with the random numbers it had. The seed holds for generators made later;
 # so a server that promises one text a seed has to load the model anew for each request, or draw its tokens itself.
-# (The tiny model has random weights.)
+# (CTranslate2 issue 1757 has the complaint. The tiny model has random weights.)
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

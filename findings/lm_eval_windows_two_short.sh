@@ -66,8 +66,8 @@ model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)],
 longest, windows = max(map(len, requests)), len(requests)
 print(f"max_length {N}: {WORDS} tokens in {windows} windows, the longest request has {longest} ids")
 print(f"a context of {N} needs {-(-WORDS // N)} windows; windows of {N - 2} need {-(-WORDS // (N - 2))}")
-assert windows == -(-WORDS // (N - 2)) != -(-WORDS // N), windows
-assert longest == N - 1, longest
+assert windows == -(-WORDS // (N - 2)) != -(-WORDS // N), "the windows hold another number of tokens now"
+assert longest == N - 1, "the requests have another length now"
 sys.stdout.flush()
 os._exit(0)  # without waiting for the client's threads
 PY

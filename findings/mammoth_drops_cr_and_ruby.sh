@@ -47,5 +47,6 @@ print(found.value)
 for message in found.messages:
     print(message.type, message.message)
 seen = "<p>Dear<br />Sister</p><p>DearSister</p><p>one  two</p>"
-sys.exit(0 if found.value == seen else 1)
+if found.value != seen:
+    sys.exit("mammoth reads them otherwise now")
 PY
