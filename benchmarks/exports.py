@@ -97,16 +97,23 @@ def logit_difference(mine: torch.Tensor, theirs: dict[int, float]) -> float:
     return float(((ours - ours.logsumexp(0)) - (found - found.logsumexp(0))).abs().max())
 
 
-def compare_gguf(path: Path, model: GPT, tokenizer: Tokenizer, text: str) -> tuple[dict[str, Any], Llama]:
+def greedy_texts(model: GPT, tokenizer: Tokenizer) -> list[str]:
+    """This program's text behind each of PROMPTS."""
+    return [generate(model, tokenizer, prompt, GREEDY)[0].text for prompt in PROMPTS]
+
+
+def compare_gguf(
+    path: Path, model: GPT, tokenizer: Tokenizer, text: str, expected: list[str]
+) -> tuple[dict[str, Any], Llama]:
     """What llama.cpp makes of a GGUF file beside this program.
 
     gap: how far a token that it took was below the likeliest, in logits of this program. With random weights two tokens
     are often closer than llama.cpp's rounding; then its text is another, and no worse.
     """
     llama, prompt, same, gap = Llama(path), tokenizer.encode(PROMPTS[0]), 0, 0.0
-    for begin in PROMPTS:
-        answer, (mine,) = llama.greedy(begin, GREEDY.max_tokens), generate(model, tokenizer, begin, GREEDY)
-        same += answer["content"] == mine.text
+    for begin, mine in zip(PROMPTS, expected, strict=True):
+        answer = llama.greedy(begin, GREEDY.max_tokens)
+        same += answer["content"] == mine
         ids, taken = tokenizer.encode(begin), [id for id in answer["tokens"] if id < model.config.tokens]
         with torch.no_grad():
             logits = model(torch.tensor([(ids + taken)[: model.config.block_size]]))[0, len(ids) - 1 : -1]
@@ -120,11 +127,12 @@ def compare_gguf(path: Path, model: GPT, tokenizer: Tokenizer, text: str) -> tup
     return row | {"logits": logit_difference(mine_next, theirs), "bytes": f"{path.stat().st_size:,}"}, llama
 
 
-def compare_page(page: Any, path: Path, model: GPT, tokenizer: Tokenizer, text: str) -> dict[str, Any]:
+def compare_page(
+    page: Any, path: Path, model: GPT, tokenizer: Tokenizer, text: str, expected: list[str]
+) -> dict[str, Any]:
+    settings = GREEDY.model_dump(mode="json") | {"seed": "0"}
     same = sum(
-        page.evaluate(WRITE, [begin, GREEDY.model_dump(mode="json") | {"seed": "0"}])["text"]
-        == generate(model, tokenizer, begin, GREEDY)[0].text
-        for begin in PROMPTS
+        page.evaluate(WRITE, [begin, settings])["text"] == mine for begin, mine in zip(PROMPTS, expected, strict=True)
     )
     prompt = tokenizer.encode(PROMPTS[0])
     theirs = dict(enumerate(page.evaluate(LOGITS, prompt)))
@@ -173,14 +181,14 @@ def of_kind(
     kind: str, model: GPT, tokenizer: Tokenizer, place: Path, browser: Any, wllama: Any, rounds: int
 ) -> list[dict[str, Any]]:
     """The rows of one model: three GGUF files and the page."""
-    text, rows = passage(tokenizer), []
+    text, rows, expected = passage(tokenizer), [], greedy_texts(model, tokenizer)
     card: dict[str, Any] = {}
     writers: dict[str, Callable[[], float]] = {}
     stem = kind.replace(" ", "-").replace(",", "").replace("'", "")
     for dtype in TYPES:
         path = place / f"{stem}-{dtype}.gguf"
         write_gguf(path, model, tokenizer, name=kind, generation=GREEDY, dtype=dtype)
-        row, llama = compare_gguf(path, model, tokenizer, text)
+        row, llama = compare_gguf(path, model, tokenizer, text, expected)
         rows.append({"model": kind, "form": f"GGUF {dtype}", **row})
         writers[dtype] = partial(llama_speed, llama)
         if wllama is not None:
@@ -192,7 +200,7 @@ def of_kind(
     page.set_default_timeout(300_000)
     page.goto(path.as_uri())
     page.locator("#status").filter(has_text="Ready.").wait_for()
-    rows.append({"model": kind, "form": "page", **compare_page(page, path, model, tokenizer, text)})
+    rows.append({"model": kind, "form": "page", **compare_page(page, path, model, tokenizer, text, expected)})
     writers["page"] = partial(page_speed, page)
     speeds = in_turns(writers, rounds)
     for row, name in zip(rows, (*TYPES, "page"), strict=True):
@@ -214,12 +222,13 @@ def large(place: Path) -> list[dict[str, Any]]:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith("wpe"):
                 parameter.copy_((3 * parameter).half())  # wide, or the likeliest token is the last again; exact in f16
-    rows, text = [], passage(tokenizer)
+    rows, text, expected = [], passage(tokenizer), greedy_texts(model, tokenizer)
     for dtype in TYPES[1:]:
         path = place / f"large-{dtype}.gguf"
         write_gguf(path, model, tokenizer, name="large", generation=GREEDY, dtype=dtype)
-        row, _ = compare_gguf(path, model, tokenizer, text)
+        row, _ = compare_gguf(path, model, tokenizer, text, expected)
         rows.append({"model": "124M", "form": f"GGUF {dtype}", **row})
+        print(rows[-1], flush=True)
     try:
         write_page(place / "large.html", model, tokenizer, name="large", generation=GREEDY, card={})
     except CheckpointError as error:
