@@ -29,6 +29,7 @@ from tokenizer import BytePairTokenizer, Tokenizer, TokenizerError, gpt2_tokeniz
 TRAIN, VAL, CUT, DROP, SKIP = range(5)
 HELD_BY_SIZE = 1 << 16  # bytes of text from which on a share of its bytes, not of its documents, is held out
 TENTH = 0.1  # of the text may be held out where less was asked for
+ENOUGH = 1 / 3  # of the share asked for, in whole documents
 OVER = 1.05  # sizes are estimates: by so much the share may be exceeded
 BATCH_BYTES = 1 << 18  # bytes of chunks that a worker takes together
 TABLE_CHARACTERS = 8192  # of a text for which looking words up is faster than merging them
@@ -70,8 +71,8 @@ def validation_split(
 ) -> np.ndarray:
     """Choose the validation documents, bool [documents]: the source's own split, otherwise a fixed pseudo-random choice.
 
-    Never all documents, and at most `fraction` of the text, or a tenth: none where each is more than that, so that one has to be split
-    by position. `dropped` ones, bool [documents], are not chosen. Documents that are `alike` stay together, where others are
+    Never all documents, and at most `fraction` of the text, or a tenth: none where those that fit are too little, so that one has to be
+    split by position. `dropped` ones, bool [documents], are not chosen. Documents that are `alike` stay together, where others are
     left. Of a text of less than HELD_BY_SIZE bytes, at least one document is chosen, whatever its size.
     """
     chosen = np.zeros(corpus.documents, dtype=bool)
@@ -101,7 +102,7 @@ def validation_split(
         if (size := sizes[group_numbers].sum()) <= room:
             chosen[group_numbers] = True
             room -= size
-    return chosen
+    return chosen if sizes[chosen].sum() >= ENOUGH * fraction * total else np.zeros_like(chosen)
 
 
 def chunks_of_part(chunks: Iterable[Chunk], part: int, parts: int) -> Iterator[Chunk]:

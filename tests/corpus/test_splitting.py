@@ -32,7 +32,7 @@ def prepared(tmp_path: Path, sizes: list[int], *flags: str) -> tuple[list[str], 
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 4096])
-@pytest.mark.parametrize("sizes", [[300_000, 60_000], [60_000, 300_000], [50_000] * 5], ids=str)
+@pytest.mark.parametrize("sizes", [[300_000, 60_000], [60_000, 300_000], [50_000] * 5, [900, 90_000, 80_000]], ids=str)
 def test_of_a_few_books_the_end_of_the_largest_is_held_out(
     sizes: list[int], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
