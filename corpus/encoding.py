@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -25,7 +25,12 @@ from corpus.word_table import WordTable
 from storage.shards import SPLITS
 from tokenizer import BytePairTokenizer, Tokenizer, TokenizerError, gpt2_tokenizer, load_tokenizer
 
-TRAIN, VAL, DROP, SKIP = 0, 1, 2, 3  # the role of a document; TRAIN and VAL index SPLITS, SKIP is not even read
+# The role of a document; TRAIN and VAL index SPLITS, the end of CUT validates, SKIP is not even read.
+TRAIN, VAL, CUT, DROP, SKIP = range(5)
+HELD_BY_SIZE = 1 << 16  # bytes of text from which on a share of its bytes, not of its documents, is held out
+TENTH = 0.1  # of the text may be held out where less was asked for
+ENOUGH = 1 / 3  # of the share asked for, in whole documents
+OVER = 1.05  # sizes are estimates: by so much the share may be exceeded
 BATCH_BYTES = 1 << 18  # bytes of chunks that a worker takes together
 TABLE_CHARACTERS = 8192  # of a text for which looking words up is faster than merging them
 VOCABULARY_BYTES = 1 << 28  # a vocabulary is learned from about this much text, taken evenly; more hardly changes it
@@ -44,13 +49,31 @@ class EncodedBatch:
     """Documents that are in no split: duplicates, and those without text."""
 
 
+class Cut(NamedTuple):
+    """Where the training part of the CUT document ends."""
+
+    at: int
+    """In characters from the document's first one in the batch."""
+    followed: bool
+    """Other documents follow, so that it has to end with end-of-text."""
+    style: int = -1
+    """The control id of the document's style, -1 for none, to begin its other part."""
+
+    def parts(self, text: str, read: int) -> tuple[list[tuple[str, str]], bool]:
+        """(the split of each part of the next piece of text, after `read` characters; whether training ends in it)."""
+        left = self.at - read
+        before = min(max(left, 0), len(text))
+        return [("train", text[:before]), ("val", text[before:])], 0 < left <= len(text)
+
+
 def validation_split(
     corpus: Corpus, fraction: float, dropped: np.ndarray | None = None, alike: Sequence[Sequence[int]] = ()
 ) -> np.ndarray:
     """Choose the validation documents, bool [documents]: the source's own split, otherwise a fixed pseudo-random choice.
 
-    At least one document, and never all; none where there is only one document, which is split by position instead.
-    `dropped` ones, bool [documents], are not chosen. Documents that are `alike` stay together, where others are left.
+    Never all documents, and at most `fraction` of the text, or a tenth: none where those that fit are too little, so that one has to be
+    split by position. `dropped` ones, bool [documents], are not chosen. Documents that are `alike` stay together, where others are
+    left. Of a text of less than HELD_BY_SIZE bytes, at least one document is chosen, whatever its size.
     """
     chosen = np.zeros(corpus.documents, dtype=bool)
     if any(file.split == "val" for file in corpus.files):
@@ -69,7 +92,17 @@ def validation_split(
     if len(edges):
         count = int(edges[np.argmin(np.abs(edges - count))])
     chosen[order[:count]] = True
-    return chosen
+    sizes = corpus.sizes()
+    total = sizes[order].sum()
+    if total < HELD_BY_SIZE or sizes[chosen].sum() <= max(OVER * fraction, TENTH) * total:
+        return chosen
+    chosen[:] = False
+    room = OVER * fraction * total
+    for group_numbers in np.split(order, edges.tolist()):  # in the same order, what still fits
+        if (size := sizes[group_numbers].sum()) <= room:
+            chosen[group_numbers] = True
+            room -= size
+    return chosen if sizes[chosen].sum() >= ENOUGH * fraction * total else np.zeros_like(chosen)
 
 
 def chunks_of_part(chunks: Iterable[Chunk], part: int, parts: int) -> Iterator[Chunk]:
@@ -101,14 +134,14 @@ def encode(
     options: ReadOptions,
     tokenizer: tuple[str, str],
     roles: np.ndarray,
-    cut: int | None,
+    cut: Cut | None,
     styles: np.ndarray | None = None,
 ) -> EncodedBatch:
     """The tokens of `chunks`: each document after the control id of its style, before end-of-text. Runs in a worker.
 
     tokenizer: "gpt2" or the folder of a saved one, and its fingerprint.
-    roles: TRAIN, VAL, DROP or SKIP for each document from the first chunk's on.
-    cut: where training ends, in characters from the start of the first chunk, when one document is split by position.
+    roles: TRAIN, VAL, DROP, SKIP or CUT for each document from the first chunk's on.
+    cut: where training ends in the CUT document.
     styles: for each document, the control id if it has a style and begins here, otherwise -1.
     Raises DocumentError for a text that cannot be read or holds characters that the tokenizer lacks.
     """
@@ -116,23 +149,22 @@ def encode(
     end_of_text = np.array([] if coder.eot is None else [coder.eot], dtype=coder.dtype)
     tokens: dict[str, list[np.ndarray]] = {name: [np.array([], dtype=coder.dtype)] for name in SPLITS}
     made = EncodedBatch({}, size=sum(chunk.size for chunk in chunks))
-    first, begun = chunks[0].document, -1
+    first, begun, read = chunks[0].document, -1, 0  # read: characters of the CUT document
     for chunk in chunks:
         for piece in chunk.read(options):
-            at = piece.document - first
-            if roles[at] == SKIP:
-                continue
-            if roles[at] == DROP:
-                made.counts["duplicate_documents"] += piece.last
-                made.dropped += [piece.document] if piece.last else []
+            at, closing = piece.document - first, list[np.ndarray]()
+            if roles[at] >= DROP:
+                dropped = piece.last and bool(roles[at] == DROP)
+                made.counts["duplicate_documents"] += dropped
+                made.dropped += [piece.document] * dropped
                 continue
             made.counts.update(piece.counts)
-            if cut is None:
-                parts = [(SPLITS[roles[at]], piece.text)]
-            else:
-                before_cut = min(max(cut, 0), len(piece.text))
-                cut -= len(piece.text)
-                parts = [("train", piece.text[:before_cut]), ("val", piece.text[before_cut:])]
+            parts: list[tuple[str, str]] = [(SPLITS[roles[at] % CUT], piece.text)]
+            if cut is not None and roles[at] == CUT:
+                parts, ends = cut.parts(piece.text, read)
+                read += len(piece.text)
+                tokens["val"] += [np.full(1, cut.style).astype(coder.dtype)] * (ends and cut.style >= 0)
+                closing = [end_of_text] * (ends and cut.followed)
             for name, text in parts:
                 if text:
                     if styles is not None and piece.document != begun and styles[at] >= 0:
@@ -142,7 +174,8 @@ def encode(
                         tokens[name].append(encode_text(text))
                     except TokenizerError as error:
                         raise DocumentError(f"{chunk.path}: {error}") from None
-                    made.bytes[name] += piece.bytes if cut is None else len(text.encode())
+                    made.bytes[name] += piece.bytes if len(parts) == 1 else len(text.encode())
+            tokens["train"] += closing
             if piece.last and not piece.text:
                 made.dropped.append(piece.document)
             elif piece.last:
@@ -179,9 +212,9 @@ def find_duplicates(corpus: Corpus, digests: Sequence[np.ndarray]) -> np.ndarray
     return dropped & (flat != 0)
 
 
-def count_characters(chunks: list[Chunk], options: ReadOptions) -> int:
-    """Characters in the clean text of `chunks`."""
-    return sum(len(piece.text) for chunk in chunks for piece in chunk.read(options))
+def count_characters(chunks: list[Chunk], options: ReadOptions, document: int) -> int:
+    """Characters in the clean text of a document, as far as it lies in `chunks`."""
+    return sum(len(piece.text) for chunk in chunks for piece in chunk.read(options) if piece.document == document)
 
 
 def distinct_characters(chunks: list[Chunk], options: ReadOptions) -> str:
@@ -209,7 +242,7 @@ class Batch(NamedTuple):
 
     chunks: list[Chunk]
     roles: np.ndarray
-    cut: int | None
+    cut: Cut | None
     styles: np.ndarray | None
 
 
@@ -220,9 +253,9 @@ class EncodingPlan:
     corpus: Corpus
     options: ReadOptions
     roles: np.ndarray
-    """TRAIN, VAL, DROP or SKIP, uint8 [documents]."""
-    cuts: Sequence[int]
-    """Where training ends if the only document is split by position, in characters from each batch's start; otherwise empty."""
+    """TRAIN, VAL, DROP, SKIP or CUT, uint8 [documents]."""
+    cuts: Mapping[int, Cut] = field(default_factory=dict)
+    """Where training ends in the CUT document, by the number of each batch that holds some of it."""
     styles: np.ndarray | None = None
     """The control id of each document's style, -1 for none, int64 [documents]; None without styles."""
 
@@ -237,7 +270,10 @@ class EncodingPlan:
                 styles = self.styles[first:stop].copy()
                 if first == last_before:
                     styles[0] = -1  # this document began in the batch before
-            yield Batch(chunks, self.roles[first:stop], self.cuts[number] if self.cuts else None, styles)
+            cut, roles = self.cuts.get(number), self.roles[first:stop]
+            if cut and self.styles is not None:
+                cut = cut._replace(style=int(self.styles[first + int(np.argmax(roles == CUT))]))
+            yield Batch(chunks, roles, cut, styles)
             last_before = stop - 1
 
     def _read_chunks(self) -> Iterator[Chunk]:
@@ -250,10 +286,12 @@ class EncodingPlan:
         """The text that trains, or VOCABULARY_BYTES of it taken evenly, read in this process."""
         step = max(1, round(self.corpus.size * float(np.mean(self.roles != SKIP)) / VOCABULARY_BYTES))
         for chunks, roles, cut, _ in islice(self.batches(), 0, None, step):
+            read = 0
             for chunk in chunks:
                 for piece in chunk.read(self.options):
-                    if cut is not None:
-                        yield piece.text[: max(cut, 0)]
-                        cut -= len(piece.text)
-                    elif roles[piece.document - chunks[0].document] == TRAIN:
+                    role = roles[piece.document - chunks[0].document]
+                    if role == CUT and cut is not None:
+                        yield piece.text[: max(cut.at - read, 0)]
+                        read += len(piece.text)
+                    elif role == TRAIN:
                         yield piece.text

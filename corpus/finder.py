@@ -59,6 +59,13 @@ class Corpus:
         found = [np.full(file.documents, file.split in names) for file in self.files]
         return np.concatenate(found)
 
+    def sizes(self) -> np.ndarray:
+        """Approximate bytes of each document, float64 [documents]; of rows that are read together, their mean."""
+        sizes = np.zeros(self.documents)
+        for chunk in self.chunks():
+            sizes[chunk.document : chunk.document + chunk.documents] += chunk.size / max(1, chunk.documents)
+        return sizes
+
     def keys(self) -> np.ndarray:
         """A pseudo-random number for each document, from its file's name and its row there, uint64 [documents]."""
         keys = []

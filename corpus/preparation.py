@@ -31,25 +31,20 @@ from pydantic import Field
 from config import ROOT, ConfigError, DataConfig, build, load_config
 from corpus import sources
 from corpus.documents import TEXT_FIELD, DocumentError, ReadOptions, SourceFile, Unreadable
-from corpus.duplicates import near_duplicates
 from corpus.encoding import (
-    DROP,
+    CUT,
     SKIP,
     TRAIN,
     VAL,
     EncodingPlan,
-    batched_chunks,
-    count_characters,
     distinct_characters,
-    document_digests,
     encode,
-    find_duplicates,
-    validation_split,
 )
-from corpus.finder import SHOWN, Corpus, inspect, readable, search, skipped_line
+from corpus.finder import Corpus, inspect, readable, search, skipped_line
 from corpus.out_folder import draft_folder, refuse_foreign, replace_out, restore_old, up_to_date
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
+from corpus.splitting import split_plan
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress, run_in_child
 from storage.atomic import atomic_write_text
@@ -60,7 +55,7 @@ from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer,
 STATE = "state.json"
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
 CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
-RECIPE = 3  # raise it whenever the same texts and settings give other shards
+RECIPE = 4  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
 
@@ -146,7 +141,15 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped)
 
         # 3 plan: which documents train, validate or are dropped, and the style of each
-        plan = _plan(pool, corpus, options, flags)
+        plan = split_plan(
+            pool,
+            corpus,
+            options,
+            flags.val_fraction,
+            every=flags.every,
+            part=flags.part,
+            duplicates=flags.drop_duplicates,
+        )
         styles = _document_styles(pool, corpus, flags)
 
         # 4 tokenizer: the one that the flags request; in a resumed preparation, the one it began with
@@ -358,59 +361,6 @@ def _tell_books(file: SourceFile) -> None:
         print(f"{file.name}: {books} books", file=sys.stderr)
 
 
-def _plan(pool: Pool, corpus: Corpus, options: ReadOptions, flags: PrepareFlags) -> EncodingPlan:
-    """The role of each document; with --drop-duplicates all texts are read first to find duplicates."""
-    dropped = np.zeros(corpus.documents, dtype=bool)
-    if flags.drop_duplicates:
-        digests = []
-        arguments = ((file, options) for file in corpus.files)
-        with Progress("looking for duplicates", corpus.size) as progress:
-            for file, found in zip(corpus.files, pool.map(document_digests, arguments), strict=True):
-                digests.append(found)
-                progress.add(file.size)
-        dropped = find_duplicates(corpus, digests)
-    every = max(1, min(flags.every, corpus.documents // 2))  # two documents at least
-    skipped = (np.arange(corpus.documents) % every > 0) & corpus.splits("train", "")
-    validate = validation_split(corpus, flags.val_fraction, dropped | skipped, _alike(corpus)) & ~skipped
-    roles = np.where(skipped, SKIP, np.where(dropped, DROP, np.where(validate, VAL, TRAIN))).astype(np.uint8)
-    if corpus.documents > 1 or validate.any():
-        return EncodingPlan(corpus, options, roles, ())
-    # the only document is split by position: its end validates
-    if flags.part != "1/1":
-        raise ConfigError([f"--part {flags.part}: one document is split by position, and only as a whole"])
-    lengths = list(pool.map(count_characters, ((chunks, options) for chunks in batched_chunks(corpus.chunks()))))
-    cut = int(sum(lengths) * (1 - flags.val_fraction))
-    if not 0 < cut < sum(lengths):
-        raise DocumentError(
-            f"{corpus.name}: {sum(lengths)} characters are too little text to train on and to validate with"
-        )
-    before = np.cumsum([0, *lengths[:-1]])
-    return EncodingPlan(corpus, options, roles, [cut - int(start) for start in before])
-
-
-def _alike(corpus: Corpus) -> list[list[int]]:
-    """Groups of documents that are nearly the same, of which the names are printed."""
-    numbers: list[int] = []
-    sketches: list[bytes] = []
-    names: list[str] = []
-    first = 0
-    for file in corpus.files:
-        for at, found in enumerate(file.sketches[: file.documents]):
-            numbers.append(first + at)
-            sketches.append(found)
-            names.append(file.name if file.documents == 1 else f"{file.name}, book {at + 1}")
-        first += file.documents
-    groups = near_duplicates(sketches)
-    for group in groups[:SHOWN]:
-        print(
-            f"nearly the same text, kept on one side of the split: {', '.join(names[at] for at in group)}",
-            file=sys.stderr,
-        )
-    if len(groups) > SHOWN:
-        print(f"… and {len(groups) - SHOWN} more such groups", file=sys.stderr)
-    return [[numbers[at] for at in group] for group in groups]
-
-
 def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[str]:
     """The style of each document by --control, empty where unknown; an empty list without --control."""
     if not flags.control:
@@ -469,7 +419,7 @@ def _with_style_ids(tokenizer: Tokenizer, flags: PrepareFlags, plan: EncodingPla
     """`tokenizer` with control ids for the styles of the training documents, as many as it has room for."""
     if tokenizer.eot is None:
         raise ConfigError([f"--control {flags.control}: this tokenizer has no end-of-text: give another"])
-    found = largest_styles(styles, plan.corpus, plan.roles == TRAIN, list(tokenizer.styles), len(styles))
+    found = largest_styles(styles, plan.corpus, np.isin(plan.roles, (TRAIN, CUT)), list(tokenizer.styles), len(styles))
     room = style_room(tokenizer)
     if len(found) > room:
         print(
@@ -560,7 +510,9 @@ def _write_shards(
         files = [(file.name, file.documents) for file in plan.corpus.files]
         facts = {file.name: file.facts for file in plan.corpus.files if file.facts}
         dropped = sorted({*dropped, *np.flatnonzero(plan.roles == SKIP).tolist()})
-        Catalogue(files, plan.roles == VAL, dropped, shared=bool(plan.cuts), facts=facts).save(draft)
+        Catalogue(
+            files, plan.roles == VAL, dropped, shared=np.flatnonzero(plan.roles == CUT).tolist(), facts=facts
+        ).save(draft)
     return writers, counts
 
 
@@ -590,7 +542,7 @@ def _print_summary(out: Path, manifest: Manifest, seconds: float) -> None:
     tokens, size = train.tokens + val.tokens, train.bytes + val.bytes
     print(
         f"{out}: {train.tokens:,} training tokens ({train.documents:,} documents), {val.tokens:,} validation tokens "
-        f"({val.documents:,}); {manifest.tokenizer.kind} tokenizer of {manifest.tokenizer.vocab_size:,} ids\n"
+        f"({val.documents:,}, {val.bytes / max(1, size):.0%} of the text); {manifest.tokenizer.kind} tokenizer of {manifest.tokenizer.vocab_size:,} ids\n"
         f"{size / 1e6:.1f} MB of text in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s",
         file=sys.stderr,
     )

@@ -40,8 +40,8 @@ class Catalogue:
     """Mask of the validation documents, bool [documents]."""
     dropped: Sequence[int]
     """Numbers of the documents that are in no split: duplicates, and those without text."""
-    shared: bool = False
-    """The only document is split by position: both splits have a part of it."""
+    shared: Sequence[int] = ()
+    """Numbers of the documents that are split by position: both splits have a part of them."""
     facts: Mapping[str, dict[str, str]] = field(default_factory=dict)
     """By the name of a file of one document, what this tells about itself: `author`, `title`, `language`, `year`."""
 
@@ -54,9 +54,8 @@ class Catalogue:
             files = [(str(name), int(count)) for name, count in held["files"]]
             bits = np.frombuffer(zlib.decompress(base64.b64decode(held["validating"])), dtype=np.uint8)
             chosen = np.unpackbits(bits, count=sum(count for _, count in files)).astype(bool)
-            return cls(
-                files, chosen, [int(number) for number in held["dropped"]], bool(held["shared"]), held.get("facts", {})
-            )
+            shared = [0] if held["shared"] is True else list(map(int, held["shared"] or ()))
+            return cls(files, chosen, [int(number) for number in held["dropped"]], shared, held.get("facts", {}))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
@@ -64,7 +63,12 @@ class Catalogue:
 
     def save(self, folder: Path) -> None:
         bits = base64.b64encode(zlib.compress(np.packbits(self.validating).tobytes())).decode("ascii")
-        held = {"files": list(self.files), "validating": bits, "dropped": list(self.dropped), "shared": self.shared}
+        held: dict[str, object] = {
+            "files": list(self.files),
+            "validating": bits,
+            "dropped": list(self.dropped),
+            "shared": list(self.shared),
+        }
         if self.facts:
             held["facts"] = dict(self.facts)
         atomic_write_text(Path(folder) / FILE, json.dumps(held, ensure_ascii=False) + "\n")
@@ -77,9 +81,12 @@ class Catalogue:
     def _numbers(self) -> dict[str, np.ndarray]:
         kept = np.ones(len(self.validating), dtype=bool)
         kept[list(self.dropped)] = False
-        if self.shared:
-            return {"train": np.flatnonzero(kept), "val": np.flatnonzero(kept)}
-        return {"train": np.flatnonzero(kept & ~self.validating), "val": np.flatnonzero(kept & self.validating)}
+        both = np.zeros_like(kept)
+        both[list(self.shared)] = True
+        return {
+            "train": np.flatnonzero(kept & (both | ~self.validating)),
+            "val": np.flatnonzero(kept & (both | self.validating)),
+        }
 
     def count(self, split: str) -> int:
         """Documents of a split."""

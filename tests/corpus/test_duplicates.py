@@ -80,6 +80,9 @@ def test_the_split_parts_no_group_and_is_never_empty() -> None:
     class File:
         name, documents, split = "x", 20, ""
 
+        def chunks(self, first: int) -> tuple[()]:
+            return ()
+
     corpus = Corpus("x", [File()])  # type: ignore[list-item]
     for size in (1, 2, 7, 19):
         group = list(range(0, size))

@@ -1,0 +1,119 @@
+"""Which documents train and which validate: whole documents, or the end of one where each is more than may be held out.
+
+>>> plan = split_plan(pool, corpus, ReadOptions(), 0.1, every=1, part="1/1", duplicates=False)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import numpy as np
+
+from config import ConfigError
+from corpus.documents import DocumentError, ReadOptions
+from corpus.duplicates import near_duplicates
+from corpus.encoding import (
+    CUT,
+    DROP,
+    SKIP,
+    TRAIN,
+    VAL,
+    Cut,
+    EncodingPlan,
+    count_characters,
+    document_digests,
+    find_duplicates,
+    validation_split,
+)
+from corpus.finder import SHOWN, Corpus
+from corpus.workers import Pool, Progress
+
+
+def split_plan(
+    pool: Pool, corpus: Corpus, options: ReadOptions, fraction: float, *, every: int, part: str, duplicates: bool
+) -> EncodingPlan:
+    """The role of each document. The other settings are those of `prepare_data.py`; for `duplicates` all texts are read.
+
+    Raises ConfigError, DocumentError.
+    """
+    dropped = np.zeros(corpus.documents, dtype=bool)
+    if duplicates:
+        digests = []
+        arguments = ((file, options) for file in corpus.files)
+        with Progress("looking for duplicates", corpus.size) as progress:
+            for file, found in zip(corpus.files, pool.map(document_digests, arguments), strict=True):
+                digests.append(found)
+                progress.add(file.size)
+        dropped = find_duplicates(corpus, digests)
+    every = max(1, min(every, corpus.documents // 2))  # two documents at least
+    skipped = (np.arange(corpus.documents) % every > 0) & corpus.splits("train", "")
+    alike = _alike(corpus)
+    validate = validation_split(corpus, fraction, dropped | skipped, alike) & ~skipped
+    roles = np.where(skipped, SKIP, np.where(dropped, DROP, np.where(validate, VAL, TRAIN))).astype(np.uint8)
+    if validate.any():
+        return EncodingPlan(corpus, options, roles)
+    # every document is more than may be held out: the largest is split by position, and its end validates
+    if part != "1/1":
+        raise ConfigError([f"--part {part}: one document is split by position, and only as a whole"])
+    alone = np.ones(corpus.documents, dtype=bool)
+    alone[[number for group in alike for number in group]] = False
+    return _with_a_cut(pool, EncodingPlan(corpus, options, roles), fraction, alone)
+
+
+def _with_a_cut(pool: Pool, plan: EncodingPlan, fraction: float, alone: np.ndarray) -> EncodingPlan:
+    """`plan` with the end of its largest training document held out, of about `fraction` of the whole text.
+
+    alone: documents of which there are no near-duplicates, bool [documents], one of which is taken if there is any.
+    """
+    corpus, sizes = plan.corpus, plan.corpus.sizes() * (plan.roles == TRAIN)
+    document = int(np.argmax(sizes * alone if (sizes * alone).any() else sizes))
+    plan.roles[document] = CUT
+    holding = [number for number, batch in enumerate(plan.batches()) if CUT in batch.roles]
+    some = (batch.chunks for number, batch in enumerate(plan.batches()) if CUT in batch.roles)
+    lengths = list(pool.map(count_characters, ((chunks, plan.options, document) for chunks in some)))
+    share = min(0.9, fraction * sizes.sum() / max(1.0, sizes[document])) if corpus.documents > 1 else fraction
+    cut = int(sum(lengths) * (1 - share))
+    if not 0 < cut < sum(lengths):
+        raise DocumentError(
+            f"{corpus.name}: {sum(lengths)} characters are too little text to train on and to validate with"
+        )
+    if corpus.documents > 1:
+        print(f"held out: the last {share:.0%} of {_document_names(corpus)[document]}", file=sys.stderr)
+    before = np.cumsum([0, *lengths[:-1]]).tolist()
+    return dataclasses.replace(
+        plan,
+        cuts={number: Cut(cut - start, corpus.documents > 1) for number, start in zip(holding, before, strict=True)},
+    )
+
+
+def _document_names(corpus: Corpus) -> list[str]:
+    """What each document is called in messages."""
+    return [
+        file.name if file.documents == 1 else f"{file.name}, {'row' if file.has_rows else 'book'} {number + 1}"
+        for file in corpus.files
+        for number in range(file.documents)
+    ]
+
+
+def _alike(corpus: Corpus) -> list[list[int]]:
+    """Groups of documents that are nearly the same, of which the names are printed."""
+    numbers: list[int] = []
+    sketches: list[bytes] = []
+    names: list[str] = []
+    first = 0
+    for file in corpus.files:
+        for at, found in enumerate(file.sketches[: file.documents]):
+            numbers.append(first + at)
+            sketches.append(found)
+            names.append(file.name if file.documents == 1 else f"{file.name}, book {at + 1}")
+        first += file.documents
+    groups = near_duplicates(sketches)
+    for group in groups[:SHOWN]:
+        print(
+            f"nearly the same text, kept on one side of the split: {', '.join(names[at] for at in group)}",
+            file=sys.stderr,
+        )
+    if len(groups) > SHOWN:
+        print(f"… and {len(groups) - SHOWN} more such groups", file=sys.stderr)
+    return [[numbers[at] for at in group] for group in groups]
