@@ -22,7 +22,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +110,9 @@ async def _written(request: Message, trace: str, reader: relay.Reader) -> Any:
         return
     reader.cancel = generation.job.cancel
     try:
-        async for message in messages(generation):
-            yield message
+        async with aclosing(messages(generation)) as heard:  # left open, it would outlive its event loop
+            async for message in heard:
+                yield message
     finally:
         generation.close()
 

@@ -466,7 +466,8 @@ Call it:
     answer = runtime.invoke_endpoint(EndpointName="{flags.name}", ContentType="application/json", Body=body)
     print(json.load(answer["Body"])["generated_text"])
 Put the WebSocket gateway before it:
-    make aws-deploy BUCKET={flags.bucket or "MY-BUCKET"} ENDPOINT={flags.name} MODE={mode} MAX_TOKENS={tokens}
+    python lambda/deploy_relay.py --bucket {flags.bucket or "MY-BUCKET"} --endpoint {flags.name} --mode {mode} \
+      --max-tokens {tokens} --new-token NAME
 Remove it when you are done:
     python sagemaker/{script} --name {flags.name} --delete {f"--bucket {flags.bucket}" if flags.bucket else ""}"""
 
@@ -476,9 +477,11 @@ def deploy_and_test(
 ) -> None:
     """Deploy, wait, test, and delete the old versions."""
     sagemaker = service("sagemaker", flags)
-    print(f"endpoint {flags.name}: {deploy(flags, calls, sagemaker, update)}", file=sys.stderr)
+    done = deploy(flags, calls, sagemaker, update)
+    print(f"endpoint {flags.name}: {done}", file=sys.stderr)
     if flags.wait:
-        print("waiting until it is in service (five to ten minutes)", file=sys.stderr)
+        if done != "up to date":
+            print("waiting until it is in service (five to ten minutes)", file=sys.stderr)
         wait_in_service(sagemaker, flags.name, calls[1][1]["EndpointConfigName"])
         runtime = service("sagemaker-runtime", flags, read_timeout=70, retries={"total_max_attempts": 1})
         print(f"sample output: It was{smoke_test(runtime, flags.name, stream)}", file=sys.stderr)

@@ -62,6 +62,22 @@ def test_the_worker_writes_what_the_engine_writes(stack: Stack, model: Path) -> 
     assert {m["request_id"] for m in messages} == {"r"}
 
 
+def test_a_text_that_is_stopped_leaves_nothing_to_its_event_loop(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def conversation(socket: Any) -> list[dict[str, Any]]:
+        await ask(socket, "s", max_tokens=90_000, **ENDLESS)
+        while json.loads(await socket.recv())["type"] != "token":
+            pass
+        await socket.send('{"action": "stop", "request_id": "s"}')
+        return await hear(socket, "s")
+
+    assert talk(stack, conversation)[-1]["finish_reason"] == "cancelled"
+    wait_for(lambda: not stack.functions.running)
+    gc.collect()
+    assert not [record.message for record in caplog.records if record.name == "asyncio"]
+
+
 def test_stop_limits_and_errors_are_those_of_the_endpoints_worker(stack: Stack) -> None:
     async def conversation(socket: Any) -> list[dict[str, Any]]:
         await ask(socket, "long", max_tokens=50_000, **ENDLESS)
