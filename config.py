@@ -589,6 +589,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def preset_values(name: str) -> dict[str, Any]:
     """The raw tables of one preset, by name or by path to a `.toml` file."""
     path = Path(name) if name.endswith(".toml") else PRESET_DIR / f"{name}.toml"
+    if not path.is_file() and name.endswith(".toml"):
+        raise ConfigError([f"--preset {name}: no such file: copy one of presets/ under that name, and change the copy"])
     if not path.is_file():
         raise ConfigError([f"--preset {name}: unknown; choose one of {', '.join(preset_names())}"])
     return read_toml(path)

@@ -99,11 +99,12 @@ class SamplingBody(GenerationParams):
 
 
 def check_limits(params: GenerationParams, settings: ServerFlags) -> GenerationParams:
-    """`params` if the server's limits allow them; ApiError otherwise."""
+    """`params` if the server's limits allow them, no sentence finished beyond its max_tokens; ApiError otherwise."""
     for field, limit in (("max_tokens", settings.max_tokens), ("n", settings.max_n)):
         if getattr(params, field) > limit:
             raise bad_value(f"{field}: this server allows at most {limit}", field, "limit_exceeded")
-    return params
+    finish = min(params.finish_sentence, settings.max_tokens - params.max_tokens)
+    return params if finish == params.finish_sentence else params.model_copy(update={"finish_sentence": finish})
 
 
 class GenerateBody(SamplingBody):

@@ -305,3 +305,8 @@ def test_a_code_page_loses_no_text(environment: dict[str, str], expected: bytes)
     command = [sys.executable, "-c", PRINTS]
     done = subprocess.run(command, cwd=ROOT, env=plain | environment, capture_output=True)
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+
+
+def test_a_preset_that_is_no_file_yet_is_told_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"my\.toml: no such file: copy one of presets/"):
+        load_config(str(tmp_path / "my.toml"))

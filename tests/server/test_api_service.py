@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import api
-from config import SETTINGS, ConfigError, GenerationParams
+from config import FINISH_SENTENCE, SETTINGS, ConfigError, GenerationParams
 from inference.engine import Engine
 from model import GPT
 from server.service import Service
@@ -111,10 +111,15 @@ def test_fields_left_out_take_the_model_folders_recommended_values(
             found = socket_messages(socket, body)
         assert "".join(message["text"] for message in found if message["type"] == "token") == text
         own = {**body, "max_tokens": 9, "temperature": 2.0}
-        expected = recommended.model_copy(update={"temperature": 2.0, "seed": 5})
+        expected = recommended.model_copy(update={"temperature": 2.0, "seed": 5, "finish_sentence": FINISH_SENTENCE})
         (result,) = writing.generate(model, tokenizer, PROMPT, expected)
         assert client.post("/generate", json=own).json()["generated_text"] == result.text != text
-        assert client.post("/generate", json={**body, "max_length": 4}).json()["usage"]["completion_tokens"] == 4
+        assert (
+            client.post("/generate", json={**body, "max_length": 4, "finish_sentence": 0}).json()["usage"][
+                "completion_tokens"
+            ]
+            == 4
+        )
         assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
         documented = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
         assert documented["temperature"]["default"] == 0.4 and documented["max_tokens"]["default"] == 9
