@@ -108,7 +108,9 @@ def write_story(page: Any, seed: int) -> None:
         page.get_by_role("button", name="Stop").wait_for(state="hidden", timeout=120_000)
         settle(page)
     page.get_by_text("More settings").click()
-    page.evaluate("document.activeElement.blur()")
+    page.evaluate(
+        "document.activeElement.blur(); document.querySelector('[data-testid=stSidebarContent]').scrollTop = 0"
+    )
     settle(page)
 
 
