@@ -423,7 +423,7 @@ class GenerationParams(FrozenSettings):
     finish_sentence: Annotated[int, Setting("Finish the sentence", (0, 200), 10, off=0, in_presets=False)] = Field(
         0, ge=0, le=1000
     )
-    """Tokens at most after max_tokens, until a sentence ends; 0: none."""
+    """More tokens at most, until a sentence ends; 0: none."""
     temperature: Annotated[
         float, Setting("Temperature", (0, 2), 0.05, off=1.0, hf="temperature", gguf="temp", openai="temperature")
     ] = Field(1.3, ge=0.0, le=2.0)

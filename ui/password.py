@@ -88,14 +88,18 @@ def require_password(without: bool) -> None:
     password = needed_password(st.get_option("server.address"), without)
     if not password or st.session_state.get("admitted"):
         return
-    st.title("The Victorian Literature Generator", anchor=False)
-    with st.form("password_form", border=False):
+    question = st.empty()  # taken away at once when it is answered, not when the page that follows is ready
+    with question.container():
+        st.title("The Victorian Literature Generator", anchor=False)
+        form = st.form("password_form", border=False)
+    with form:
         given = st.text_input("Password", type="password", key="password_given", max_chars=1000)
         pressed = st.form_submit_button("Enter", type="primary")
     if pressed:
         right = ATTEMPTS.check(given, password, client_address())
         if right:
             st.session_state["admitted"] = True
+            question.empty()
             st.rerun()
         st.error(
             "This is not the password."
