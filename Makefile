@@ -59,6 +59,7 @@ bench: $(VENV)/dev          ## the published figures, on this machine's processo
 	$(BIN)/python benchmarks/train_step.py --seconds 60 $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/decode.py --seconds 120
 	$(BIN)/python benchmarks/engine_ceiling.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/startup.py
 	$(if $(SHAKESPEARE),$(BIN)/python benchmarks/shakespeare.py --text $(SHAKESPEARE))
 	$(if $(DATA),$(BIN)/python benchmarks/recipes.py --data $(DATA) --also-tuned)

@@ -118,7 +118,7 @@ def _main(argv: list[str] | None) -> int:
         end = time.perf_counter() + args.seconds
         while time.perf_counter() < end or len(next(iter(found.values()))) < 3:
             for (name, users), runs in found.items():
-                runs.append(run_once(servers[name], users, args.tokens, 1000 * (1 + len(runs))))
+                runs.append(run_once(servers[name], users, args.tokens, 10_000 * (1 + len(runs)) + 100 * users))
     rows: list[dict[str, Any]] = [
         {
             "checkout": name,

@@ -48,16 +48,18 @@ _compiled: set[tuple[type, type]] = set()  # formats of weights and cache for wh
 
 
 def code_folder() -> Path | None:
-    """Where compiled code is kept: a folder for this version of the kernels, None where nothing can be written.
+    """Where compiled code is kept: a folder for this version and processor, None where nothing can be written.
 
-    Numba itself takes the processor into account. $NUMBA_CACHE_DIR comes before the user's cache folder. Code that lies
+    $NUMBA_CACHE_DIR comes before the user's cache folder. Code that lies
     there in a read-only installation is copied for this process, as Numba only reads folders that it can write.
     """
+    import llvmlite.binding as llvm
     import numba
     from platformdirs import user_cache_path
 
     here = Path(__file__).parent
-    version = hashlib.sha256(numba.__version__.encode())
+    processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
+    version = hashlib.sha256((numba.__version__ + processor).encode())
     for name in ("candidates.py", "kernels.py", "vectors.py"):
         version.update((here / name).read_bytes())
     chosen = os.environ.get("NUMBA_CACHE_DIR")
@@ -75,6 +77,11 @@ def code_folder() -> Path | None:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             return Path(copy)
     return None
+
+
+def only_other_code(folder: Path) -> bool:
+    """Whether what is kept beside an empty `folder` was compiled by other versions or for other processors."""
+    return not any(folder.rglob("*.nbc")) and any(folder.parent.rglob("*.nbc"))
 
 
 @lru_cache(maxsize=1)
@@ -189,7 +196,10 @@ class CompiledStep:
         with _loading:
             if formats in _compiled:
                 return
-            kept = "once" if self.kernels.forward.stats.cache_path else "at each start: set NUMBA_CACHE_DIR to keep it"
+            path = self.kernels.forward.stats.cache_path
+            kept = "once" if path else "at each start: set NUMBA_CACHE_DIR to keep it"
+            if path and only_other_code(Path(path).parent):
+                kept += "; what is kept is of another version or for another processor"
             text = f"compiling the model's code for this processor (about ten seconds, {kept}) ..."
             slow = threading.Timer(3.0, _say, [text])
             slow.daemon = True

@@ -112,9 +112,13 @@ class GenerationRequest:
 
     def put(self, events: list[Event], complete: bool = False) -> None:
         """Hand events to the reader; called by the engine's thread. complete: no more will come."""
+        wake_readers([(self, self.append(events, complete))])
+
+    def append(self, events: list[Event], complete: bool = False) -> asyncio.Future[None] | None:
+        """`put`, except that an asyncio reader is not woken but returned, for `wake_readers`."""
         with self._changed:
             if self._complete:
-                return
+                return None
             for event in events:
                 event.seq = self._next_seq
                 self._next_seq += 1
@@ -122,11 +126,7 @@ class GenerationRequest:
             self._complete = complete
             self._changed.notify_all()
             waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            try:
-                waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
-            except RuntimeError:  # the reader's event loop is closed: nobody reads any more
-                self.cancelled = True
+        return waiter
 
     def _next_event(self) -> Event:
         event = self._events.popleft()
@@ -175,9 +175,24 @@ class GenerationRequest:
         return results
 
 
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+def wake_readers(waiting: list[tuple[GenerationRequest, asyncio.Future[None] | None]]) -> None:
+    """Wake asyncio readers, all of one event loop by one call: each call writes to a pipe."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[GenerationRequest, asyncio.Future[None]]]] = {}
+    for request, waiter in waiting:
+        if waiter is not None:
+            loops.setdefault(waiter.get_loop(), []).append((request, waiter))
+    for loop, readers in loops.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, [waiter for _, waiter in readers])
+        except RuntimeError:  # the event loop is closed: nobody reads any more
+            for request, _ in readers:
+                request.cancelled = True
+
+
+def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 class Engine:
@@ -481,11 +496,13 @@ class Engine:
             self._recent_tokens.append((now, tokens))
             while now - self._recent_tokens[0][0] >= RATE_S:
                 self._recent_tokens.popleft()
+        waiting = []
         for request, events in by_request.items():
             if request.samples_ended == request.params.n:
                 self._finish(request, events, "finished")
             else:
-                request.put(events)
+                waiting.append((request, request.append(events)))
+        wake_readers(waiting)
 
     def _fail(self, request: GenerationRequest, events: list[Event]) -> None:
         """End a request whose last event is an error: its other samples stop."""

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 SSE_TYPE = "text/event-stream"
 LINES_TYPE = "application/jsonlines"
 PING_S = 15.0  # a comment keeps proxies from closing a silent event stream
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 def json_bytes(value: Any) -> bytes:
     """JSON on one line, also for readers that end lines at Unicode's separators (Python's splitlines does)."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = ENCODER.encode(value)
     return (text if text.isascii() else text.translate(LINE_ENDS)).encode()
 
 
@@ -187,17 +188,19 @@ class StreamResponse(Response):
         self.status_code, self.media_type, self.background = 200, media_type, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.sent_at = 0.0
+        self.sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = [asyncio.create_task(self._send_all(send)), asyncio.create_task(wait_for_disconnect(receive))]
+        work = (self._send_all(send), wait_for_disconnect(receive), self._until_stalled())
+        tasks = [asyncio.create_task(one) for one in work]
         if self.media_type == SSE_TYPE:
             tasks.append(asyncio.create_task(self._ping(send)))
         try:
-            await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
                 tasks[0].result()
-        except TimeoutError:
-            LOG.info("stalled", extra={"fields": {"request_id": self.generations[0].request_id}})
+            elif tasks[2].done():
+                LOG.info("stalled", extra={"fields": {"request_id": self.generations[0].request_id}})
         finally:
             for generation in self.generations:
                 generation.close()
@@ -213,9 +216,17 @@ class StreamResponse(Response):
         await self._send(send, b"", False)
 
     async def _send(self, send: Send, chunk: bytes, more: bool) -> None:
-        async with asyncio.timeout(self.stall_s):
-            await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        self.sent_at = time.monotonic()
+        self.sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self.sent_at, self.sending_since = time.monotonic(), None
+
+    async def _until_stalled(self) -> None:
+        """Returns when one piece has waited `stall_s` for its client: cheaper than a timeout around each piece."""
+        while True:
+            since = self.sending_since
+            await asyncio.sleep(self.stall_s if since is None else since + self.stall_s - time.monotonic())
+            if since is not None and since == self.sending_since:
+                return
 
     async def _ping(self, send: Send) -> None:
         while True:

@@ -169,6 +169,24 @@ def test_compiled_code_is_kept_where_that_is_possible(tmp_path: Path, monkeypatc
     assert compiled.code_folder() is None
 
 
+def test_code_of_another_version_or_processor_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llvmlite.binding as llvm
+    import numba
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    first = compiled.code_folder()
+    assert first is not None and not compiled.only_other_code(first)
+    (first / "forward.nbc").touch()
+    assert not compiled.only_other_code(first)
+    with monkeypatch.context() as changed:
+        changed.setattr(llvm, "get_host_cpu_name", lambda: "another")
+        other = compiled.code_folder()
+    assert other is not None and other != first and compiled.only_other_code(other)
+    monkeypatch.setattr(numba, "__version__", "0.0.0")
+    later = compiled.code_folder()
+    assert later is not None and later not in (first, other) and compiled.only_other_code(later)
+
+
 def test_a_new_process_takes_the_code_that_is_kept() -> None:
     """What this process compiled, the next one finds on disk; Numba counts that."""
     step_of(random_model(shape(tiny_tokenizer())))
