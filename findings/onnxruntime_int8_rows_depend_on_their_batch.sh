@@ -2,7 +2,8 @@
 # Expected: a row's result does not depend on the other rows of its batch. In float32 it does not; and quantize_dynamic of onnxruntime, so its documentation,
 # only computes the activations' scale anew for each run.
 # Seen with onnxruntime 1.32.0: one scale is shared by the whole batch, so a row with large values takes the precision of the others. A language model quantized so
-# can give a writer other words when somebody else writes at the same time, and other logits for a prompt read at once than token by token. Scales for each row, as in torch's or one's own int8 kernels, avoid it.
+# can give a writer other words when somebody else writes at the same time, and other logits for a prompt read at once than token by token.
+# A scale for each row avoids it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
