@@ -106,7 +106,7 @@ def run_once(server: tuple[psutil.Process, int], users: int, tokens: int, seed: 
 
 
 def _main(argv: list[str] | None) -> int:
-    args = parse_flags(Args, argv)
+    args = parse_flags(Args, argv, examples=__doc__)
     checkouts = {"this": ROOT} | ({"beside": args.beside} if args.beside else {})
     with ExitStack() as held:
         servers = {name: held.enter_context(running_server(path, args.model)) for name, path in checkouts.items()}
