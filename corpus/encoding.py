@@ -94,7 +94,8 @@ def validation_split(
     chosen[order[:count]] = True
     sizes = corpus.sizes()
     total = sizes[order].sum()
-    if total < HELD_BY_SIZE or sizes[chosen].sum() <= max(OVER * fraction, TENTH) * total:
+    enough = ENOUGH * fraction * total
+    if total < HELD_BY_SIZE or enough <= sizes[chosen].sum() <= max(OVER * fraction, TENTH) * total:
         return chosen
     chosen[:] = False
     room = OVER * fraction * total
@@ -102,7 +103,7 @@ def validation_split(
         if (size := sizes[group_numbers].sum()) <= room:
             chosen[group_numbers] = True
             room -= size
-    return chosen if sizes[chosen].sum() >= ENOUGH * fraction * total else np.zeros_like(chosen)
+    return chosen if sizes[chosen].sum() >= enough else np.zeros_like(chosen)
 
 
 def chunks_of_part(chunks: Iterable[Chunk], part: int, parts: int) -> Iterator[Chunk]:

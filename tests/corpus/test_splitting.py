@@ -53,6 +53,17 @@ def test_of_unequal_books_at_most_the_share_is_held_out(tmp_path: Path) -> None:
     assert all(text in {nonsense(6_000 + 500 * n, seed=n + 1) for n in range(19)} for text in val)
 
 
+def test_short_texts_are_not_all_that_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class File:
+        name, documents, split = "x", 20, ""
+
+    for first in range(20):  # wherever the four novels are among sixteen short texts
+        sizes = np.full(20, 1000.0)
+        sizes[(first + 5 * np.arange(4)) % 20] = 500_000.0
+        monkeypatch.setattr(Corpus, "sizes", lambda corpus, sizes=sizes: sizes)
+        assert not validation_split(Corpus("x", [File()]), 0.1).any()  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.25])
 def test_wherever_the_largest_book_is(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     class File:
