@@ -131,7 +131,8 @@ class EventStream:
     def post(self, message: Message) -> None:
         """Send one message; raises ConnectionClosed when the response can no longer be sent."""
         try:
-            self.send(b"data: " + json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n")
+            # in ASCII: some readers of lines also end them at Unicode's separators
+            self.send(b"data: " + json.dumps(message, separators=(",", ":")).encode() + b"\n\n")
         except OSError:
             raise ConnectionClosed from None
 

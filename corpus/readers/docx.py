@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from corpus.documents import DocumentError
 from corpus.readers.book import Book, BookFile
@@ -19,6 +19,7 @@ OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"  # how encrypted documents begin, and 
 WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 CORE = "docProps/core.xml"  # the document's metadata
 BREAKS = "br[type='page'] => br\nbr[type='column'] => br"  # mammoth drops these breaks of a line by default
+PASSED_OVER = ("fldSimple", "dir", "bdo")  # elements that mammoth ignores with the text in them: fields, directions
 SAVE_AGAIN = "open it in a word processor and save it as .docx"
 
 
@@ -74,23 +75,30 @@ def _text_parts(data: bytes) -> dict[str, bytes]:
 
 
 def _package(parts: dict[str, bytes]) -> io.BytesIO:
-    """A document of `parts` for mammoth, with the two elements that it ignores replaced: `cr`, and `ruby` by its base text."""
+    """A document of `parts` for mammoth, with the elements that it ignores replaced: `cr`, `ruby` by its base text, others by what they hold."""
     from lxml import etree
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as package:
         for name, data in parts.items():
-            if name.startswith("word/") and (b":cr" in data or b":ruby" in data):
+            if name.startswith("word/") and any(f":{tag}".encode() in data for tag in ("cr", "ruby", *PASSED_OVER)):
                 root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True))
                 for element in root.iter(f"{WORD}cr"):
                     element.tag = f"{WORD}br"
                 for element in list(root.iter(f"{WORD}ruby")):
-                    runs = [run for base in element.iterfind(f"{WORD}rubyBase") for run in base]
-                    parent = element.getparent()
-                    parent[parent.index(element) : parent.index(element) + 1] = runs
+                    _replace(element, [run for base in element.iterfind(f"{WORD}rubyBase") for run in base])
+                for element in list(root.iter(*(WORD + tag for tag in PASSED_OVER))):
+                    _replace(element, list(element))
                 data = etree.tostring(root)
             package.writestr(name, data)
     return file
+
+
+def _replace(element: Any, others: list[Any]) -> None:
+    """Put `others` into the place of `element`."""
+    parent = element.getparent()
+    place = parent.index(element)
+    parent[place : place + 1] = others
 
 
 def _mark_scene_breaks(html: str) -> str:

@@ -302,3 +302,13 @@ def test_the_worker_runs_under_awslambdaric(stack: Stack, model: Path) -> None:
         process.kill()
         process.wait()
         api.close()
+
+
+def test_no_reader_of_lines_cuts_an_event() -> None:
+    """Python's splitlines, as some clients use it, also ends a line at U+0085, U+2028 and U+2029."""
+    from writer import EventStream
+
+    sent: list[bytes] = []
+    EventStream("c", sent.append).post({"type": "token", "text": "é\x85\u2028\u2029\n"})
+    first, *others = sent[0].decode().splitlines()
+    assert json.loads(first.removeprefix("data: "))["text"] == "é\x85\u2028\u2029\n" and others == [""]
