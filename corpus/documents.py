@@ -162,7 +162,7 @@ class SourceFile(Protocol):
 
     @property
     def sketches(self) -> Sequence[bytes]:
-        """`duplicates.sketch` of each document; none of rows, which `--drop-duplicates` compares whole."""
+        """`duplicates.sketch` of each document; none of rows, which are compared when the split is made."""
 
     @property
     def split(self) -> str:

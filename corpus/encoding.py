@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from corpus.documents import Chunk, DocumentError, ReadOptions, SourceFile
+from corpus.duplicates import sketches
 from corpus.finder import Corpus
 from corpus.word_table import WordTable
 from storage.shards import SPLITS
@@ -198,6 +199,14 @@ def document_digests(file: SourceFile, options: ReadOptions) -> np.ndarray:
                 found[piece.document] = int.from_bytes(digest.digest(), "little") if text else 0
                 digest = hashlib.blake2b(digest_size=8)
     return found
+
+
+def row_sketches(chunks: list[Chunk], options: ReadOptions, size: int) -> tuple[list[tuple[int, bytes]], int]:
+    """Number and sketch of each document in `chunks` that is long enough to be compared, and the bytes of `chunks`."""
+    pieces = [piece for chunk in chunks for piece in chunk.read(options)]
+    found = sketches([piece.text.encode() for piece in pieces], size)
+    made = [(piece.document, own) for piece, own in zip(pieces, found, strict=True) if own]
+    return made, sum(chunk.size for chunk in chunks)
 
 
 def find_duplicates(corpus: Corpus, digests: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import DocumentError, ReadOptions
-from corpus.duplicates import near_duplicates
+from corpus.documents import Chunk, DocumentError, ReadOptions
+from corpus.duplicates import FEWEST, SIZE, near_duplicates
 from corpus.encoding import (
     CUT,
     DROP,
@@ -21,13 +22,19 @@ from corpus.encoding import (
     VAL,
     Cut,
     EncodingPlan,
+    batched_chunks,
     count_characters,
     document_digests,
     find_duplicates,
+    row_sketches,
     validation_split,
 )
 from corpus.finder import SHOWN, Corpus
 from corpus.workers import Pool, Progress
+
+MOST_ROWS = 1 << 19  # that are compared with each other
+MOST_BYTES = 1 << 32  # of rows that are read once more to be compared
+HASHES = 1 << 22  # of all rows together, of which FEWEST a row are kept at least
 
 
 def split_plan(
@@ -48,7 +55,7 @@ def split_plan(
         dropped = find_duplicates(corpus, digests)
     every = max(1, min(every, corpus.documents // 2))  # two documents at least
     skipped = (np.arange(corpus.documents) % every > 0) & corpus.splits("train", "")
-    alike = _alike(corpus)
+    alike = _alike(pool, corpus, options)
     validate = validation_split(corpus, fraction, dropped | skipped, alike) & ~skipped
     roles = np.where(skipped, SKIP, np.where(dropped, DROP, np.where(validate, VAL, TRAIN))).astype(np.uint8)
     if validate.any():
@@ -96,24 +103,60 @@ def _document_names(corpus: Corpus) -> list[str]:
     ]
 
 
-def _alike(corpus: Corpus) -> list[list[int]]:
+def _alike(pool: Pool, corpus: Corpus, options: ReadOptions) -> list[list[int]]:
     """Groups of documents that are nearly the same, of which the names are printed."""
     numbers: list[int] = []
     sketches: list[bytes] = []
-    names: list[str] = []
     first = 0
     for file in corpus.files:
-        for at, found in enumerate(file.sketches[: file.documents]):
-            numbers.append(first + at)
-            sketches.append(found)
-            names.append(file.name if file.documents == 1 else f"{file.name}, book {at + 1}")
+        found = file.sketches[: file.documents]
+        numbers += range(first, first + len(found))
+        sketches += found
         first += file.documents
-    groups = near_duplicates(sketches)
+    for document, own in _row_sketches(pool, corpus, options):
+        numbers.append(document)
+        sketches.append(own)
+    groups = [[numbers[at] for at in group] for group in near_duplicates(sketches)]
+    names = _document_names(corpus) if groups else []
     for group in groups[:SHOWN]:
-        print(
-            f"nearly the same text, kept on one side of the split: {', '.join(names[at] for at in group)}",
-            file=sys.stderr,
-        )
+        shown = ", ".join(names[at] for at in group[:SHOWN])
+        more = f" and {len(group) - SHOWN} more" if len(group) > SHOWN else ""
+        apart = len(group) > max(SHOWN, corpus.documents // 2)  # rows of one pattern
+        what = "too many to be kept on one side of the split" if apart else "kept on one side of the split"
+        print(f"nearly the same text, {what}: {shown}{more}", file=sys.stderr)
     if len(groups) > SHOWN:
         print(f"… and {len(groups) - SHOWN} more such groups", file=sys.stderr)
-    return [[numbers[at] for at in group] for group in groups]
+    return [group for group in groups if len(group) <= max(SHOWN, corpus.documents // 2)]
+
+
+def _row_sketches(pool: Pool, corpus: Corpus, options: ReadOptions) -> Iterator[tuple[int, bytes]]:
+    """Number and sketch of each row that is long enough to be compared; none where the source itself tells the splits.
+
+    So that memory and time are bounded, rows share HASHES, and are not read where they are more than MOST_ROWS or MOST_BYTES.
+    """
+    rows = sum(file.documents for file in corpus.files if file.has_rows)
+    size = sum(file.size for file in corpus.files if file.has_rows)
+    if rows < 2 or any(file.split == "val" for file in corpus.files):
+        return
+    if rows > MOST_ROWS or size > MOST_BYTES:
+        print(
+            f"{rows:,} rows, {size / 1e6:,.0f} MB: too many to look for rows that are nearly the same", file=sys.stderr
+        )
+        return
+    options = dataclasses.replace(options, unwrap=False, strip_notes=False, strip_illustrations=False, strip_italics=False, fix_mojibake=False)  # fmt: skip
+    share = min(SIZE // 2, max(FEWEST, HASHES // rows))
+    with Progress("comparing rows", size) as progress:
+        for found, read in pool.map(
+            row_sketches, ((chunks, options, share) for chunks in batched_chunks(_row_chunks(corpus)))
+        ):
+            yield from found
+            progress.add(read)
+
+
+def _row_chunks(corpus: Corpus) -> Iterator[Chunk]:
+    """The chunks of files with rows."""
+    first = 0
+    for file in corpus.files:
+        if file.has_rows:
+            yield from file.chunks(first)
+        first += file.documents
