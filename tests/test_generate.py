@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -494,6 +495,25 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
     )
     assert shown.stdout == "It"
     assert "error" not in shown.stderr.lower(), shown.stderr
+    for program in ("generate.py", "evaluate.py"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        shown = subprocess.run(
+            [*PYTHON, program, "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=120
+        )
+        os.close(writer)
+        assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_help_shows_the_defaults_of_the_model_that_would_write(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / "generation_config.json").write_text('{"temperature": 0.37}')
+    for words, shown in (["--model", str(tmp_path / "own")], "0.37"), (["--model", str(tmp_path / "none")], "1.3"):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert f"[0 to 2] (default: {shown})" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_a_damaged_prompt_setting_is_a_fault_not_a_crash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
