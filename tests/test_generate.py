@@ -264,6 +264,40 @@ def test_a_fragment_is_trimmed_on_request(
     assert capsys.readouterr().out == f"It was{trimmed}\n"
 
 
+def test_trimmed_words_appear_sentence_by_sentence_and_not_in_the_middle_of_a_number(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+
+    def written(*given: Any, **more: Any) -> Iterator[Event]:
+        for text in (" late.", " It cost 3.", "5 pounds", " and no more.", " He"):
+            yield Event(0, "token", text)
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(writing, "stream", written)
+    assert run(folder, "--trim") == 0
+    assert printed == ["It was", "", " late.", "", " It cost 3.5 pounds and no more."]
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--no-stream"], ["--n", "2"], ["--creative"], ["--interactive"]])
+def test_the_notice_of_compiling_never_stands_behind_the_prompt(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, notice, screen = decoder.CompiledStep.of, "compiling the model's code ...", io.StringIO()
+
+    def slow(model: GPT) -> Any:
+        print(notice, file=sys.stderr)
+        return original(model)
+
+    monkeypatch.setattr(decoder.CompiledStep, "of", slow)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert run(folder, *words) == 0
+    assert notice in screen.getvalue().split("\n")
+
+
 def test_a_text_at_the_terminal_finishes_its_sentence(
     folder: Path, model: GPT, capsys: pytest.CaptureFixture[str]
 ) -> None:
