@@ -33,7 +33,7 @@ with warnings.catch_warnings():
         prompt: str | None = None
         """What the text begins with; default: standard input if it is piped, otherwise nothing."""
         dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-        """Number format of the weights; auto: what this processor reads fastest without visible loss (see quantize.py)."""
+        """Number format of the weights; auto: what this processor reads fastest without visible loss (see inference/quantize.py)."""
         device: str = "auto"
         """auto, cpu, cuda, cuda:N or mps."""
         echo: bool = True
