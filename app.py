@@ -8,9 +8,12 @@ streamlit run app.py -- --server http://127.0.0.1:8000          # or wss://… f
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import streamlit as st
+from streamlit import runtime
 
 HERE = Path(__file__).resolve().parent
 PAGES = (
@@ -49,4 +52,19 @@ def main() -> None:
     shown.run()
 
 
-main()
+def started_without_streamlit(argv: list[str]) -> int:
+    """Say how the app is started, with the flags in `argv`; returns the exit code. `--help` lists the flags."""
+    if {"-h", "--help"} & set(argv):
+        from cli import parse_flags
+        from ui.state import AppFlags
+
+        parse_flags(AppFlags, ["--help"])
+    command = shlex.join(["streamlit", "run", "app.py", *(["--", *argv] if argv else [])])
+    print(f"the app is started by Streamlit; type: {command}", file=sys.stderr)
+    return 2
+
+
+if runtime.exists():
+    main()
+elif __name__ == "__main__":
+    sys.exit(started_without_streamlit(sys.argv[1:]))

@@ -86,14 +86,21 @@ def parse_flags(
 
     flags = _flags(kind)
     checked = build(kind, defaults or {}).model_dump()
-    parsed = tyro.cli(
-        flags,
-        args=_gathered(kind, _with_bare_values(kind, sys.argv[1:] if argv is None else argv)),
-        default=_filled(flags, checked),
-        prog=program_name(),
-        description="\n".join(filter(None, (description or kind.__doc__, example_lines(examples or "")))),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        try:
+            parsed = tyro.cli(
+                flags,
+                args=_gathered(kind, _with_bare_values(kind, sys.argv[1:] if argv is None else argv)),
+                default=_filled(flags, checked),
+                prog=program_name(),
+                description="\n".join(filter(None, (description or kind.__doc__, example_lines(examples or "")))),
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # of --help, by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     return build(kind, dataclasses.asdict(parsed))
 
 

@@ -173,7 +173,7 @@ class DataConfig(FrozenSettings):
     drop_duplicates: bool = False
     """Keep each text once; copies of validation texts are dropped from training."""
     control: str = Field("", max_length=1000)
-    """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see styles.py)."""
+    """Mark each document's style: author, folder, decade, a field of the rows, or a .csv or .toml file (see docs/data.md)."""
 
 
 class TrainConfig(FrozenSettings):
@@ -549,10 +549,10 @@ class Config(FrozenSettings):
             return found
         if self.model.tied_head:
             found.append(
-                "--train.ngram-start needs a head with weights of its own: add --model.no-tied-head, or leave the start out"
+                "--train.ngram-start needs a head with weights of its own: add --model.no-tied-head, or leave out --train.ngram-start"
             )
         if not self.model.bias:
-            found.append("--train.ngram-start needs the biases: leave out --model.no-bias, or the start")
+            found.append("--train.ngram-start needs the biases: leave out --model.no-bias or --train.ngram-start")
         if self.model.n_embd < NGRAM_CHANNELS:
             found.append(
                 f"--train.ngram-start needs {NGRAM_CHANNELS} channels: --model.n-embd {self.model.n_embd} are too few"
@@ -590,7 +590,7 @@ def preset_values(name: str) -> dict[str, Any]:
     """The raw tables of one preset, by name or by path to a `.toml` file."""
     path = Path(name) if name.endswith(".toml") else PRESET_DIR / f"{name}.toml"
     if not path.is_file() and name.endswith(".toml"):
-        raise ConfigError([f"--preset {name}: no such file: copy one of presets/ under that name, and change the copy"])
+        raise ConfigError([f"--preset {name}: no such file; copy one of presets/ to that name and change the copy"])
     if not path.is_file():
         raise ConfigError([f"--preset {name}: unknown; choose one of {', '.join(preset_names())}"])
     return read_toml(path)

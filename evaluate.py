@@ -58,11 +58,11 @@ with warnings.catch_warnings():
         max_tokens: int = Field(160, ge=1, le=100_000)
         """Tokens of a written text at most."""
         temperature: float = Field(1.0, ge=0.0, le=2.0)
-        """Of the written texts."""
+        """Temperature at which the texts are written."""
         top_p: float = Field(0.95, gt=0.0, le=1.0)
-        """Of the written texts."""
+        """Top-p at which the texts are written."""
         seed: int = Field(0, ge=0, lt=2**63)
-        """Of the written texts."""
+        """Seed with which the texts are written."""
         index: Path | None = None
         """Prepared data whose originality index is used for the written texts; default: that of --data, if built."""
         min_tokens: int = Field(0, ge=0, le=100_000)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
-from checkpoint import described, fetch_model, find_model
+from checkpoint import CheckpointError, described, fetch_model, find_model
 from cli import flag_value, parse_flags, run_main
 from config import FINISH_SENTENCE, ROOT, ConfigError, GenerationParams
 from storage.gpt2_format import folder_defaults
@@ -33,7 +33,7 @@ with warnings.catch_warnings():
         prompt: str | None = None
         """What the text begins with; default: standard input if it is piped, otherwise nothing."""
         dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-        """Number format of the weights; auto: what this processor reads fastest without visible loss (see quantize.py)."""
+        """Number format of the weights; auto: what this processor reads fastest without visible loss (see inference/quantize.py)."""
         device: str = "auto"
         """auto, cpu, cuda, cuda:N or mps."""
         echo: bool = True
@@ -118,11 +118,19 @@ def write_until_closed(argv: list[str]) -> int:
         return 0
 
 
+def help_defaults(argv: list[str]) -> dict[str, Any]:
+    """The defaults that `--help` shows: of the model that would write; nothing is fetched for them."""
+    try:
+        return folder_defaults(find_model(flag_value(argv, "model"), ROOT))
+    except CheckpointError:
+        return {"finish_sentence": FINISH_SENTENCE}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 when something failed, 2 for bad flags, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--help" in words or "-h" in words:
-        parse_flags(GenerateFlags, words, defaults={"finish_sentence": FINISH_SENTENCE}, examples=__doc__)
+        parse_flags(GenerateFlags, words, defaults=help_defaults(words), examples=__doc__)
     return run_main(lambda: write_until_closed(words))
 
 

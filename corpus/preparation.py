@@ -400,7 +400,9 @@ def _make_tokenizer(
             learn_vocabulary(plan, flags.vocab_size, draft)
         tokenizer = load_tokenizer(draft)
         if tokenizer.vocab_size < flags.vocab_size:
-            print(f"the text supports only {tokenizer.vocab_size:,} ids", file=sys.stderr)
+            print(
+                f"the text is too short for that many: the vocabulary has {tokenizer.vocab_size:,} ids", file=sys.stderr
+            )
     else:
         alphabets = pool.map(distinct_characters, ((chunks, plan.options) for chunks, *_ in plan.batches()))
         tokenizer = char_tokenizer(set().union(*alphabets), plan.corpus.documents)

@@ -99,7 +99,7 @@ class Flags(FrozenSettings):
     alarm_topic: str = ""
     """ARN of an SNS topic for alarms; default: unchanged on update, no topic on first deployment."""
     budget_usd: int = Field(0, ge=0)
-    """The account's costs in a month that --budget-email is told of; 0 (default): unchanged on update, 20 at first."""
+    """Monthly costs of the account at which --budget-email is told; 0 (default): unchanged on update, 20 at first."""
     budget_email: str = ""
     """Who is told when the costs come near the budget; default: unchanged on update, no budget at first."""
     kms_key: str = ""

@@ -122,7 +122,7 @@ class Mirror:
         for path in named(self.folder, kind):
             facts = marker(path)
             if facts is None:
-                print(f"checkpoint {path.name} is not whole: passed over", flush=True)
+                print(f"checkpoint {path.name} is incomplete: skipped", flush=True)
             elif facts["step"] <= limit:
                 return path, facts
         return None, None

@@ -110,7 +110,7 @@ def check(flags: Flags) -> None:
     if "'" in flags.flags:
         errors.append("--flags must not contain single quotes: SageMaker's start script cannot carry them")
     if flags.max_wait_hours and not flags.spot:
-        errors.append("--max-wait-hours only means something with --spot")
+        errors.append("--max-wait-hours goes with --spot: add it, or leave this flag out")
     if flags.spot and 0 < flags.max_wait_hours < flags.max_hours:
         errors.append(f"--max-wait-hours {flags.max_wait_hours:g} is below --max-hours {flags.max_hours:g}: raise it")
     if bool(flags.subnets) != bool(flags.security_groups):

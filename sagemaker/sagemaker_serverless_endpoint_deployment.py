@@ -46,7 +46,7 @@ class Flags(base.EndpointFlags):
     provisioned: int = Field(0, ge=0, le=200)
     """Copies kept warm (billed all the time)."""
     tokens_per_s: float = Field(10.0, gt=0.0)
-    """Tokens per second of this model on such a CPU; determines the most tokens of a request."""
+    """Tokens per second of this model on such a CPU; decides how many tokens a request may ask for."""
 
 
 def token_limit(tokens_per_s: float) -> int:

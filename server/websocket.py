@@ -87,7 +87,7 @@ class WebSocketConnection:
 
     def _parsed(self, data: str | bytes) -> dict[str, Any]:
         if len(data) > self.settings.max_body_bytes:
-            raise ApiError(413, f"a message may have {self.settings.max_body_bytes} bytes", code="too_large")
+            raise ApiError(413, f"a message may have at most {self.settings.max_body_bytes} bytes", code="too_large")
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
@@ -122,7 +122,7 @@ class WebSocketConnection:
         if len(self.generations) >= self.settings.ws_requests:
             raise ApiError(
                 429,
-                f"a connection may have {self.settings.ws_requests} texts under way",
+                f"a connection may have at most {self.settings.ws_requests} texts under way",
                 code="too_many_requests",
                 kind="rate_limit_error",
             )

@@ -151,7 +151,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            kept = f"the old {place.name} still stands" if place.is_file() else "nothing was written"
+            kept = f"the old {place.name} is still there" if place.is_file() else "nothing was written"
             raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}; {kept}") from error
         raise
 
@@ -372,7 +372,7 @@ def atomic_folder(
         with contextlib.suppress(OSError):
             recover(place.parent, concerns)
         if isinstance(error, OSError):
-            kept = f"a whole {place.name} still stands" if place.exists() else "nothing was written"
+            kept = f"a complete {place.name} is still there" if place.exists() else "nothing was written"
             raise OSError(error.errno, f"{folder} could not be saved: {error.strerror or error}; {kept}") from error
         raise
     with contextlib.suppress(OSError):  # the new folder is complete; the next save cleans up

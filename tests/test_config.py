@@ -308,5 +308,5 @@ def test_a_code_page_loses_no_text(environment: dict[str, str], expected: bytes)
 
 
 def test_a_preset_that_is_no_file_yet_is_told_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"my\.toml: no such file: copy one of presets/"):
+    with pytest.raises(ConfigError, match=r"my\.toml: no such file; copy one of presets/"):
         load_config(str(tmp_path / "my.toml"))

@@ -153,7 +153,7 @@ def test_a_disk_that_fills_leaves_what_was_there(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     shown = capsys.readouterr().err
-    assert code == 1 and re.search(re.escape(str(out)) + " could not be (written|saved): .* m still stands", shown)
+    assert code == 1 and re.search(re.escape(str(out)) + " could not be (written|saved): .* m is still there", shown)
     assert names(tmp_path) == ["m", "runs"] and held(out) == before
     assert run(folder, "--to", *FORMS[form], "--out", str(out)) == 0  # with room again it is replaced
     assert names(tmp_path) == ["m", "runs"] and held(out) != before

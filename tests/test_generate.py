@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -263,6 +264,40 @@ def test_a_fragment_is_trimmed_on_request(
     assert capsys.readouterr().out == f"It was{trimmed}\n"
 
 
+def test_trimmed_words_appear_sentence_by_sentence_and_not_in_the_middle_of_a_number(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+
+    def written(*given: Any, **more: Any) -> Iterator[Event]:
+        for text in (" late.", " It cost 3.", "5 pounds", " and no more.", " He"):
+            yield Event(0, "token", text)
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(writing, "stream", written)
+    assert run(folder, "--trim") == 0
+    assert printed == ["It was", "", " late.", "", " It cost 3.5 pounds and no more."]
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--no-stream"], ["--n", "2"], ["--creative"], ["--interactive"]])
+def test_the_notice_of_compiling_never_stands_behind_the_prompt(
+    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, notice, screen = decoder.CompiledStep.of, "compiling the model's code ...", io.StringIO()
+
+    def slow(model: GPT) -> Any:
+        print(notice, file=sys.stderr)
+        return original(model)
+
+    monkeypatch.setattr(decoder.CompiledStep, "of", slow)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert run(folder, *words) == 0
+    assert notice in screen.getvalue().split("\n")
+
+
 def test_a_text_at_the_terminal_finishes_its_sentence(
     folder: Path, model: GPT, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -494,6 +529,25 @@ def test_help_needs_no_torch_and_a_closed_pipe_no_message(folder: Path) -> None:
     )
     assert shown.stdout == "It"
     assert "error" not in shown.stderr.lower(), shown.stderr
+    for program in ("generate.py", "evaluate.py"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        shown = subprocess.run(
+            [*PYTHON, program, "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=120
+        )
+        os.close(writer)
+        assert (shown.returncode, shown.stderr) == (0, b"")
+
+
+def test_help_shows_the_defaults_of_the_model_that_would_write(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / "generation_config.json").write_text('{"temperature": 0.37}')
+    for words, shown in (["--model", str(tmp_path / "own")], "0.37"), (["--model", str(tmp_path / "none")], "1.3"):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert f"[0 to 2] (default: {shown})" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_a_damaged_prompt_setting_is_a_fault_not_a_crash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

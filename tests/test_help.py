@@ -16,7 +16,7 @@ FILES = ("sagemaker", "lambda", "benchmarks")
 
 
 def programs() -> list[str]:
-    """What is typed behind `python`, for each file that is a program; the app's own runner is Streamlit's."""
+    """What is typed behind `python`, for each file that is a program; app.py, which Streamlit runs, has a test of its own."""
     found = [path for path in ROOT.glob("*.py") if path.name != "app.py"]
     found += [path for room in (*ROOMS, *FILES) for path in ROOT.glob(f"{room}/**/*.py")]
     found = [path for path in found if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")]
@@ -42,3 +42,18 @@ def test_help(program: str) -> None:
         assert f"usage: {'python ' if program.startswith('-m') else ''}{program}".split("/")[-1].split()[-1] in shown[0]
         for example in filter(None, map(str.strip, example_lines(documentation).splitlines())):
             assert example in shown, f"{program} --help does not show on its own line: {example}"
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), [((), "streamlit run app.py"), (("--model", "a b"), "streamlit run app.py -- --model 'a b'")]
+)
+def test_the_app_outside_streamlit_names_the_command(words: tuple[str, ...], command: str) -> None:
+    done = subprocess.run([*PYTHON, "app.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"the app is started by Streamlit; type: {command}\n"
+
+
+def test_the_app_lists_its_flags_outside_streamlit() -> None:
+    done = subprocess.run([*PYTHON, "app.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "streamlit run app.py -- --model" in done.stdout and "--without-password" in done.stdout

@@ -43,7 +43,7 @@ def print_outline(plan: Outline) -> None:
         f"{plan.tokens_per_step:,} tokens a step"
     )
     room, estimate = gigabytes(machine.memory), gigabytes(plan.estimated_bytes)
-    print(f"memory: about {estimate} of {room} {'a GPU' if machine.gpu else 'free'}")
+    print(f"memory: about {estimate} of {room} {'per GPU' if machine.gpu else 'free'}")
     if plan.steps:
         passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
         print(f"length: {plan.steps:,} steps, {tokens:,} tokens{passes}")

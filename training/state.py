@@ -372,6 +372,7 @@ def log_sample(state: TrainState) -> None:
     params = state.config.generation.model_copy(
         update={"max_tokens": train.sample_tokens, "seed": 1, "n": 1, "stop": ()}
     )
+    state.log.console.clear()  # what is said meanwhile (`CompiledStep`) must not stand on the rest of the bar
     text = generate(model, state.tokenizer, train.sample_prompt, params)[0].text
     state.log.sample({"step": state.progress.step, "prompt": train.sample_prompt, "text": text, "seed": 1})
 

@@ -524,6 +524,14 @@ def test_vllm_writes_in_one_style_and_never_its_control_ids(formatter: Any) -> N
     assert "logit_bias" not in formatter.request({"prompt": "It"})
 
 
+def test_vllm_gives_the_prompt_with_the_text_on_request(formatter: Any) -> None:
+    assert formatter.request({"prompt": "It", "return_full_text": True})["echo"] is True
+    for body in ({}, {"return_full_text": False}, {"return_full_text": None}):
+        assert not {"echo", "return_full_text"} & set(formatter.request({"prompt": "It", **body}))
+    with pytest.raises(ValueError, match="return_full_text: not together with a style"):
+        formatter.request({"prompt": "It", "style": "birch", "return_full_text": True})
+
+
 def test_vllm_samples_as_the_folder_recommends(tmp_path: Path) -> None:
     from config import GenerationParams
 

@@ -167,7 +167,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file(limit: int, tmp_path: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match="could not be saved: File too large; a whole last still stands"):
+        with pytest.raises(OSError, match="could not be saved: File too large; a complete last is still there"):
             save(tmp_path / "last", model, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

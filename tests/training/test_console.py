@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from training import console
+from test_train import run
+from training import console, state
 from training.console import Console
 from training.metrics import closing
 
@@ -75,6 +77,26 @@ def test_the_bar_tells_what_is_left_and_disappears(
     shown.say("saved")
     cleared, said = capsys.readouterr().err.split("\r")
     assert not cleared.strip() and said == "saved\n"
+
+
+def test_what_is_said_while_a_sample_is_written_is_not_behind_the_bar(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_terminal(80, monkeypatch)
+    original = state.generate
+
+    def slow(*given: Any) -> Any:
+        print("compiling", file=sys.stderr)
+        return original(*given)
+
+    monkeypatch.setattr(state, "generate", slow)
+    flags = ["--train.max-steps", "3", "--train.log-interval", "9", "--train.sample-interval", "1"]
+    assert run(tiny_data, tmp_path / "out", *flags) == 0
+    shown = capsys.readouterr().err
+    assert "step 2/3" in shown and shown.count("compiling\n") == 4
+    for line in shown.split("\n"):
+        *_, below, words = ["", *line.split("\r")]
+        assert words != "compiling" or not below.strip(), line
 
 
 def test_elsewhere_each_row_is_a_line_of_keys_and_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -455,7 +455,7 @@ def test_statistics_count_only_the_chosen_models(page: Page) -> None:
         state.history().add_passage(model=model, text=text, tokens=tokens, seconds=seconds, first_s=first, **common)
     visit(page, "statistics")
     assert [metric.value for metric in page.at.metric] == ["2", "7", "40", "18", "0.30 s", "83%", "0.0%"]
-    assert not charts(page) and "from 5 passages on" in page.texts()
+    assert not charts(page) and "once there are 5 passages" in page.texts()
     page.at.multiselect(key="stat_models").set_value(["one"])
     page.run()
     assert [metric.value for metric in page.at.metric] == ["1", "4", "10", "5", "0.50 s", "67%", "0.0%"]

@@ -40,24 +40,24 @@ def draw() -> None:
         ("Passages", f"{len(frame):,}", "the newest 5,000 at most"),
         ("Words", f"{frame['words'].sum():,}", "written by models"),
         ("Tokens", f"{frame['tokens'].sum():,}", ""),
-        ("Tokens a second", figure("tokens_per_s", ".0f"), "mean; versions written at once count together"),
+        ("Tokens a second", figure("tokens_per_s", ".0f"), "mean; versions written at the same time count together"),
         ("First word", figure("first_s", ".2f") + " s", "mean time to the first word"),
         (
             "Different pairs",
             figure("distinct_2", ".0%"),
-            "how many of a passage's word pairs are different, mean: more is more varied",
+            "share of a passage's word pairs that differ from each other (mean): more is more varied",
         ),
         (
             "Repetition",
             figure("repetition_4", ".1%"),
-            "how many groups of four words are repeated within a passage, mean: less is better",
+            "share of a passage's groups of four words that are repeated (mean): less is better",
         ),
     ]
     with st.grid(min_column_width=150, gap="small"):
         for label, value, help_text in cells:
             st.metric(label, value, help=help_text or None)
     if len(frame) < FEWEST:
-        st.info(f"The charts are shown from {FEWEST} passages on.", icon=":material/bar_chart:")
+        st.info(f"The charts appear once there are {FEWEST} passages.", icon=":material/bar_chart:")
     else:
         draw_charts(frame)
     with st.expander("All passages as a table"):
