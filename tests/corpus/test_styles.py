@@ -565,6 +565,8 @@ def test_the_terminal_chooses_and_lists_styles(
         "cpu",
         "--dtype",
         "float32",
+        "--finish-sentence",
+        "0",
     ]
     assert main([*flags, "--style", "Charlotte Brontë:1,ash:3", "--no-echo"]) == 0
     params = GenerationParams(style="ash:3,bronte:1", max_tokens=20, seed=3)

@@ -123,8 +123,12 @@ def test_a_child_returns_raises_and_is_left(tmp_path: Path) -> None:
         run_in_child("reading", os.stat, tmp_path / "none")
     with pytest.raises(RuntimeError, match="ending: the process was killed"):
         run_in_child("ending", os._exit, 3)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_in_child("sleeping", time.sleep, 60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
+    try:
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_in_child("sleeping", time.sleep, 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()

@@ -182,4 +182,4 @@ def test_gpt2_s_own_tokenizer_is_named_where_it_is_missing(
     saved_by_transformers(tmp_path / "gpt2", gpt2_tokenizer(), {}, n_embd=8, n_layer=1, n_positions=8)
     words = ["--init-from", str(tmp_path / "gpt2"), "--data", str(tiny_data), "--out", str(tmp_path / "run")]
     assert train.main([*words, *QUICK.split()]) == 2
-    assert "python prepare_data.py --tokenizer gpt2" in capsys.readouterr().err
+    assert "python prepare_data.py --input my_books/ --tokenizer gpt2" in capsys.readouterr().err
