@@ -1,6 +1,6 @@
 """The app: write stories with the model in the browser, look inside it, compare settings, train.
 
-streamlit run app.py                                            # the newest run's model, or one of models/
+streamlit run app.py                                            # the model as for generate.py
 streamlit run app.py -- --model runs/sample/best
 VLG_APP_PASSWORD=… streamlit run app.py --server.address 0.0.0.0     # for other machines too, with a password
 streamlit run app.py -- --server http://127.0.0.1:8000          # or wss://… for a gateway; a key comes from VLG_KEY

@@ -59,7 +59,7 @@ class Flags(FrozenSettings):
     """The AWS path on one machine; prints the address that clients connect to."""
 
     model: Path | None = None
-    """Model folder for api.py; default: the newest run's, otherwise the newest under models/."""
+    """Model folder for api.py; default: as for generate.py."""
     in_lambda: bool = False
     """Let the worker itself write, without api.py behind it; it answers plain HTTP as well."""
     workers: int = Field(50, ge=1, le=200)
