@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -170,6 +171,9 @@ def test_a_list_of_rows_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.
     rows = ["short", "long " * 30, 'with "quotes" and ] and \\', "é"]
     (tmp_path / "a.json").write_text("\ufeff [" + ",\n".join(map(shelf.json.dumps, rows)) + " ]\n", encoding="utf-8")
     assert texts_of("a.json", (tmp_path / "a.json").read_bytes(), tmp_path) == rows
+    (tmp_path / "numbers.json").write_text(json.dumps([12345678901234567890, 2, 345678]), encoding="utf-8")
+    monkeypatch.setattr(archive, "BLOCK", 5)  # a number may go on in the next block
+    assert list(archive._list_items(tmp_path / "numbers.json")) == [12345678901234567890, 2, 345678]
 
 
 def test_no_member_of_an_archive_leaves_its_folder(tmp_path: Path) -> None:
@@ -178,6 +182,8 @@ def test_no_member_of_an_archive_leaves_its_folder(tmp_path: Path) -> None:
     )
     assert sorted(texts_of("a.zip", data, tmp_path)) == ["4", "5", "one", "three", "two"]
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "unpacked"}
+    twice = shelf.zipped({"b.txt": b"one", "../b.txt": b"two", "./b.txt": b"three"})  # of one name in the folder
+    assert sorted(texts_of("b.zip", twice, tmp_path)) == ["one", "three", "two"]
 
 
 def test_archives_in_archives(tmp_path: Path) -> None:
