@@ -148,6 +148,13 @@ EPUB_CASES: list[tuple[dict[str, str], dict[str, str], str]] = [
     ({"c1": "<p>x</p>"}, {"META-INF/encryption.xml": "<e><EncryptedData><EncryptionMethod Algorithm='http://www.idpf.org/2008/embedding'/><CipherReference URI='OEBPS/f.otf'/></EncryptedData></e>"}, "x"),
     ({"c1": "<p>x</p>"}, {"META-INF/container.xml": "<broken"}, "x"),
     ({"c 1": "<p>x</p>"}, {}, "x"),
+    ({"c1": "<p>a \t\n b\u2003c&#160; d</p><p>&#160;e \n</p>"}, {}, "a b\u2003c\xa0 d\n\n\xa0e"),
+    ({"c1": "<p>soft\xadly, so&shy;ft&#173;ly</p>"}, {}, "softly, softly"),
+    ({"c1": "<p>x<span role='doc-pagebreak'>12</span>y<i class='pageno'>3</i></p>"}, {}, "xy"),
+    ({"c1": "<p><ruby>漢<rp>(</rp><rt>kan</rt><rp>)</rp></ruby>字</p>"}, {}, "漢字"),
+    ({"c1": "<p>one</p><hr/><hr class='x'/><p>two</p>"}, {}, "one\n\n* * *\n\n* * *\n\ntwo"),
+    ({"c1": "<p>a<![CDATA[ <b> & ]]>c</p>"}, {}, "a <b> & c"),
+    ({"c1": "<p>one</p><br/><br/><br/><br/><br/><p>two</p>"}, {}, "one\n\n\ntwo"),
 ]  # fmt: skip
 
 
