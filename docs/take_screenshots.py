@@ -148,19 +148,24 @@ def take(browser: Any, url: str, out: Path, seed: int) -> None:
     page.screenshot(path=out / "training.png")
     context.close()
     for name, scheme, width, height in (("write-dark", "dark", 1280, 880), ("write-phone", "light", 390, 844)):
-        phone = width < 500
-        context = browser.new_context(
-            viewport={"width": width, "height": height},
-            color_scheme=scheme,
-            device_scale_factor=2 if phone else 1,
-            is_mobile=phone,
-        )
+        context = sized_context(browser, scheme, width, height)
         page = context.new_page()
         page.goto(story)
         page.get_by_role("button", name="Continue").wait_for()
         settle(page, 3)
         page.screenshot(path=out / f"{name}.png")
         context.close()
+
+
+def sized_context(browser: Any, scheme: str, width: int, height: int) -> Any:
+    """A browser context of this size in CSS pixels; a narrow one is a phone, with two device pixels each."""
+    phone = width < 500
+    return browser.new_context(
+        viewport={"width": width, "height": height},
+        color_scheme=scheme,
+        device_scale_factor=2 if phone else 1,
+        is_mobile=phone,
+    )
 
 
 def take_page(browser: Any, place: Path, out: Path) -> None:
@@ -175,20 +180,14 @@ def take_page(browser: Any, place: Path, out: Path) -> None:
         ("page-dark", "dark", 1280, 900),
         ("page-phone", "light", 390, 844),
     ):
-        phone = width < 500
-        context = browser.new_context(
-            viewport={"width": width, "height": height},
-            color_scheme=scheme,
-            device_scale_factor=2 if phone else 1,
-            is_mobile=phone,
-        )
+        context = sized_context(browser, scheme, width, height)
         page = context.new_page()
         page.goto(f"{made.as_uri()}#prompt=The+old+house+stood&style=dickens&seed=7&max_tokens=60")
         page.locator("#status").filter(has_text="This link brings").wait_for()
         page.click("#continue")
         page.locator("#status").filter(has_text="from seed 7").wait_for()
         page.evaluate("document.activeElement.blur()")
-        if not phone:
+        if width >= 500:
             word = page.locator("#mirror span").filter(has_text=re.compile("^I$")).first.bounding_box()
             page.mouse.move(word["x"] + word["width"] / 2, word["y"] + word["height"] / 2)
         page.evaluate("scrollTo(0, 0)")
