@@ -57,6 +57,14 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc: it keeps pieces below 32 MB."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU. Under torchrun: this rank's GPU.
 

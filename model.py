@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -73,16 +74,26 @@ def heads_at_once(batch: int, length: int, heads: int, dropout: float, device: s
     return min(heads, max(1, RECOMPUTE_AT_ONCE // (batch * length**2)))
 
 
+def zeros_on_demand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory a CPU takes only as it is written to; `torch.zeros` writes to all of it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, dtype=np.uint8)  # from calloc: pages that the system fills when they are first used
+    start = -memory.ctypes.data % 64  # vector instructions read aligned memory faster
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+
+
 class KVCache:
     """Keys and values of the tokens each slot has read, so that each decoding step computes only the newest token.
 
-    `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once. Of a slot the first `length[slot]` tokens
-    are valid.
+    `layers[i]` is [S, 2, H, block_size, D], keys before values, allocated once; on a CPU a slot takes its memory when it
+    is first used. Of a slot the first `length[slot]` tokens are valid.
     """
 
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (slots, 2, config.n_head, config.block_size, config.head_size)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.layers = [zeros_on_demand(shape, device, dtype) for _ in range(config.n_layer)]
         # Created once, as creating the views at every token would cost time.
         self.stores = [layer.unsqueeze(2).unbind() for layer in self.layers]  # views by slot, [2, 1, H, block_size, D]
         self.length = [0] * slots

@@ -32,7 +32,7 @@ from typing import Any
 
 from checkpoint import load_model
 from config import GenerationParams
-from devices import pick_device
+from devices import pick_device, release_memory
 from inference.decoder import BatchDecoder, Event, Result, Sequence
 from inference.quantize import prepare
 from inference.scoring import TokenScore, score_in_chunks
@@ -220,6 +220,7 @@ class Engine:
         self.dtype, self.remark = str(model.wte.weight.dtype).removeprefix("torch."), ""
         # Changed by the engine's thread alone:
         self._decoder = BatchDecoder(model, slots)
+        release_memory()  # of the weights as they were in the file
         self._request_of: dict[Sequence, GenerationRequest] = {}
         self._mean_request_s = 1.0  # running mean of a request's time
         # Shared with the callers' threads, guarded by _changed:

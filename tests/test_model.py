@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +254,24 @@ def test_a_copied_slot_goes_on_alone() -> None:
     torch.testing.assert_close(both[1], model.decode([5], alone, [0])[0], rtol=1e-5, atol=1e-5)
     cache.reset(1)
     assert cache.length == [4, 0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory in use is read from /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_takes_its_memory_when_it_is_used(dtype: torch.dtype) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    config, before = TINY.model_copy(update={"block_size": 1024, "n_embd": 1024}), resident()
+    cache = KVCache(config, 32, torch.device("cpu"), dtype)
+    size = sum(layer.nbytes for layer in cache.layers)
+    assert size == 2 * 2 * 32 * 1024 * 1024 * dtype.itemsize and resident() - before < size / 8
+    assert {layer.dtype for layer in cache.layers} == {dtype} and {layer.data_ptr() % 64 for layer in cache.layers} == {
+        0
+    }
+    cache.layers[1][5] += 1
+    assert size / 64 <= resident() - before < size / 4
+    assert int(cache.layers[1].count_nonzero()) == cache.layers[1][5].numel()
 
 
 @pytest.mark.parametrize("heads", [1, 2])
