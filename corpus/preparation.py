@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
 
         # 2 documents: every file is checked before any is encoded
         options = _options(flags)
-        corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped)
+        named = frozenset(Path(item).expanduser().resolve() for item in flags.input)
+        corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped, named)
 
         # 3 plan: which documents train, validate or are dropped, and the style of each
         plan = split_plan(
@@ -310,10 +311,12 @@ def _inspect_files(
     options: ReadOptions,
     name: str,
     skipped: Sequence[tuple[str, str]] = (),
+    named: Collection[Path] = (),
 ) -> tuple[Corpus, Counter[str]]:
     """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file.
 
-    skipped: files that are no texts, with their kind, which are named beside those without text or remedy.
+    skipped: files that are no texts, with their kind, which are named beside those that cannot be read.
+    named: files that the user asked for by name, and that are not skipped.
     """
     left_out = list(skipped)
     good: list[SourceFile] = []
@@ -323,7 +326,7 @@ def _inspect_files(
     with Progress("checking", sum(item.path.stat().st_size for item in files)) as progress:
         for item, file in zip(files, pool.map(inspect, arguments), strict=True):
             progress.add(item.path.stat().st_size)
-            if isinstance(file, Unreadable) and file.kind and len(files) > 1:
+            if isinstance(file, Unreadable) and file.kind and len(files) > 1 and item.path.resolve() not in named:
                 left_out.append((item.name, file.kind))
                 counts["skipped_files"] += 1
                 print(file, file=sys.stderr)
