@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
@@ -102,6 +102,16 @@ class TextFile:
     @property
     def size(self) -> int:
         return sum(text.cuts[-1] - text.cuts[0] for text in self.texts)
+
+    def beginning(self, most: float) -> TextFile:
+        """Of each of its texts as many chunks as `most` bytes hold, one at least: with the tokens that they have in the whole."""
+        texts = tuple(
+            text._replace(
+                cuts=tuple(cut for number, cut in enumerate(text.cuts) if number < 2 or cut - text.cuts[0] <= most)
+            )
+            for text in self.texts
+        )
+        return replace(self, texts=texts)
 
     def chunks(self, first: int) -> Iterator[TextChunk]:
         for document, (cuts, layout) in enumerate(self.texts, first):
