@@ -330,8 +330,14 @@ def gpt2_tokenizer() -> Tokenizer:
     return BytePairTokenizer(vocab, [_pair(line) for line in lines], vocab[END_OF_TEXT])
 
 
-# Eight characters of one kind with 24 more behind them: no English word is as long.
-UNBROKEN = "|".join(rf"{kind}{{8}}(?={kind}{{24}})" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+# Letters of Chinese and Japanese, which are written without spaces, in words that are seldom longer than four.
+UNSPACED = "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
+UNSPACED_WHOLE, UNSPACED_THIRD = 1 << 16, 1 << 23  # letters learned from whole; and from a third of them, then a 30th
+# Four of them with more behind; or eight characters of one kind with 24 more behind them: no English word is as long.
+UNBROKEN = "|".join(
+    [f"[{UNSPACED}]{{4}}(?=[{UNSPACED}])"]
+    + [rf"{kind}{{8}}(?={kind}{{24}})" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")]
+)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -339,7 +345,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The same texts in the same order give the same vocabulary. It is smaller than requested if the texts have too few pairs
     that occur twice. Memory grows with the number of distinct words, not with the length of the texts. Runs without a break, as
-    in Chinese, are cut for learning, whose time would grow with the square of their length.
+    in Chinese, are cut for learning, whose time would grow with the square of their length, and of long texts without spaces
+    a part is learned from: they repeat so few words that each byte costs five times as much as in English.
     """
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -358,9 +365,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(
-        (part for text in texts for part in _slices_at_words(_without_surrogates(text))), trainer
-    )
+    slices = (part for text in texts for part in _slices_at_words(_without_surrogates(text)))
+    backend.train_from_iterator(_thinned(slices), trainer)
     model = json.loads(backend.to_str())["model"]
     return BytePairTokenizer(model["vocab"], [_pair(merge) for merge in model["merges"]], model["vocab"][END_OF_TEXT])
 
@@ -520,11 +526,12 @@ def _split_long_whitespace(text: str) -> Iterator[str]:
 
 
 def _slices_at_words(text: str, size: int = 16384) -> Iterator[str]:
-    """`text` in slices of about `size` characters, cut between a word and white space, where PATTERN always splits.
+    """`text` in slices of about `size` characters, cut between a word and white space, where PATTERN always splits, or within
+    a run of UNSPACED letters, which is cut for learning anyway.
 
     The trainer needs some forty bytes of memory for each byte of the text it is given at once.
     """
-    boundary = re.compile(f"[^{WHITESPACE}](?=[{WHITESPACE}])")
+    boundary = re.compile(f"[^{WHITESPACE}](?=[{WHITESPACE}])|[{UNSPACED}](?=[{UNSPACED}])")
     begin = 0
     while len(text) - begin > size:
         found = boundary.search(text, begin + size)
@@ -533,3 +540,19 @@ def _slices_at_words(text: str, size: int = 16384) -> Iterator[str]:
         yield text[begin : found.end()]
         begin = found.end()
     yield text[begin:]
+
+
+def _thinned(slices: Iterable[str]) -> Iterator[str]:
+    """`slices`, of those in Chinese or Japanese only some: all at first, then one in three, at last one in thirty."""
+    letters = re.compile(f"[{UNSPACED}]+")
+    seen = credit = 0
+    for part in slices:
+        count = 0 if part.isascii() else sum(len(run) for run in letters.findall(part))
+        if 2 * count < len(part) or not count:
+            yield part
+            continue
+        seen += count
+        credit += 30 if seen <= UNSPACED_WHOLE else 10 if seen <= UNSPACED_THIRD else 1
+        if credit >= 30:
+            credit -= 30
+            yield part

@@ -30,8 +30,8 @@ from corpus.cleaning import (
 TEXT_FIELD = "text"  # the field of rows that holds their text
 YEAR_FIELD = "publication_date"  # the field that --years looks at
 STYLE_FIELDS = {"author": ("author", "authors"), "decade": (YEAR_FIELD, "year", "date")}  # where rows may hold a style
-CONVERT = "convert it to UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`), or leave it out with --skip-bad-files"
-
+CONVERT = "convert it to UTF-8 (`iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`)"
+CONVERT_ROW = f"{CONVERT}, or leave it out with --skip-bad-files"
 UTF_16 = "UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 FILE > NEW`"
 
 

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,13 +93,16 @@ def search(inputs: Iterable[str], unpack_into: Path | None = None) -> Found:
     """Each file of `inputs` (files, folders, globs) once. Archives and lists of rows are unpacked into `unpack_into`.
 
     Folders are searched through, and sorted; hidden files, and those that are no texts, are skipped there. Raises
-    ConfigError with every input that holds nothing, DocumentError for the only file if that cannot be unpacked.
+    ConfigError with every input that holds nothing, DocumentError for a file given by name, or the only one, if that cannot be
+    unpacked.
     """
     found: dict[Path, tuple[Path, str]] = {}
     skipped: list[tuple[str, str]] = []
+    named: set[Path] = set()
     errors = []
     for item in inputs:
         path = Path(item).expanduser()
+        named.add(path)
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             errors.append(f"--input {item}: no such file or folder, and no file matches it")
@@ -114,11 +117,13 @@ def search(inputs: Iterable[str], unpack_into: Path | None = None) -> Found:
     if errors:
         raise ConfigError(errors)
     pairs = list(found.values())
-    return Found(_unpacked(pairs, unpack_into, skipped) if unpack_into else pairs, skipped)
+    return Found(_unpacked(pairs, named, unpack_into, skipped) if unpack_into else pairs, skipped)
 
 
-def _unpacked(files: list[tuple[Path, str]], folder: Path, skipped: list[tuple[str, str]]) -> list[tuple[Path, str]]:
-    """`files` with the members of archives in their place."""
+def _unpacked(
+    files: list[tuple[Path, str]], named: Collection[Path], folder: Path, skipped: list[tuple[str, str]]
+) -> list[tuple[Path, str]]:
+    """`files` with the members of archives in their place; those `named` by the user are not skipped."""
     result: list[tuple[Path, str]] = []
     for path, name in files:
         try:
@@ -131,7 +136,7 @@ def _unpacked(files: list[tuple[Path, str]], folder: Path, skipped: list[tuple[s
         try:
             members = list(archive.unpack(path, name, folder))
         except DocumentError as error:
-            if len(files) == 1 or not error.kind:
+            if len(files) == 1 or path in named or not error.kind:
                 raise
             print(error, file=sys.stderr)
             skipped.append((name, error.kind))

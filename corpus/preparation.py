@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from corpus.finder import Corpus, inspect, readable, search, skipped_line
 from corpus.out_folder import draft_folder, refuse_foreign, replace_out, restore_old, up_to_date
 from corpus.readers.registry import READERS, SUFFIXES
 from corpus.sources import InputFile
-from corpus.splitting import split_plan
+from corpus.splitting import fitted, split_plan
 from corpus.styles import StyleSource, document_styles, largest_styles, style_counts
 from corpus.workers import Pool, Progress, run_in_child
 from storage.atomic import atomic_write_text
@@ -90,6 +90,8 @@ class PrepareFlags(DataConfig):
     """Prepare only this part of the texts, like 3/8 for the third of eight machines; --join puts the parts together."""
     every: int = Field(1, ge=1)
     """Prepare only every so many-th document, as a sample of texts that are too many."""
+    max_bytes: int = Field(0, ge=0)
+    """Prepare about this much of the texts: every so many-th document, or the beginning of the longest. 0: all."""
     join: tuple[Path, ...] = ()
     """Instead of texts, put these prepared folders together into --out, which shares their files where it can."""
     footnotes: bool = True
@@ -114,10 +116,11 @@ def prepare_preset(preset: str, out: Path) -> Manifest:
     return prepare(build(PrepareFlags, settings | {"preset": preset}), out)
 
 
-def prepare(flags: PrepareFlags, out: Path) -> Manifest:
+def prepare(flags: PrepareFlags, out: Path, learning_s: float = 0.0) -> Manifest:
     """Prepare the texts that `flags` name into `out` and return its manifest.
 
-    A folder made from the same texts with the same settings is kept; any other is replaced at the very end. Raises
+    A folder made from the same texts with the same settings is kept; any other is replaced at the very end. learning_s: seconds
+    after which a new vocabulary is learned from what has been read so far; 0: no limit. Raises
     ConfigError (what to change in the flags), DocumentError (what is wrong with the texts), OSError.
     """
     begun = time.monotonic()
@@ -128,7 +131,8 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         files, skipped = _input_files(flags, out, stack)
         settings = _settings(flags)
         identity = _identity(settings, files)
-        if (kept := up_to_date(out, identity)) is not None:
+        whole = {name: value for name, value in settings.items() if name != "max_bytes"}
+        if (kept := up_to_date(out, identity) or up_to_date(out, _identity(whole, files))) is not None:
             print(f"{out}: already prepared from these texts with these settings", file=sys.stderr)
             return kept
         if flags.tokenizer == "gpt2" and not flags.tokenizer_from:
@@ -138,7 +142,13 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
 
         # 2 documents: every file is checked before any is encoded
         options = _options(flags)
-        corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped)
+        named = frozenset(Path(item).expanduser().resolve() for item in flags.input)
+        corpus, counts = _inspect_files(pool, files, options, _name(flags), skipped, named)
+        size = corpus.size
+
+        corpus, every = fitted(corpus, flags.max_bytes)
+        if every == 1 and corpus.size == size:
+            settings, identity = whole, _identity(whole, files)
 
         # 3 plan: which documents train, validate or are dropped, and the style of each
         plan = split_plan(
@@ -146,7 +156,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
             corpus,
             options,
             flags.val_fraction,
-            every=flags.every,
+            every=max(flags.every, every),
             part=flags.part,
             duplicates=flags.drop_duplicates,
         )
@@ -155,7 +165,7 @@ def prepare(flags: PrepareFlags, out: Path) -> Manifest:
         # 4 tokenizer: the one that the flags request; in a resumed preparation, the one it began with
         draft = stack.enter_context(draft_folder(out))
         state = _saved_state(draft, identity)
-        tokenizer = load_tokenizer(draft) if state else _make_tokenizer(flags, plan, pool, draft, styles)
+        tokenizer = load_tokenizer(draft) if state else _make_tokenizer(flags, plan, pool, draft, styles, learning_s)
         if styles:
             ids = np.array([tokenizer.styles.get(name, -1) for name in styles], dtype=np.int64)
             plan = dataclasses.replace(plan, styles=ids)
@@ -281,6 +291,7 @@ def _settings(flags: PrepareFlags) -> dict[str, Any]:
     if flags.control:
         settings["control"] = vars(StyleSource.read(flags.control))
     settings |= {"every": flags.every} if flags.every > 1 else {}
+    settings |= {"max_bytes": flags.max_bytes} if flags.max_bytes else {}
     return settings if _part(flags) == (0, 1) else settings | {"part": flags.part}
 
 
@@ -310,10 +321,12 @@ def _inspect_files(
     options: ReadOptions,
     name: str,
     skipped: Sequence[tuple[str, str]] = (),
+    named: Collection[Path] = (),
 ) -> tuple[Corpus, Counter[str]]:
     """The documents in `files`, and what cleaning has counted so far. Raises DocumentError naming every bad file.
 
-    skipped: files that are no texts, with their kind, which are named beside those without text or remedy.
+    skipped: files that are no texts, with their kind, which are named beside those that cannot be read.
+    named: files that the user asked for by name, and that are not skipped.
     """
     left_out = list(skipped)
     good: list[SourceFile] = []
@@ -323,7 +336,7 @@ def _inspect_files(
     with Progress("checking", sum(item.path.stat().st_size for item in files)) as progress:
         for item, file in zip(files, pool.map(inspect, arguments), strict=True):
             progress.add(item.path.stat().st_size)
-            if isinstance(file, Unreadable) and file.kind and len(files) > 1:
+            if isinstance(file, Unreadable) and file.kind and len(files) > 1 and item.path.resolve() not in named:
                 left_out.append((item.name, file.kind))
                 counts["skipped_files"] += 1
                 print(file, file=sys.stderr)
@@ -383,7 +396,7 @@ def _document_styles(pool: Pool, corpus: Corpus, flags: PrepareFlags) -> list[st
 
 
 def _make_tokenizer(
-    flags: PrepareFlags, plan: EncodingPlan, pool: Pool, draft: Path, styles: Sequence[str]
+    flags: PrepareFlags, plan: EncodingPlan, pool: Pool, draft: Path, styles: Sequence[str], learning_s: float
 ) -> Tokenizer:
     """The tokenizer that `flags` request, saved in `draft`. A new vocabulary is learned from the training text alone."""
     if flags.tokenizer_from:
@@ -395,9 +408,9 @@ def _make_tokenizer(
     elif flags.tokenizer == "bpe":
         print(f"learning a vocabulary of {flags.vocab_size:,} ids", file=sys.stderr)
         if plan.corpus.size > CHILD_BYTES:
-            run_in_child("learning a vocabulary", learn_vocabulary, plan, flags.vocab_size, draft)
+            run_in_child("learning a vocabulary", learn_vocabulary, plan, flags.vocab_size, draft, learning_s)
         else:
-            learn_vocabulary(plan, flags.vocab_size, draft)
+            learn_vocabulary(plan, flags.vocab_size, draft, learning_s)
         tokenizer = load_tokenizer(draft)
         if tokenizer.vocab_size < flags.vocab_size:
             print(
@@ -412,9 +425,20 @@ def _make_tokenizer(
     return tokenizer
 
 
-def learn_vocabulary(plan: EncodingPlan, vocab_size: int, folder: Path) -> None:
-    """Learn a vocabulary from the training text and save it in `folder`."""
-    train_bpe(plan.training_texts(), vocab_size).save(folder)
+def learn_vocabulary(plan: EncodingPlan, vocab_size: int, folder: Path, seconds: float = 0.0) -> None:
+    """Learn a vocabulary from the training text, or from what is read of it in so many seconds, and save it in `folder`."""
+    train_bpe(_in_time(plan.training_texts(), seconds), vocab_size).save(folder)
+
+
+def _in_time(texts: Iterable[str], seconds: float) -> Iterator[str]:
+    """`texts`, until `seconds` are over where they are not 0."""
+    begun, read = time.monotonic(), 0
+    for text in texts:
+        yield text
+        read += len(text)
+        if 0 < seconds < time.monotonic() - begun:
+            print(f"its time is over: learned from {read / 1e6:,.1f} million characters", file=sys.stderr)
+            return
 
 
 def _with_style_ids(tokenizer: Tokenizer, flags: PrepareFlags, plan: EncodingPlan, styles: Sequence[str]) -> Tokenizer:

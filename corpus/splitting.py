@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 
@@ -30,6 +31,7 @@ from corpus.encoding import (
     validation_split,
 )
 from corpus.finder import SHOWN, Corpus
+from corpus.readers.text import TextFile
 from corpus.workers import Pool, Progress
 
 MOST_ROWS = 1 << 19  # that are compared with each other
@@ -66,6 +68,32 @@ def split_plan(
     alone = np.ones(corpus.documents, dtype=bool)
     alone[[number for group in alike for number in group]] = False
     return _with_a_cut(pool, EncodingPlan(corpus, options, roles), fraction, alone)
+
+
+def fitted(corpus: Corpus, most: int) -> tuple[Corpus, int]:
+    """(`corpus` cut to about `most` bytes of text, of how many documents one is to be read).
+
+    Where that comes out about right, every so many-th document is read. Otherwise all are, and of the longest plain texts
+    their beginning; of formats that are extracted as a whole nothing is cut.
+    """
+    sizes = corpus.sizes()
+    total = sizes.sum()
+    if not most or total <= most:
+        return corpus, 1
+    told = f"{total / 1e6:,.1f} MB of text are more than the {most / 1e6:,.1f} MB to be prepared"
+    remedy = "(all of it: prepare_data.py without --max-bytes)"
+    every = math.ceil(total / most)
+    if every <= corpus.documents // 2 and most / 2 <= sizes[::every].sum() <= 1.1 * most:
+        print(f"{told}: one document in {every} is read {remedy}", file=sys.stderr)
+        return corpus, every
+    low, high = 0.0, float(sizes.max())
+    for _ in range(50):  # the length at which all documents together have `most` bytes
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(sizes, middle).sum() < most else (low, middle)
+    files = [file.beginning(high) if isinstance(file, TextFile) else file for file in corpus.files]
+    cut = dataclasses.replace(corpus, files=files)
+    print(f"{told}: of the longest the beginning is read, {cut.size / 1e6:,.1f} MB in all {remedy}", file=sys.stderr)
+    return cut, 1
 
 
 def _with_a_cut(pool: Pool, plan: EncodingPlan, fraction: float, alone: np.ndarray) -> EncodingPlan:

@@ -379,3 +379,27 @@ def test_runs_without_a_break_are_cut_for_learning_only() -> None:
     assert (
         max(len(runs.decode([number])) for number in range(257, runs.vocab_size)) <= 31
     )  # not 1,024, as if it were a word
+
+
+def test_of_much_text_without_spaces_a_part_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNSPACED_WHOLE", 300)
+    monkeypatch.setattr(module, "UNSPACED_THIRD", 1200)
+    chinese = [chr(0x4E00 + number) * 90 + "，。 one " for number in range(60)]
+    english = [f"Chapter {number} of it, with 天地 in it and a long enough line beside. " for number in range(60)]
+    kept = list(module._thinned([part for pair in zip(chinese, english, strict=True) for part in pair]))
+    assert [part for part in kept if part in english] == english
+    numbers = [chinese.index(part) for part in kept if part in chinese]
+    assert numbers[:3] == [0, 1, 2] and [4 <= number < 13 for number in numbers].count(True) == 3
+    assert len([number for number in numbers if number >= 13]) == 1  # of 47
+    assert list(module._thinned(iter([]))) == []
+
+
+def test_words_of_chinese_are_learned_in_clauses_without_a_break() -> None:
+    draw = random.Random(2)
+    words = ["天地", "人", "山水火", "金木水土", "日月", "星"]
+    text = "，".join("".join(draw.choices(words, k=9)) for _ in range(400))
+    learned = train_bpe([text], 500)
+    assert {"天地", "日月", "山水火"} <= {learned.decode([number]) for number in range(257, learned.vocab_size)}
+    longest = max(len(learned.decode([number])) for number in range(257, learned.vocab_size))
+    assert longest <= 4  # clauses are cut, of which each is another
+    assert [len(part) for part in module._slices_at_words("山" * 50_000)] == [16385, 16385, 16385, 845]

@@ -10,7 +10,6 @@ The arithmetic and what it was tuned on: docs/decisions.md, "One dial".
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ MOST_EPOCHS = 30.0  # passes after which more training on a text only overfits
 BYTES_PER_TOKEN = 3.5  # English prose, vocabularies of 2,048 to 8,192
 PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabulary and encoding, at the slowest
 PREPARE_SHARE = 0.3  # of the time at most, for preparing
+LEARNING_SHARE = 0.6  # of that, for reading what a vocabulary is learned from
 ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
 START_S = 2.0  # seconds for building the model and opening files
 COUNTED_FROM = 5e4  # bytes of text from which on n-grams are counted: the smallest that was tried (docs/experiments.md)
@@ -202,22 +202,25 @@ def measured_rate(device: Any, precision: str, guess: ModelConfig, seconds: floa
     return rows * guess.block_size * model.flops_per_token() / late[len(late) // 2]
 
 
-def prepared_for(inputs: tuple[str, ...], vocab: int, out: Path | None = None, every: int = 1) -> Path:
+def prepared_for(
+    inputs: tuple[str, ...], vocab: int, out: Path | None = None, most: float = 0.0, learning_s: float = 0.0
+) -> Path:
     """Prepare `inputs` with a new vocabulary of `vocab` ids in `out`, unless that has been done before.
 
-    out: default: a folder in data/ named after the first input. every: only every so many-th document. Raises ConfigError
-    and DocumentError as `prepare` does.
+    out: default: a folder in data/ named after the first input. most: bytes of text, 0 for all. learning_s: as of `prepare`.
+    Raises ConfigError and DocumentError as `prepare` does.
     """
     from corpus.preparation import PrepareFlags, prepare
 
     out = out or ROOT / "data" / f"{Path(inputs[0]).stem or 'texts'}-{vocab}"
-    prepare(build(PrepareFlags, {"input": inputs, "tokenizer": "bpe", "vocab_size": vocab, "every": every}), out)
+    flags = {"input": inputs, "tokenizer": "bpe", "vocab_size": vocab, "max_bytes": int(most)}
+    prepare(build(PrepareFlags, flags), out, learning_s)
     return out
 
 
-def sample_step(text: float, seconds: float, threads: int) -> int:
-    """Of how many documents one is prepared, so that preparing `text` bytes takes at most PREPARE_SHARE of the time."""
-    return max(1, math.ceil(text / (PREPARE_SHARE * seconds * PREPARE_RATE * max(1, threads))))
+def most_text(seconds: float, threads: int) -> float:
+    """Bytes of text that are prepared within PREPARE_SHARE of the time."""
+    return PREPARE_SHARE * seconds * PREPARE_RATE * max(1, threads)
 
 
 def text_size(inputs: tuple[str, ...]) -> float:
@@ -301,18 +304,12 @@ def autotune(
 
     # 2 the texts, with the vocabulary of the model that the time left after preparing will allow
     if data is None or manifest is None:
-        every = sample_step(text, seconds, torch.get_num_threads())
-        if every > 1:
-            print(
-                f"{text / 1e6:,.0f} MB of text are more than can be prepared in {minutes:g} minutes: one document in {every} is "
-                "read (all of them: prepare_data.py, then --data)",
-                file=sys.stderr,
-            )
-            text /= every
+        most = most_text(seconds, torch.get_num_threads())
+        text = min(text, most)
         preparing_s = text / PREPARE_RATE / max(1, torch.get_num_threads())
         budget = Budget(rate * max(0.5 * seconds, left() - preparing_s), text)
         vocab = choose_model(budget, counted=counted).vocab_size
-        data = prepared_for(inputs, vocab, data, every)
+        data = prepared_for(inputs, vocab, data, most, LEARNING_SHARE * PREPARE_SHARE * seconds)
         manifest = Manifest.load(data)
     if left() < 10:
         raise ConfigError(

@@ -168,4 +168,4 @@ def _list_items(path: Path) -> Iterator[Any]:
                 yield item
                 at = stop
         except UnicodeDecodeError as error:
-            raise DocumentError(f"{path}: not UTF-8 ({error.reason}); convert it to UTF-8", kind="") from None
+            raise DocumentError(f"{path}: not UTF-8 ({error.reason}); convert it to UTF-8", "not UTF-8") from None

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 from corpus import cleaning
 from corpus.cleaning import BOM
 from corpus.documents import (
-    CONVERT,
+    CONVERT_ROW,
     STYLE_FIELDS,
     UTF_16,
     ByteRange,
     DocumentError,
     Piece,
     ReadOptions,
+    Unreadable,
     clean_document,
     null_row,
     skipped_row,
@@ -52,7 +53,7 @@ class JsonlFile:
             size = file.seek(0, 2)
             file.seek(0)
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                return f"{path}: {UTF_16}"
+                return Unreadable(f"{path}: {UTF_16}", "UTF-16")
             file.seek(0)
             while start < size:
                 data = file.read(cleaning.CHUNK_BYTES)
@@ -113,7 +114,7 @@ def _text_of(line: bytes, place: str, offset: int, name: str) -> bytes | None:
     try:
         row: Any = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DocumentError(f"{place}: not UTF-8 at byte offset {offset + error.start}; {CONVERT}") from None
+        raise DocumentError(f"{place}: not UTF-8 at byte offset {offset + error.start}; {CONVERT_ROW}") from None
     except ValueError as error:
         raise DocumentError(
             f"{place}: not JSON ({error}); fix the row, or leave it out with --skip-bad-files"

@@ -27,7 +27,7 @@ class MarkdownFile(BookFile):
         try:
             text = path.read_bytes().decode("utf-8-sig").replace("\r\r\n", "\n").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            raise DocumentError(f"not UTF-8 at byte offset {error.start}; {CONVERT}", kind="") from None
+            raise DocumentError(f"not UTF-8 at byte offset {error.start}; {CONVERT}", "not UTF-8") from None
         fields = {}
         if front := FRONT.match(text):
             fields = {name.lower(): value for name, value in FIELD.findall(front[1])}

@@ -123,12 +123,15 @@ def _decode(data: bytes, encoding: str) -> str:
     try:
         return data.decode(encoding)
     except LookupError:
-        raise DocumentError(f"it declares the unknown encoding {encoding}: save it as UTF-8", kind="") from None
+        raise DocumentError(
+            f"it declares the unknown encoding {encoding}: save it as UTF-8", "unknown encoding"
+        ) from None
     except UnicodeError:
         if encoding == "cp1252":  # five bytes mean nothing there
             return data.decode("latin-1")
         raise DocumentError(
-            f"it is not the {encoding} that it declares: save it as UTF-8, or correct the declaration", kind=""
+            f"it is not the {encoding} that it declares: save it as UTF-8, or correct the declaration",
+            f"not {encoding}",
         ) from None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from corpus import cleaning
 from corpus.documents import (
-    CONVERT,
+    CONVERT_ROW,
     STYLE_FIELDS,
     TEXT_FIELD,
     YEAR_FIELD,
@@ -167,6 +167,6 @@ class ParquetChunk:
             except UnicodeDecodeError as error:
                 if not options.skip_bad:
                     raise DocumentError(
-                        f"{self.path}, row {number}: not UTF-8 at byte {error.start} of this row; {CONVERT}"
+                        f"{self.path}, row {number}: not UTF-8 at byte {error.start} of this row; {CONVERT_ROW}"
                     ) from None
                 yield skipped_row(document)

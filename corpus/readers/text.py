@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, ClassVar, NamedTuple
@@ -65,10 +65,10 @@ class TextFile:
             head = file.read(len(BOM) + 8)
             for beginning, what in OTHER_FORMATS.items():
                 if head.startswith(beginning):
-                    return Unreadable(f"{path}: this is {what}", "PDF" if what.startswith("a PDF") else "")
+                    return Unreadable(f"{path}: this is {what}", "PDF" if what.startswith("a PDF") else "UTF-16")
             seen = _read_through(file)
             if seen.problem:
-                return f"{path}: {seen.problem}"
+                return Unreadable(f"{path}: {seen.problem}", seen.kind)
             start = len(BOM) if head.startswith(BOM) else 0
             if seen.blank or seen.size == start:
                 return cls(name, path, (), {}, split=split)
@@ -102,6 +102,16 @@ class TextFile:
     @property
     def size(self) -> int:
         return sum(text.cuts[-1] - text.cuts[0] for text in self.texts)
+
+    def beginning(self, most: float) -> TextFile:
+        """Of each of its texts as many chunks as `most` bytes hold, one at least: with the tokens that they have in the whole."""
+        texts = tuple(
+            text._replace(
+                cuts=tuple(cut for number, cut in enumerate(text.cuts) if number < 2 or cut - text.cuts[0] <= most)
+            )
+            for text in self.texts
+        )
+        return replace(self, texts=texts)
 
     def chunks(self, first: int) -> Iterator[TextChunk]:
         for document, (cuts, layout) in enumerate(self.texts, first):
@@ -149,6 +159,8 @@ class Seen(NamedTuple):
     """It holds white space only."""
     problem: str = ""
     """Why it is no text that can be read."""
+    kind: str = ""
+    """What such a file is called."""
     marks: tuple[int, ...] = ()
     """Where it may hold Project Gutenberg's marks."""
 
@@ -162,15 +174,15 @@ def _read_through(file: BinaryIO) -> Seen:
     for offset in range(0, size, cleaning.CHUNK_BYTES):
         data = file.read(cleaning.CHUNK_BYTES)
         if (zero := data.find(b"\0")) >= 0:
-            return Seen(
-                size, blank, f"a binary file (zero byte at byte offset {offset + zero}): only plain text can be read"
-            )
+            problem = f"a binary file (zero byte at byte offset {offset + zero}): only plain text can be read"
+            return Seen(size, blank, problem, "binary")
         pending = len(decoder.getstate()[0])
         try:
             if pending or not data.isascii():
                 decoder.decode(data, offset + len(data) == size)
         except UnicodeDecodeError as error:
-            return Seen(size, blank, f"not UTF-8 at byte offset {offset - pending + error.start}; {CONVERT}")
+            problem = f"not UTF-8 at byte offset {offset - pending + error.start}; {CONVERT}"
+            return Seen(size, blank, problem, "not UTF-8")
         marks += gutenberg.candidates(last + data, offset - len(last))
         last = data[-gutenberg.OVERLAP :]
         blank = blank and data.isspace()

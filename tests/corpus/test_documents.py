@@ -125,14 +125,18 @@ def test_what_cannot_be_read_is_named_before_any_work(
     (texts / name).write_bytes(content)
     (texts / "second.txt").write_bytes(b"\xff\xff")
     out = tmp_path / "out"
-    assert run("--input", texts, "--tokenizer", "char", "--out", out) == 1
+    given = ("--input", texts, texts / name, texts / "second.txt", "--tokenizer", "char", "--out", out)
+    assert run(*given) == 1
     error = capsys.readouterr().err
-    stops = 1 if name in ("book.txt", "table.parquet") else 2  # a folder is read without those two, which are named
-    assert f"{stops} of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
+    assert "2 of 14 files cannot be read" in error and "second.txt: not UTF-8 at byte offset 0" in error
     assert "--skip-bad-files" in error
     assert re.search(message, error)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "good"}
-    assert run("--input", texts, "--tokenizer", "char", "--skip-bad-files", "--out", out) == 0
+    assert run(*given, "--skip-bad-files") == 0
+    assert Manifest.load(out).cleaning["skipped_files"] == 2
+    assert run("--input", texts, "--tokenizer", "char", "--out", out) == 0  # a folder is read without them
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "12 of 14 files read; 2 skipped: " in error
     assert (tokens(out, "train") == tokens(tmp_path / "good", "train")).all()
     assert Manifest.load(out).cleaning["skipped_files"] == 2
 

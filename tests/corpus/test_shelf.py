@@ -113,6 +113,14 @@ def test_a_folder_is_read_without_what_cannot_be_read(tmp_path: Path, capsys: py
         "cut.parquet": (shelf.parquet_book()[:-20], "damaged"),
         "list.json": (b'[{"text": "one"}, {"text": ', "damaged"),
         "named.txt": (b"%PDF-1.7 words", "PDF"),
+        "old.txt": ("Café, in an old encoding.".encode("latin-1"), "not UTF-8"),
+        "old.md": ("Café, in an old encoding.".encode("latin-1"), "not UTF-8"),
+        "old.json": ('["Café"]'.encode("latin-1"), "not UTF-8"),
+        "old.html": (b'<meta charset="utf-8"><p>caf\xe9</p>', "not utf-8"),
+        "odd.html": (b'<meta charset="utf-99"><p>cafe</p>', "unknown encoding"),
+        "wide.txt": ("Café".encode("utf-16"), "UTF-16"),
+        "wide.jsonl": ('{"text": "Café"}'.encode("utf-16"), "UTF-16"),
+        "zero.txt": (b"some text\0more", "binary"),
     }
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -125,9 +133,9 @@ def test_a_folder_is_read_without_what_cannot_be_read(tmp_path: Path, capsys: py
     line = next(line for line in capsys.readouterr().err.splitlines() if "files read" in line)
     assert line.startswith(f"3 of {3 + len(bad)} files read; {len(bad)} skipped: ")
     assert all(f"{name} ({kind})" in line for name, (_, kind) in bad.items())
-    (texts / "old.txt").write_bytes("Café, in an old encoding.".encode("latin-1"))  # which can be converted
-    assert run(*arguments) == 1
-    assert "not UTF-8 at byte offset 3" in capsys.readouterr().err
+    for name in bad:  # what is given by name is not skipped
+        assert run("--input", texts, texts / name, *arguments[2:-1], tmp_path / "named") == 1
+        assert name in capsys.readouterr().err
 
 
 EPUB_CASES: list[tuple[dict[str, str], dict[str, str], str]] = [

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import encoding
+from corpus import encoding, preparation
 from corpus.encoding import validation_split
 from corpus.finder import Corpus
 from storage.catalogue import Catalogue
 from storage.shards import Manifest
 from support.helpers import nonsense
-from support.samples import run, tokens, told
+from support.samples import paragraphs, run, tokens, told, wrapped
 
 
 def prepared(tmp_path: Path, sizes: list[int], *flags: str) -> tuple[list[str], list[str], float]:
@@ -89,3 +89,63 @@ def test_parts_of_a_book_that_is_split_are_refused(tmp_path: Path, capsys: pytes
         (tmp_path / f"{number}.txt").write_text(nonsense(60_000, seed=number), encoding="utf-8")
     assert run("--input", tmp_path, "--tokenizer", "gpt2", "--part", "1/2", "--out", tmp_path / "out") == 2
     assert "split by position" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [5_000, 30_000, 59_000])
+def test_the_beginning_of_one_huge_text_has_the_tokens_of_the_whole(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrapped prose with accents, italics and a licence, cut where a paragraph ends."""
+    monkeypatch.setattr("corpus.cleaning.CHUNK_BYTES", 4096)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 8192)
+    text = wrapped(paragraphs(300, seed=3, extra=("_naïve_", "“café”", "——", "don't")), "\n\n")
+    assert len(text.encode()) > 60_000
+    book = tmp_path / "book.txt"
+    book.write_text(
+        f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n{text}\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\n"
+    )
+    arguments = ("--input", book, "--tokenizer", "gpt2", "--val-fraction", "0.1", "--out")
+    assert run(*arguments, tmp_path / "whole") == 0 and "more than the" not in capsys.readouterr().err
+    assert run(*arguments, tmp_path / "part", "--max-bytes", most) == 0
+    assert "of the longest the beginning is read" in capsys.readouterr().err
+    whole, part = tokens(tmp_path / "whole", "train"), tokens(tmp_path / "part", "train")
+    assert 800 < len(part) < len(whole) and (part[:-2] == whole[: len(part) - 2]).all()  # which may end within a word
+    whole_text, part_text = ("".join(told(out, "train") + told(out, "val")) for out in (tmp_path / "whole", tmp_path / "part"))  # fmt: skip
+    assert whole_text.startswith(part_text)
+    splits = Manifest.load(tmp_path / "part").splits
+    assert max(1, most - 8192) < splits.train.bytes + splits.val.bytes <= max(most, 2 * 4096 + 1000)
+
+
+def test_of_unequal_texts_the_longest_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("corpus.cleaning.CHUNK_BYTES", 4096)
+    train, val, _ = prepared(tmp_path, [9_000, 200_000, 8_000, 100_000], "--max-bytes", "77000")
+    assert "of the longest the beginning is read" in capsys.readouterr().err
+    assert len(train) + len(val) == 5  # the end of one is held out
+    by_length = sorted(len(text) for text in train)
+    assert by_length[:2] == [8_000, 9_000] and 20_000 < by_length[2] and by_length[3] <= 30_000
+    assert sum(map(len, train + val)) <= 77_000
+
+
+def test_of_many_texts_every_so_many_th_is_read_and_enough_is_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, val, _ = prepared(tmp_path, [9_000] * 12, "--max-bytes", "40000")
+    assert "one document in 3 is read" in capsys.readouterr().err
+    assert sorted(train + val) == sorted(nonsense(9_000, seed=number) for number in (0, 1, 4, 7))  # by their names
+    arguments = ("--input", tmp_path / "texts", "--tokenizer", "bpe", "--vocab-size", "400", "--out", tmp_path / "out")
+    for most, kept in ((40_000, True), (200_000, False), (300_000, True), (0, True), (40_000, True)):
+        assert run(*arguments, "--max-bytes", most) == 0  # all of the texts are more than was asked for
+        assert ("already prepared" in capsys.readouterr().err) == kept
+
+
+def test_a_vocabulary_is_learned_from_what_is_read_in_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(preparation.time, "monotonic", lambda: next(now))
+    assert list(preparation._in_time(["one", "two", "three"], 0.0)) == ["one", "two", "three"]
+    assert not capsys.readouterr().err
+    assert list(preparation._in_time(iter(["one", "two", "three"]), 1.5)) == ["one", "two"]
+    assert "its time is over" in capsys.readouterr().err
