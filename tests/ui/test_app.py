@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from config import GenerationParams
 from support.app_support import NASTY, Scripted, wait
@@ -396,6 +397,34 @@ def test_a_models_recommended_values_are_read_and_invalid_ones_ignored(tmp_path:
     assert settings.recommended_settings(place)["temperature"] == 0.8
     (tmp_path / "generation_config.json").write_text('{"temperature": 80}')
     assert settings.recommended_settings(place) == {}
+
+
+def test_another_models_recommendation_is_taken_over_until_somebody_moves_a_slider(tmp_path: Path) -> None:
+    def script() -> None:
+        import streamlit as st
+
+        from ui import settings
+        from ui.backends import BackendLocation
+
+        class NoPresets:
+            def presets(self) -> dict[str, dict[str, object]]:
+                return {}
+
+        settings.start(BackendLocation("local", st.session_state.folder), NoPresets())  # type: ignore[arg-type]
+        settings.number("temperature")
+
+    for name, temperature in (("one", 0.8), ("two", 0.6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generation_config.json").write_text(f'{{"temperature": {temperature}}}')
+
+    def shown(folder: str) -> float:
+        app.session_state.folder = str(tmp_path / folder)
+        return float(app.run().slider(key="set_temperature").value)
+
+    app = AppTest.from_function(script)
+    assert (shown("one"), shown("two"), shown("none"), shown("one")) == (0.8, 0.6, 1.3, 0.8)
+    app.slider(key="set_temperature").set_value(1.1)
+    assert (shown("one"), shown("two")) == (1.1, 1.1)
 
 
 def test_a_comparison_writes_every_prompt_with_every_setting_and_can_be_stopped() -> None:
