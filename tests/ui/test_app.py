@@ -568,19 +568,23 @@ def test_every_kind_of_book_can_be_uploaded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "share", "left"),
+    ("limits", "share", "left", "words"),
     [
-        ("max_steps = 40", 0.5, 20.0),
-        ("max_steps = 0\nmax_minutes = 1.0", 20 / 60, 40.0),
-        ("max_steps = 800\nmax_minutes = 0.5", 20 / 30, 10.0),
-        ("max_steps = 0", 0.0, None),
+        ("max_steps = 40", 0.5, 20.0, "step 20 of 40"),
+        ("max_steps = 0\nmax_minutes = 1.0", 20 / 60, 40.0, "step 20, 20s of 1m00s"),
+        ("max_steps = 800\nmax_minutes = 0.5", 20 / 30, 10.0, "step 20, 20s of 30s"),
+        ("max_steps = 40\nmax_minutes = 10", 0.5, 20.0, "step 20 of 40"),
+        ("max_steps = 0", 0.0, None, "step 20"),
     ],
 )
-def test_progress_and_time_left_of_a_run(tmp_path: Path, limits: str, share: float, left: float | None) -> None:
+def test_progress_and_time_left_of_a_run(
+    tmp_path: Path, limits: str, share: float, left: float | None, words: str
+) -> None:
     (tmp_path / "config.toml").write_text(f"[train]\n{limits}\n")
     run = training_runs.Run(tmp_path)
     assert run.progress({"step": 20, "elapsed_s": 20.0}) == (pytest.approx(share), left)
     assert run.progress({}) == (0.0, None)
+    assert run.position({"step": 20, "elapsed_s": 20.0}) == words
 
 
 def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
