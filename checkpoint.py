@@ -363,10 +363,15 @@ def described(model: Path, root: Path | str = ".") -> str:
     """A model in one line: its folder, relative to `root` if it lies there, and its steps and bits a byte if it says so."""
     path = model.absolute()
     place = path.relative_to(Path(root).absolute()) if path.is_relative_to(Path(root).absolute()) else path
+    return with_facts(str(place), model)
+
+
+def with_facts(name: str, model: Path) -> str:
+    """A model's name, and in brackets its steps and bits a byte if its folder says so."""
     facts, bits = _facts(model), _bits_per_byte(model)
     known = [f"{facts['steps']:,} steps"] if isinstance(facts.get("steps"), int) else []
     known += [f"{bits:.3f} bits a byte"] if math.isfinite(bits) else []
-    return f"{place} ({', '.join(known)})" if known else str(place)
+    return f"{name} ({', '.join(known)})" if known else name
 
 
 def fetch_model(name: Path | str) -> Path:

@@ -9,6 +9,7 @@ python docs/take_screenshots.py --only-page       # those of the exported page a
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,7 +38,6 @@ BROWSER_FLAGS = [
     "--disable-sync",
     "--force-color-profile=srgb",
 ]
-PICTURES = ("write-light.png", "write-dark.png", "write-phone.png", "look-inside.png", "training.png")
 OPENING = (
     "The house had stood empty for eleven years when I took the key from the agent's hand, and walked alone up the "
     "long drive in the rain."
@@ -205,14 +205,16 @@ def _main(argv: list[str] | None) -> int:
         raise ConfigError(["playwright is not installed: pip install -r requirements-dev.txt"]) from None
     with tempfile.TemporaryDirectory() as home, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(args.browser), args=BROWSER_FLAGS)
-        take_page(browser, Path(home), args.out)
+        taken = Path(home) / "taken"
+        take_page(browser, Path(home), taken)
         if not args.only_page:
             with running_app(args.runs.resolve(), Path(home)) as url:
-                take(browser, url, args.out, args.seed)
+                take(browser, url, taken, args.seed)
         browser.close()
-    for picture in PICTURES:
-        shrink(args.out / picture)
-        print(args.out / picture)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for picture in sorted(taken.iterdir()):
+            shrink(picture)
+            print(shutil.copyfile(picture, args.out / picture.name))
     return 0
 
 

@@ -89,6 +89,32 @@ def messages(settings: RelaySettings, request: Message, trace: str, reader: Any)
     yield from _buffered(settings, body(False))
 
 
+_descriptions: dict[str, tuple[float, Message | None]] = {}
+
+
+def description(settings: RelaySettings) -> Message | None:
+    """What the container says of its model and settings, asked every ten minutes at most; None if it does not say.
+
+    A container that does not know the question refuses it, or writes one token.
+    """
+    known = _descriptions.get(settings.endpoint)
+    if known is not None and time.monotonic() - known[0] < REMEMBER_S:
+        return known[1]
+    body = json.dumps({"action": "settings", "prompt": "", "max_tokens": 1}).encode()
+    try:
+        answer = runtime().invoke_endpoint(
+            EndpointName=settings.endpoint, ContentType="application/json", Accept="application/json", Body=body
+        )
+        said = json.loads(answer["Body"].read())
+    except ClientError as error:
+        if error.response.get("OriginalStatusCode") != 400:
+            raise
+        said = {}
+    own = said if isinstance(said.get("model"), str) and isinstance(said.get("settings"), dict) else None
+    _descriptions[settings.endpoint] = (time.monotonic(), own)
+    return own
+
+
 def explain(error: BaseException) -> Message:
     """The error sent to the client after an endpoint failure; the container's own error where it gave one."""
     response = getattr(error, "response", None) or {}

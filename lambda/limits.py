@@ -24,6 +24,7 @@ MAX_PROMPT_BYTES = 24_000  # largest prompt, in UTF-8
 MAX_ACTIVE = 4  # generations that run at once on one connection
 FLUSH_MS = 0  # milliseconds of tokens sent as one message; 0: one message per token
 STOP_POLL_MS = 250  # interval at which the worker looks for a stop request
+MAX_STYLES = 500  # names of styles in the description of the settings: a message has 128 KB at most
 SILENCE_S = 60  # seconds without a message after which the endpoint counts as stalled
 
 NUMBERS = ("integer", "number")
@@ -58,12 +59,20 @@ def settings() -> dict[str, Message]:
     return found
 
 
-def described(max_tokens: int, max_samples: int) -> dict[str, Message]:
-    """`settings()` with this gateway's maxima, for clients that display the settings."""
-    found = dict(settings())
+def described(own: Message | None, max_tokens: int, max_samples: int) -> Message:
+    """The model and the settings of this gateway, for clients that display them.
+
+    own: what the container says of itself; None: `model` is null, and the defaults are general ones, not the model's.
+    """
+    general, asked = settings(), (own or {}).get("settings") or {}
+    found = {name: {**schema, **asked.get(name, {})} for name, schema in general.items() if name in asked or not own}
     for name, most in (("max_tokens", max_tokens), ("n", max_samples)):
-        found[name] = {**found[name], "maximum": most, "default": min(found[name]["default"], most)}
-    return found
+        highest = min(most, found[name]["maximum"])
+        found[name] |= {"maximum": highest, "default": min(found[name]["default"], highest)}
+    found["max_tokens"]["default"] = min(general["max_tokens"]["default"], max_tokens)  # which `validate` adds
+    if "examples" in found["style"]:
+        found["style"]["examples"] = found["style"]["examples"][:MAX_STYLES]
+    return {**{name: (own or {}).get(name) for name in ("model", "context")}, "settings": found}
 
 
 def parse(body: str | None) -> Message:

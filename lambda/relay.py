@@ -1,7 +1,8 @@
 """Relays between a WebSocket API and a SageMaker endpoint: three Lambda handlers that need only the runtime's boto3.
 
 `relay.authorizer` admits a connection by its token. `relay.router` answers every route within milliseconds and hands
-`generate` to `relay.worker` by asynchronous invocation, because API Gateway waits 29 seconds and a story takes longer.
+`generate` and `settings` to `relay.worker` by asynchronous invocation, because API Gateway waits 29 seconds and a story
+or a cold model takes longer.
 The worker posts the endpoint's messages to the connection, one token each, until the text is complete or the client has disconnected.
 
     python lambda/local_stack.py --model runs/sample/best     # these handlers, unmodified, on one machine
@@ -141,6 +142,8 @@ def undelivered(event: Message) -> Message:
     (https://docs.aws.amazon.com/lambda/latest/dg/invocation-async-retain-records.html).
     """
     job, condition = event["requestPayload"], event["requestContext"].get("condition", "")
+    if job.get("action") == "settings":
+        return describe(job, lambda settings: None)
     connection = Connection(job["management"], job["connection_id"])
     requests = RequestTable(RelaySettings.read(), connection.id)
     log("undelivered", condition=condition)
@@ -199,7 +202,11 @@ def _route(route: str, message: Message, connection: Connection, requests: Reque
     if route == "ping":
         connection.post({"type": "pong"})
     elif message.get("action") == "settings":  # comes by $default
-        connection.post({"type": "settings", "settings": described(settings.max_tokens, settings.max_samples)})
+        if access.expired:
+            raise InvalidRequest("this connection's token has expired: connect with a new one", code="unauthorized")
+        invoke_worker(
+            settings, {"action": "settings", "connection_id": connection.id, "management": connection.endpoint}
+        )
     elif route == "stop":
         if not requests.request_stop(identity(message)):
             raise InvalidRequest("no such request on this connection", param="request_id", code="unknown_request")
@@ -210,15 +217,22 @@ def _route(route: str, message: Message, connection: Connection, requests: Reque
         }  # fmt: skip
         try:
             connection.post({"type": "queued", "request_id": job["request_id"]})
-            client("lambda", None, 2).invoke(
-                FunctionName=settings.worker, InvocationType="Event", Payload=json.dumps(job).encode()
-            )
+            invoke_worker(settings, job)
         except Exception:
             requests.end(job["request_id"])
             settle(settings, job, 0)
             raise
     else:
-        raise InvalidRequest("unknown action: send generate, stop or ping", param="action", code="unknown_action")
+        raise InvalidRequest(
+            "unknown action: send generate, settings, stop or ping", param="action", code="unknown_action"
+        )
+
+
+def invoke_worker(settings: RelaySettings, job: Message) -> None:
+    """Hand a job to the worker, which may have to start first."""
+    client("lambda", None, 2).invoke(
+        FunctionName=settings.worker, InvocationType="Event", Payload=json.dumps(job).encode()
+    )
 
 
 class Reader(threading.Thread):
@@ -384,7 +398,23 @@ class Relay:
 
 def worker(event: Message, context: Any) -> Message:
     """Handle one generation, described by the router's `event`. A second delivery of it does nothing."""
+    if event.get("action") == "settings":
+        return describe(event, endpoint.description)
     return work(event, context, endpoint.messages)
+
+
+def describe(event: Message, source: Callable[[RelaySettings], Message | None]) -> Message:
+    """Tell a connection the model and its settings as `source` describes them, or this gateway's where it cannot say."""
+    settings = RelaySettings.read()
+    try:
+        own = source(settings)
+    except Exception as error:
+        log("description", error=where(error))
+        own = None
+    message = {"type": "settings", **described(own, settings.max_tokens, settings.max_samples)}
+    with contextlib.suppress(ConnectionClosed):
+        Connection(event["management"], event["connection_id"]).post(message)
+    return {"outcome": "described", "model": own is not None}
 
 
 Source = Callable[[RelaySettings, Message, str, Reader], Iterable[Message]]

@@ -6,7 +6,7 @@ a function URL with server-sent events. `python writer.py` is the image's runtim
 
     POST /generate {"prompt": "It was"}     text/event-stream: started, token, token, …, complete or error
     POST /stop     {"request_id": "…"}      ends that text
-    GET  /settings                          the JSON schema of each sampling setting
+    GET  /settings                          the model, and the JSON schema of each sampling setting
 
 Each with `Authorization: Bearer TOKEN`.
 """
@@ -64,8 +64,15 @@ def service() -> Service:
     settings = read_settings(model=folder, slots=slots, max_tokens=100_000, max_n=128, deadline_s=900.0)
     engine = Engine.load(folder, device=settings.device, dtype=settings.dtype, slots=slots, max_tokens_limit=100_000)
     made = Service(settings, engine)
-    made.defaults = folder_defaults(folder)
+    made.folder, made.defaults = folder, folder_defaults(folder)
     return made
+
+
+def description(settings: RelaySettings) -> Message:
+    """What the model and its settings are."""
+    from server.description import described as own
+
+    return own(service())
 
 
 def start() -> None:
@@ -119,6 +126,8 @@ async def _written(request: Message, trace: str, reader: relay.Reader) -> Any:
 
 def worker(event: Message, context: Any) -> Message:
     """Handle one generation, described by the router's `event`."""
+    if event.get("action") == "settings":
+        return relay.describe(event, description)
     return relay.work(event, context, messages)
 
 
@@ -180,7 +189,7 @@ def _respond(event: Message, context: Any, start: Start, headers: dict[str, str]
     if not relay.origin_allowed(headers.get("origin")):
         raise InvalidRequest("pages of this origin are not admitted", code="forbidden")
     if asked == ("GET", "/settings"):
-        _json(start, 200, {"settings": described(settings.max_tokens, settings.max_samples)}, shared)
+        _json(start, 200, described(description(settings), settings.max_tokens, settings.max_samples), shared)
         return
     if asked not in (("POST", "/generate"), ("POST", "/stop")):
         raise InvalidRequest("there is POST /generate, POST /stop and GET /settings", code="not_found")

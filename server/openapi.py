@@ -23,7 +23,7 @@ ERRORS: dict[int, str] = {
     503: "The model is loading, could not be loaded, or the server is shutting down.",
 }
 BODIES = (
-    *("GenerateBody", "BatchBody", "CompletionBody", "KoboldBody", "LlamaBody"),
+    *("GenerateBody", "InvocationBody", "BatchBody", "CompletionBody", "KoboldBody", "LlamaBody"),
     *("ScoreBody", "OriginalityBody", "TokenizeBody", "DetokenizeBody", "CountBody"),
 )
 LENGTHS = ("max_tokens", "max_length", "n_predict")  # names of the number of new tokens
@@ -70,9 +70,8 @@ def openapi_document(app: FastAPI, service: Service) -> Schema:
         components["schemas"].pop(unused, None)
     for name in BODIES:
         properties = components["schemas"][name]["properties"]
-        if name in ("GenerateBody", "BatchBody"):
-            for field, value in service.defaults.items():
-                properties[field]["default"] = value
+        if name in ("GenerateBody", "InvocationBody", "BatchBody"):
+            write_defaults(properties, service)
         write_limits(properties, service)
     if service.settings.api_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -80,6 +79,12 @@ def openapi_document(app: FastAPI, service: Service) -> Schema:
     if service.engine is not None:
         app.openapi_schema = document
     return document
+
+
+def write_defaults(properties: Schema, service: Service) -> None:
+    """Write what the model's folder recommends into the fields of a request body."""
+    for field, value in service.defaults.items():
+        properties[field]["default"] = value
 
 
 def write_limits(properties: Schema, service: Service) -> None:

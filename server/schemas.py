@@ -120,6 +120,13 @@ class GenerateBody(SamplingBody):
     """Returned in the response; generated if omitted."""
 
 
+class InvocationBody(GenerateBody):
+    """What SageMaker's one entry takes: a prompt, or the question for the settings."""
+
+    action: Literal["generate", "settings"] = "generate"
+    """settings: answer as `GET /settings`, and write nothing."""
+
+
 class BatchBody(SamplingBody):
     """Several prompts written under the same settings, all at once."""
 
@@ -419,6 +426,15 @@ class HealthReply(Reply):
     running: int
     waiting: int
     uptime_s: float
+
+
+class SettingsReply(Reply):
+    model: str
+    """The model's name, with its steps and bits a byte where they are known."""
+    context: int
+    """Tokens."""
+    settings: dict[str, Any]
+    """JSON schema of each sampling setting; `default` is what a request gets that leaves it open."""
 
 
 class StatusReply(Reply):

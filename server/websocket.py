@@ -1,4 +1,4 @@
-"""The WebSocket at `/ws`: `generate`, `stop` and `ping` come in, the protocol's messages go out.
+"""The WebSocket at `/ws`: `generate`, `settings`, `stop` and `ping` come in, the protocol's messages go out.
 
 >>> await WebSocketConnection(service, websocket).serve()
 > {"action": "generate", "request_id": "1", "prompt": "The fog", "max_tokens": 40}
@@ -19,6 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from server import schemas
 from server.auth import has_valid_key
+from server.description import described
 from server.errors import ApiError, bad_value, from_validation_errors, printable, unexpected
 from server.generation import Generation
 from server.service import Service
@@ -108,8 +109,10 @@ class WebSocketConnection:
             generation.job.cancel()
         elif action == "ping":
             await self.send({"type": "pong"})
+        elif action == "settings":
+            await self.send({"type": "settings", **described(self.service)})
         else:
-            raise bad_value("action must be generate, stop or ping", "action", "unknown_action")
+            raise bad_value("action must be generate, settings, stop or ping", "action", "unknown_action")
 
     async def _generate(self, value: dict[str, Any]) -> None:
         try:

@@ -201,7 +201,7 @@ def model_card(name: str, config: ModelConfig, tokenizer: Tokenizer, card: Mappi
     if tokenizer.styles:
         first = next(iter(tokenizer.styles))
         styled = (
-            f"\nIt writes in the manner of one of its styles where a text begins with the style's control token: `<|{first}|>`"
+            f"\nA style is asked for by its control token at the beginning of a text: `<|{first}|>`"
             f" to transformers, `--style {first}` to generate.py.\n"
         )
     table = "".join(f"| {_cell(key)} | {_cell(value)} |\n" for key, value in rows.items() if value is not None)

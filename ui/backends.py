@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 SILENCE_S = 120.0  # a server that sends nothing for this long is taken for dead
+DESCRIBE_S = 10.0  # how long to wait for a gateway's description; a model that is starting takes longer
+KNOWN_S = 600.0  # how long a description holds: another model may run there by then
+UNKNOWN_S = 60.0  # how long a server without one is not asked again
 STOP_WAIT_S = 5.0  # how long to wait for the end of a text after asking to stop
 RECEIVE_S = 0.5  # how long one wait for a message lasts before the time limits are checked
 RETRYABLE_CODES = ("endpoint_failed", "stream_truncated", "stalled")  # error codes of a gateway whose model has died
@@ -104,8 +107,11 @@ class Backend(Protocol):
 
     place: BackendLocation
     name: str
-    styles: list[str]
-    """Values of `GenerationParams.style`; empty where the model has none or they are unknown."""
+
+    @property
+    def styles(self) -> list[str]:
+        """Values of `GenerationParams.style`; empty where the model has none or they are unknown."""
+        ...
 
     def write(self, prompt: str, params: GenerationParams) -> UpdateStream: ...
     def score(self, text: str, top: int = 10) -> list[Scored]: ...
@@ -312,6 +318,60 @@ class SocketStream:
             self.socket.close()
 
 
+_descriptions: dict[BackendLocation, tuple[float, dict[str, Any]]] = {}
+
+
+def description(place: BackendLocation) -> dict[str, Any]:
+    """What a server or gateway says of its model: `model`, `context` and `settings`, as `GET /settings` of a server.
+
+    Empty where it does not say: it is older, cannot be reached, or its model is still starting.
+    """
+    until, found = _descriptions.get(place, (0.0, {}))
+    if time.monotonic() >= until:
+        found = _asked_gateway(place) if place.kind == "gateway" else _asked_server(place)
+        if not isinstance(found.get("model"), str) or not isinstance(found.get("settings"), dict):
+            found = {}  # a gateway whose model is silent gives general defaults, not the model's
+        _descriptions[place] = (time.monotonic() + (KNOWN_S if found else UNKNOWN_S), found)
+    return found
+
+
+def _asked_server(place: BackendLocation) -> dict[str, Any]:
+    import httpx
+
+    try:
+        address = place.where.rstrip("/") + "/settings"
+        answer = httpx.get(address, headers=key_header(place), timeout=httpx.Timeout(DESCRIBE_S, connect=CONNECT_S))
+        found = answer.json() if answer.is_success else {}
+    except (httpx.TransportError, httpx.InvalidURL, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _asked_gateway(place: BackendLocation) -> dict[str, Any]:
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import connect
+
+    until = time.monotonic() + DESCRIBE_S
+    try:
+        with connect(
+            place.where, additional_headers=key_header(place), open_timeout=CONNECT_S, close_timeout=1, max_size=None
+        ) as socket:
+            socket.send('{"action": "settings"}')
+            while True:
+                message = json.loads(socket.recv(timeout=max(0.0, until - time.monotonic())))
+                if message.get("type") == "settings":
+                    return dict(message)
+                if message.get("type") == "error" or message.get("connectionId"):
+                    return {}
+    except (WebSocketException, OSError, ValueError):
+        return {}
+
+
+def key_header(place: BackendLocation) -> dict[str, str]:
+    """The header that carries the place's key."""
+    return {"Authorization": f"Bearer {place.key}"} if place.key else {}
+
+
 class RemoteBackend:
     """A server's `/ws`, `/health`, `/v1/score` and `/v1/originality`; of a gateway, only its WebSocket."""
 
@@ -321,14 +381,25 @@ class RemoteBackend:
         self.gateway = place.kind == "gateway"
         self.socket_url = place.where if self.gateway else "ws" + url.removeprefix("http") + "/ws"
         self.http_url = "" if self.gateway else url
-        self.headers = {"Authorization": f"Bearer {place.key}"} if place.key else {}
+        self.headers = key_header(place)
         self.name = url.split("//")[-1].split("?")[0]
-        self.context: int | None = None
-        self.styles: list[str] = []
+        self.health: dict[str, Any] = {}
         self.characters_a_token = 4.0
         if not self.gateway:
-            health = self._http("GET", "/health")
-            self.name, self.context, self.styles = health["model"], health["context"], health.get("styles", [])
+            self.health = self._http("GET", "/health")
+            self.name = self.health["model"]
+
+    @property
+    def context(self) -> int | None:
+        """The model's context in tokens; None where it is unknown."""
+        found: int | None = (self.health or description(self.place)).get("context")
+        return found
+
+    @property
+    def styles(self) -> list[str]:
+        if self.gateway:
+            return list(description(self.place).get("settings", {}).get("style", {}).get("examples", []))
+        return list(self.health.get("styles", []))
 
     def _http(self, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
         import httpx
@@ -372,11 +443,12 @@ class RemoteBackend:
         return report
 
     def visible_text(self, text: str, params: GenerationParams) -> VisibleText | None:
-        if self.context is None:
+        context = self.context
+        if context is None:
             return None
-        room = self.context - min(params.max_tokens, self.context // 4) - params.keep
+        room = context - min(params.max_tokens, context // 4) - params.keep
         start = max(0, len(text) - round(max(1, room) * self.characters_a_token))
-        return VisibleText(round(len(text) / self.characters_a_token), self.context, start, exact=False)
+        return VisibleText(round(len(text) / self.characters_a_token), context, start, exact=False)
 
     def alive(self) -> bool:
         if self.gateway:

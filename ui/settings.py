@@ -14,7 +14,7 @@ from typing import Any
 import streamlit as st
 
 from config import FINISH_SENTENCE, SETTINGS, ConfigError, GenerationParams, build
-from ui.backends import BackendLocation
+from ui.backends import BackendLocation, description
 from ui.history import History
 
 DEFAULTS = GenerationParams()
@@ -52,15 +52,16 @@ def clipped(name: str, value: Any) -> Any:
 
 
 def recommended_settings(place: BackendLocation) -> dict[str, Any]:
-    """What a model folder's generation_config.json recommends; empty where nothing in it is usable."""
+    """What a model recommends, in its folder or as its server describes it; empty where nothing of it is usable."""
     from storage.gpt2_format import folder_defaults
 
     try:
-        found = (
-            {k: v for k, v in folder_defaults(Path(place.where)).items() if k in SAMPLING_DEFAULTS}
-            if place.kind == "local"
-            else {}
-        )
+        if place.kind == "local":
+            values = folder_defaults(Path(place.where))
+        else:
+            schemas = description(place).get("settings", {})
+            values = {name: schema["default"] for name, schema in schemas.items() if "default" in schema}
+        found = {name: value for name, value in values.items() if name in SAMPLING_DEFAULTS}
         build(GenerationParams, found)
     except (OSError, ValueError):
         return {}
@@ -128,12 +129,15 @@ def _save(history: History) -> None:
 
 
 def start(place: BackendLocation | None, history: History) -> None:
-    """Give every control its first value, once a session."""
+    """Give every control its first value; another model's, as long as nobody has moved one."""
     state = st.session_state
+    own = known_presets(place, history).get(OWN, SAMPLING_DEFAULTS)
     if PREFIX + "temperature" not in state:
         first = {name: getattr(DEFAULTS, name) for name in SETTINGS} | {"finish_sentence": FINISH_SENTENCE}
-        known = known_presets(place, history)
-        apply({**first, **known.get(OWN, {}), "seed": None})
+        apply({**first, **own, "seed": None})
+    elif own != state.first_settings and not problems() and matching(current(), {OWN: state.first_settings}) == OWN:
+        apply(own)
+    state.first_settings = own
 
 
 def number(name: str) -> None:
@@ -166,7 +170,7 @@ def choose_style(styles: Sequence[str]) -> None:
         key=key,
         format_func=lambda name: name or "no one in particular",
         accept_new_options=True,
-        help="The model writes in this author's style. A blend can be typed in: dickens:0.7,austen:0.3",
+        help="Asks the model for this author's style. A blend can be typed in: dickens:0.7,austen:0.3",
         persist_state="session",
     )
 

@@ -15,7 +15,7 @@ import streamlit as st
 from checkpoint import default_model, described
 from cli import parse_flags
 from config import ROOT, ConfigError, FrozenSettings
-from ui.backends import Backend, BackendError, BackendLocation, connect
+from ui.backends import Backend, BackendError, BackendLocation, connect, description
 from ui.history import History, default_path
 from ui.open_story import OpenStories, OpenStory
 
@@ -134,6 +134,8 @@ def draw_model() -> None:
         return
     local = chosen.kind == "local"
     shown = described(Path(chosen.where), ROOT) if local else f"{chosen.kind} {chosen.where.partition('?')[0]}"
+    if not local and (model := description(chosen).get("model")):
+        shown = f"{model}, {shown}"
     with st.sidebar:
         st.html(MENU, unsafe_allow_javascript=True)
         st.html(

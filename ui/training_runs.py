@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ROOT, ConfigError, read_toml
+from training.console import duration
 from training.metrics import METRICS, SAMPLES, read_jsonl, time_left
 
 LOG = "app.log"
@@ -70,6 +71,15 @@ class Run:
         if step and used_s:
             left = time_left(max(0, total - step) if total else math.inf, step / used_s, minutes, used_s)
         return min(1.0, share), left
+
+    def position(self, last: Mapping[str, Any]) -> str:
+        """How far the logged row `last` is, in words, by what the share of `progress` counts."""
+        train = self.config().get("train", {})
+        total, limit_s = int(train.get("max_steps", 0)), float(train.get("max_minutes", 0)) * 60
+        step, used_s = int(last.get("step", 0)), float(last.get("elapsed_s", 0.0))
+        if limit_s and used_s / limit_s > (step / total if total else 0.0):
+            return f"step {step:,}, {duration(used_s)} of {duration(limit_s)}"
+        return f"step {step:,}" + (f" of {total:,}" if total else "")
 
     def running(self) -> bool:
         """Whether a process has locked the run folder, or one that the app started has not got that far yet."""

@@ -5,6 +5,7 @@ const PING_MS = 4 * 60 * 1000; // gateways close a connection after ten silent m
 const SILENCE_MS = 2 * 60 * 1000; // a gateway gives a text up after one minute without a free writer
 const FIRST_RETRY_MS = 500;
 const LAST_RETRY_MS = 30_000;
+const OWN = "the model's own"; // shown for a default that the server does not tell
 
 const $ = (id) => document.getElementById(id);
 
@@ -179,6 +180,7 @@ let silence = null; // the timer that ends a story nobody writes
 let parameters = []; // [name, JSON schema] of each setting that has a slider
 let described = null; // address of the server that they are from
 let asking = false; // whether the connection has been asked for them
+let refusals = 0; // how often it has put the answer off
 
 function copy(text) {
   const done = () => notice("Copied.");
@@ -235,23 +237,66 @@ function onState(state, text) {
     finish(() => "The connection was lost; what was written is kept.");
     notice("The connection was lost.");
   }
-  if (state === "open" && described !== line.address) describe(line.address);
+  asking = false;
+  if (state === "open") {
+    refusals = 0;
+    ask();
+  }
   busy(story !== null);
+}
+
+/** Ask the server for its model and settings, at every connection: another model may run there by now. */
+function ask() {
+  if (described !== line.address) buildSliders(parameters.map(withoutDefault)); // what is shown is another server's
+  asking = line.send({ action: "settings" });
+}
+
+/** A server that is loading its model is asked again; one that has no answer leaves what is shown. */
+function unanswered(error) {
+  asking = false;
+  if (error?.type === "unavailable_error") {
+    refusals += 1;
+    const socket = line.socket;
+    setTimeout(() => socket === line.socket && ask(), Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** refusals));
+  } else {
+    undescribed("This server does not say which settings it has; its own defaults apply.");
+  }
+}
+
+const withoutDefault = ([field, { default: _, ...schema }]) => [field, schema];
+
+/** What stands in place of the sliders where there are none. */
+function undescribed(text) {
+  $("undescribed").textContent = text;
+  $("undescribed").hidden = parameters.length > 0;
+}
+
+/** Show the model, its settings and its authors. */
+function describe(message) {
+  asking = false;
+  described = line.address;
+  const known = typeof message.model === "string";
+  $("model").textContent = known ? `Model: ${message.model}` : "";
+  $("model").hidden = !known;
+  // a gateway whose model is silent gives general defaults, which the model's folder overrules; it sets the length alone
+  const told = (field) => known || field === "max_tokens";
+  const settings = Object.entries(message.settings).map((pair) => (told(pair[0]) ? pair : withoutDefault(pair)));
+  const style = message.settings.style ?? {};
+  $("authors").replaceChildren(...(style.examples ?? []).map((name) => new Option(name, name)));
+  $("style").closest(".field").hidden = style.enum?.join("") === "";
+  buildSliders(settings);
 }
 
 function onMessage(message) {
   if (message.type === "pong") return;
   if (message.type === "settings") {
-    asking = false;
-    described = line.address;
-    buildSliders(message.settings);
+    describe(message);
     return;
   }
   // the gateway itself answers so, without a request_id, when it refuses a message or gives up waiting
   const fromGateway = !message.type && message.connectionId;
   if (asking && !story && (fromGateway || (message.type === "error" && message.request_id == null))) {
-    asking = false; // a server that does not describe its settings
-    $("undescribed").hidden = parameters.length > 0;
+    unanswered(message.error);
     return;
   }
   if (fromGateway) {
@@ -304,7 +349,8 @@ function describeError(error) {
 
 /** The settings that stand elsewhere than the server's defaults, by name; what is not sent, the model's folder decides. */
 function moved() {
-  const found = parameters.map(([field, schema]) => {
+  const typed = parameters.filter(([field]) => $(field).value !== "");
+  const found = typed.map(([field, schema]) => {
     const value = Number($(field).value);
     return [field, schema.type === "integer" ? Math.round(value) : value, schema.default];
   });
@@ -315,7 +361,7 @@ function values() {
   const body = moved();
   const seed = $("seed").value.trim();
   const style = $("style").value.trim();
-  if (style) body.style = style;
+  if (style && !$("style").closest(".field").hidden) body.style = style;
   const stops = $("stops").value.split("\n").filter(Boolean);
   if (stops.length) body.stop = stops;
   return { body, seed };
@@ -335,7 +381,8 @@ function write(event) {
     return;
   }
   showError("");
-  story = new Story(id, prompt, body.n ?? 1, seed);
+  const usual = Object.fromEntries(parameters).n?.default;
+  story = new Story(id, prompt, body.n ?? usual ?? 1, seed);
   $("pages").replaceChildren(...story.pages.map((page) => page.article));
   busy(true);
   notice("Waiting for the first word…");
@@ -358,33 +405,6 @@ function clear() {
   $("opening").focus();
 }
 
-/**
- * The settings' JSON schemas from the server's own description; null where it cannot be read.
- *
- * A served page may fetch from its own server alone; a page opened from a file tries any.
- */
-async function fetchSettings(address) {
-  if (location.protocol !== "file:" && new URL(address).host !== location.host) return null;
-  try {
-    const answer = await fetch(new URL("openapi.json", address.replace(/^ws/, "http")));
-    return (await answer.json()).components.schemas.GenerateBody.properties;
-  } catch {
-    return null; // a gateway has no such page, and other servers may not allow it
-  }
-}
-
-/** Sliders for what the server at `address` describes; without a description the connection is asked for one. */
-async function describe(address) {
-  const found = await fetchSettings(address);
-  if (address !== line.address) return;
-  if (found) {
-    described = address;
-    buildSliders(found);
-  } else if (described !== address) {
-    asking = line.send({ action: "settings" }) || asking;
-  }
-}
-
 /** Bounds of what may be typed; a bound that is itself excluded is moved by one step. */
 function limits(schema) {
   const step = schema["x-step"];
@@ -395,11 +415,11 @@ function limits(schema) {
   };
 }
 
-/** A slider for each setting whose schema has one (`x-slider`: see `Setting` in config.py); values typed so far stay. */
+/** A slider for each setting whose schema has one (`x-slider`: see `Setting` in config.py); what was moved stays moved. */
 function buildSliders(schemas) {
-  const found = Object.entries(schemas).filter(([, schema]) => schema["x-slider"]);
+  const found = schemas.filter(([, schema]) => schema["x-slider"]);
   if (JSON.stringify(found) === JSON.stringify(parameters)) return;
-  const held = parameters.map(([field]) => [field, $(field).value]);
+  const held = Object.entries(moved());
   const places = { sliders: [], rare: [] };
   for (const [field, schema] of found) {
     const row = $("slider").content.firstElementChild.cloneNode(true);
@@ -412,10 +432,18 @@ function buildSliders(schemas) {
     figure.setAttribute("aria-describedby", note.id);
     range.setAttribute("aria-label", `${schema["x-label"]}, slider`);
     const [min, max] = schema["x-slider"];
-    Object.assign(range, { min, max, step: schema["x-step"], value: schema.default });
-    Object.assign(figure, { ...limits(schema), value: schema.default, required: true });
-    range.addEventListener("input", () => (figure.value = range.value));
-    figure.addEventListener("input", () => (range.value = figure.value));
+    const usual = schema.default ?? "";
+    Object.assign(range, { min, max, step: schema["x-step"], value: usual });
+    Object.assign(figure, { ...limits(schema), value: usual, required: usual !== "", placeholder: OWN });
+    range.classList.toggle("unset", usual === "");
+    range.addEventListener("input", () => {
+      figure.value = range.value;
+      range.classList.remove("unset");
+    });
+    figure.addEventListener("input", () => {
+      range.value = figure.value;
+      range.classList.toggle("unset", figure.value === "");
+    });
     places[schema["x-rare"] ? "rare" : "sliders"].push(row);
   }
   parameters = found;
@@ -481,7 +509,6 @@ function connect() {
   const key = $("key").value;
   if (key) address.searchParams.set("token", key);
   line.connect(address.href);
-  describe(address.href);
 }
 
 const blank = $("blank");
@@ -492,7 +519,7 @@ $("stop").addEventListener("click", stop);
 $("clear").addEventListener("click", clear);
 $("connect").addEventListener("click", connect);
 $("reset").addEventListener("click", () => {
-  for (const [field, schema] of parameters) set(field, schema.default);
+  for (const [field, schema] of parameters) set(field, schema.default ?? "");
   $("seed").value = $("style").value = $("stops").value = "";
 });
 for (const id of ["server", "key"]) {

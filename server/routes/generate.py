@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from server import schemas
+from server.description import described
 from server.generation import generate_reply, total_usage
-from server.openapi import GENERATION_ERRORS, MESSAGE, Responses, event_of, streaming
+from server.openapi import GENERATION_ERRORS, MESSAGE, Responses, errors, event_of, streaming
 from server.service import Service
 from server.streaming import LINES_TYPE, SSE_TYPE, StreamResponse, framed, json_line, messages, sse, whole_answer
 
@@ -32,13 +33,20 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/invocations",
-        response_model=schemas.GenerateReply,
+        response_model=schemas.GenerateReply | schemas.SettingsReply,
         responses=streaming(LINES_TYPE, MESSAGE),
         tags=["write"],
     )
-    async def invocations(request: Request, body: schemas.GenerateBody) -> Response:
-        """SageMaker's entry: as `/generate`, but a stream is JSON lines."""
+    async def invocations(request: Request, body: schemas.InvocationBody) -> Response:
+        """SageMaker's entry: as `/generate`, but a stream is JSON lines; or, by its `action`, as `/settings`."""
+        if body.action == "settings":
+            return JSONResponse(described(service))
         return await answer(service, request, body, LINES_TYPE, json_line)
+
+    @app.get("/settings", response_model=schemas.SettingsReply, responses=errors(401, 503), tags=["write"])
+    async def settings() -> Response:
+        """The model, and the schema of each sampling setting with the model's own defaults."""
+        return JSONResponse(described(service))
 
     @app.post("/generate/batch", response_model=schemas.BatchReply, responses=GENERATION_ERRORS, tags=["write"])
     async def batch(request: Request, body: schemas.BatchBody) -> Response:

@@ -29,6 +29,8 @@ class FakeContainer:
     def __init__(self, pace: float = 0.01):
         self.pace = pace
         self.fault = ""
+        self.described: dict[str, Any] | None = None  # its answer to `settings`; None: an older container
+        self.asked = 0  # how often it was asked for them
         self.produced = 0
         self.requests: list[dict[str, Any]] = []
         self.running = 0
@@ -58,6 +60,12 @@ class FakeContainer:
 
         async def invocations(request: Request) -> Response:
             body = await request.json()
+            if body.get("action") == "settings":
+                self.asked += 1
+                if self.fault == "busy":
+                    return Response("loading", 503)
+                error = {"message": "action: no", "type": "invalid_request_error", "param": "action", "code": "bad"}
+                return JSONResponse(self.described or {"error": error}, 200 if self.described else 400)
             self.requests.append(body)
             if self.fault == "error_before":
                 error = {"message": "top_k 7: no", "type": "invalid_request_error", "param": "top_k", "code": "bad"}

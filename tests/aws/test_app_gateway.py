@@ -9,8 +9,9 @@ from aws_fakes import FakeContainer, wait_for, words
 from local_stack import Quotas, Stack
 
 from config import GenerationParams
-from ui.backends import BackendError, BackendLocation, BackendLost, connect
+from ui.backends import BackendError, BackendLocation, BackendLost, connect, description
 from ui.background import BackgroundGeneration
+from ui.settings import recommended_settings
 
 
 def bare(stack: Stack) -> str:
@@ -46,6 +47,25 @@ def test_the_key_travels_in_the_address_or_in_a_header(stack: Stack, container: 
     for place in (BackendLocation("gateway", bare(stack)), BackendLocation("gateway", bare(stack), "wrong")):
         with pytest.raises(BackendError, match="the key was not accepted"):
             connect(place).write("It was", GenerationParams())
+
+
+def test_the_model_behind_the_gateway_is_described(container: FakeContainer) -> None:
+    own = {"temperature": {"default": 0.8}, "top_k": {"default": 50}, "style": {"default": "", "examples": ["ash"]}}
+    own |= {"max_tokens": {"default": 9, "maximum": 500}, "n": {"default": 1, "maximum": 3}}
+    with FakeContainer() as fake, Stack(fake.url) as stack:
+        fake.described = {"model": "ours (9 steps)", "context": 64, "settings": own}
+        place = BackendLocation("gateway", bare(stack), "local")
+        backend = connect(place)
+        assert backend.styles == ["ash"] and description(place)["model"] == "ours (9 steps)"
+        seen = backend.visible_text("x" * 400, GenerationParams(max_tokens=9))
+        assert seen is not None and seen.context == 64
+        found = recommended_settings(place)
+        assert (found["temperature"], found["top_k"], found["top_p"]) == (0.8, 50, 0.95) and fake.asked == 1
+
+
+def test_nothing_is_recommended_where_the_container_is_older(stack: Stack, container: FakeContainer) -> None:
+    place = BackendLocation("gateway", stack.url)
+    assert recommended_settings(place) == {} and connect(place).styles == []
 
 
 def test_stopping_ends_the_endpoints_work_and_keeps_the_words(stack: Stack, container: FakeContainer) -> None:

@@ -91,13 +91,31 @@ def test_web_page_in_chromium(stack: Stack, container: FakeContainer) -> None:
 
 def test_the_web_page_tells_what_the_gateway_itself_refuses(container: FakeContainer) -> None:
     with Stack(container.url, quotas=Quotas(rate=0.001, burst=1)) as stack, opened(stack.url) as page:
-        page.wait_for_selector("#undescribed:visible")  # the question for its settings was refused, too
+        page.wait_for_selector("text=/does not say which settings/")  # the question for them was refused, too
         assert not page.is_visible("#error-box")
         page.click("#write")
         page.wait_for_selector("#error-box:visible")
         assert "Too Many Requests" in page.inner_text("#error-box")
         page.wait_for_selector("#write:enabled")
     assert not container.requests
+
+
+def test_the_web_page_shows_no_default_that_an_older_container_does_not_tell(
+    stack: Stack, container: FakeContainer
+) -> None:
+    with opened(stack.url) as page:
+        page.wait_for_selector("#temperature")
+        shown = {name: page.input_value(f"#{name}") for name in ("temperature", "top_k", "n", "max_tokens")}
+        assert shown == {"temperature": "", "top_k": "", "n": "", "max_tokens": "200"}
+        assert page.get_attribute("#temperature", "placeholder") == "the model's own"
+        assert not page.is_visible("#model")
+        page.fill("#top_k", "7")
+        page.fill("#max_tokens", "3")
+        page.click("#write")
+        page.wait_for_selector(r"text=/Done: 3 tokens/")
+        assert page.locator(".page").count() == 1
+    sent = container.requests[-1].keys() - {"request_id", "stream", "prompt"}
+    assert {name: container.requests[-1][name] for name in sent} == {"top_k": 7, "max_tokens": 3}
 
 
 def test_the_web_page_gives_a_silent_gateway_up(container: FakeContainer) -> None:
@@ -140,7 +158,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     net = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size))
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(folder, net, tokenizer, card={}, generation=GenerationParams())
+    save_model(folder, net, tokenizer, card={"steps": 3}, generation=GenerationParams(temperature=0.45, top_k=7))
     return folder
 
 
@@ -213,6 +231,9 @@ def test_node_hears_the_same(address: str, model: Path, node_modules: Path) -> N
 
 def test_the_web_page_writes_with_the_model_in_lambda(model: Path) -> None:
     with Stack("", in_lambda=model, environment={"VLG_DTYPE": "float32"}) as stack, opened(stack.url) as page:
+        page.wait_for_selector("#temperature")
+        assert (page.input_value("#temperature"), page.input_value("#top_k")) == ("0.45", "7"), "the model's own"
+        assert page.inner_text("#model") == "Model: tiny (3 steps)"
         page.fill("#max_tokens", "60")
         page.fill("#seed", "21")
         page.click("#write")

@@ -639,20 +639,72 @@ def test_limits_are_those_of_the_api(name: str) -> None:
         assert admitted == good, (name, value)
 
 
-def test_the_gateway_describes_its_settings(stack: Stack) -> None:
-    async def conversation(socket: Any) -> Any:
-        await socket.send('{"action": "settings"}')
-        return json.loads(await socket.recv())
+async def settings_of(socket: Any) -> Any:
+    await socket.send('{"action": "settings"}')
+    return json.loads(await socket.recv())
 
-    answer = talk(stack, conversation)
-    assert answer["type"] == "settings" and set(answer["settings"]) == set(GenerationParams.model_fields)
-    assert answer["settings"]["temperature"]["x-label"] == "Temperature"
+
+def test_the_settings_are_described_by_the_container_and_asked_for_once(container: FakeContainer) -> None:
+    own = {"temperature": {"default": 0.8}, "max_tokens": {"default": 9, "maximum": 500}, "n": {"maximum": 2}}
+    own["style"] = {"default": "", "examples": [f"author-{number:0100}" for number in range(2000)]}
+    with FakeContainer() as fake, Stack(fake.url, environment={"MAX_TOKENS": "1000"}) as stack:
+        fake.described = {"model": "ours (9 steps)", "context": 64, "settings": {**own, "unknown-here": {}}}
+        fake.fault = "busy"
+        answer = talk(stack, settings_of)
+        assert answer["model"] is None and answer["settings"].keys() == GenerationParams.model_fields.keys()
+        fake.fault = ""
+        answer, again = talk(stack, settings_of), talk(stack, settings_of)
+        assert fake.asked == 2 and again == answer and not fake.requests
+    found = answer["settings"]
+    assert (answer["type"], answer["model"], answer["context"]) == ("settings", "ours (9 steps)", 64)
+    assert found.keys() == own.keys() and found["temperature"] == {**schema_of("temperature"), "default": 0.8}
+    assert (found["max_tokens"]["maximum"], found["n"]["maximum"], found["n"]["default"]) == (500, 2, 1)
+    assert found["max_tokens"]["default"] == 200, "which the gateway adds where a request leaves it open"
+    assert len(json.dumps(answer)) < 128 * 1024
+
+
+def schema_of(name: str) -> Any:
+    from limits import settings
+
+    return settings()[name]
+
+
+def test_a_container_that_does_not_describe_itself_leaves_the_model_unnamed(
+    stack: Stack, container: FakeContainer
+) -> None:
+    answer = talk(stack, settings_of)
+    assert answer["model"] is None and answer["settings"].keys() == GenerationParams.model_fields.keys()
+    asked = container.asked
+    assert talk(stack, settings_of) == answer and container.asked == asked, "it is not asked at every connection"
+
+
+def test_settings_that_find_no_worker_are_told_without_the_model(container: FakeContainer) -> None:
+    relay = load_handlers()
+
+    def broken(event: dict[str, Any], context: Any) -> Any:
+        raise RuntimeError("the worker died")
+
+    handlers = {"authorizer": relay.authorizer, "router": relay.router, "worker": broken}
+    with Stack(container.url, handlers=handlers) as stack:
+        answer = talk(stack, settings_of)
+    assert answer["type"] == "settings" and answer["model"] is None
+
+
+def test_settings_are_refused_once_the_token_has_expired(stack: Stack) -> None:
+    stack.admit("short", "visitor", expires=int(time.time()) + 2)
+
+    async def conversation() -> Any:
+        async with websockets.connect(stack.url.replace("=local", "=short")) as socket:
+            await asyncio.sleep(2.1)
+            return await settings_of(socket)
+
+    assert asyncio.run(conversation())["error"]["code"] == "unauthorized"
 
 
 def test_a_gateways_own_maxima_are_described() -> None:
     from limits import described, settings
 
-    found = described(50, 2)
+    found = described(None, 50, 2)["settings"]
     assert (found["max_tokens"]["maximum"], found["max_tokens"]["default"], found["n"]["maximum"]) == (50, 50, 2)
     assert settings()["max_tokens"]["maximum"] == 100_000
 

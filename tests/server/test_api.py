@@ -422,7 +422,7 @@ def test_the_openapi_document_states_this_servers_limits(engine: Engine) -> None
     assert body["max_tokens"]["maximum"] == 50 and body["n"]["maximum"] == 3 and body["prompt"]["maxLength"] == 900
     assert document["components"]["schemas"]["BatchBody"]["properties"]["prompts"]["maxItems"] == 4
     operations = [operation for path in document["paths"].values() for operation in path.values()]
-    assert len(operations) == 32 and not any("422" in operation["responses"] for operation in operations)
+    assert len(operations) == 33 and not any("422" in operation["responses"] for operation in operations)
     assert document["security"] and not client.app.state.service.origins.origins  # type: ignore[attr-defined]
 
 

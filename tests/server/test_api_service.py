@@ -123,9 +123,19 @@ def test_fields_left_out_take_the_model_folders_recommended_values(
         assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 16
         documented = client.get("/openapi.json").json()["components"]["schemas"]["GenerateBody"]["properties"]
         assert documented["temperature"]["default"] == 0.4 and documented["max_tokens"]["default"] == 9
+        told = client.get("/settings").json()
+        assert told["model"].startswith("m") and told["context"] == client.get("/health").json()["context"]
+        usual = {name: documented[name].get("default") for name in GenerationParams.model_fields}
+        assert {name: schema["default"] for name, schema in told["settings"].items()} == usual
+        assert client.post("/invocations", json={"action": "settings", "prompt": ""}).json() == told
+        with client.websocket_connect("/ws") as socket:
+            socket.send_json({"action": "settings"})
+            assert socket.receive_json() == {"type": "settings", **told}
     with TestClient(api.create_app(settings(model=tmp_path / "m", max_tokens=3))) as client:
         assert until(lambda: client.get("/health").status_code == 200, 120)
         assert client.post("/generate", json=body).json()["usage"]["completion_tokens"] == 3
+        length = client.get("/settings").json()["settings"]["max_tokens"]
+        assert length["default"] == length["maximum"] == 3
 
 
 def test_only_a_valid_key_opens_the_server(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from config import GenerationParams
 from support.app_support import NASTY, Scripted, wait
@@ -398,6 +399,34 @@ def test_a_models_recommended_values_are_read_and_invalid_ones_ignored(tmp_path:
     assert settings.recommended_settings(place) == {}
 
 
+def test_another_models_recommendation_is_taken_over_until_somebody_moves_a_slider(tmp_path: Path) -> None:
+    def script() -> None:
+        import streamlit as st
+
+        from ui import settings
+        from ui.backends import BackendLocation
+
+        class NoPresets:
+            def presets(self) -> dict[str, dict[str, object]]:
+                return {}
+
+        settings.start(BackendLocation("local", st.session_state.folder), NoPresets())  # type: ignore[arg-type]
+        settings.number("temperature")
+
+    for name, temperature in (("one", 0.8), ("two", 0.6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generation_config.json").write_text(f'{{"temperature": {temperature}}}')
+
+    def shown(folder: str) -> float:
+        app.session_state.folder = str(tmp_path / folder)
+        return float(app.run().slider(key="set_temperature").value)
+
+    app = AppTest.from_function(script)
+    assert (shown("one"), shown("two"), shown("none"), shown("one")) == (0.8, 0.6, 1.3, 0.8)
+    app.slider(key="set_temperature").set_value(1.1)
+    assert (shown("one"), shown("two")) == (1.1, 1.1)
+
+
 def test_a_comparison_writes_every_prompt_with_every_setting_and_can_be_stopped() -> None:
     backend = Scripted()
     wanted = {"a": GenerationParams(max_tokens=2), "b": GenerationParams(max_tokens=1, n=2)}
@@ -539,19 +568,23 @@ def test_every_kind_of_book_can_be_uploaded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "share", "left"),
+    ("limits", "share", "left", "words"),
     [
-        ("max_steps = 40", 0.5, 20.0),
-        ("max_steps = 0\nmax_minutes = 1.0", 20 / 60, 40.0),
-        ("max_steps = 800\nmax_minutes = 0.5", 20 / 30, 10.0),
-        ("max_steps = 0", 0.0, None),
+        ("max_steps = 40", 0.5, 20.0, "step 20 of 40"),
+        ("max_steps = 0\nmax_minutes = 1.0", 20 / 60, 40.0, "step 20, 20s of 1m00s"),
+        ("max_steps = 800\nmax_minutes = 0.5", 20 / 30, 10.0, "step 20, 20s of 30s"),
+        ("max_steps = 40\nmax_minutes = 10", 0.5, 20.0, "step 20 of 40"),
+        ("max_steps = 0", 0.0, None, "step 20"),
     ],
 )
-def test_progress_and_time_left_of_a_run(tmp_path: Path, limits: str, share: float, left: float | None) -> None:
+def test_progress_and_time_left_of_a_run(
+    tmp_path: Path, limits: str, share: float, left: float | None, words: str
+) -> None:
     (tmp_path / "config.toml").write_text(f"[train]\n{limits}\n")
     run = training_runs.Run(tmp_path)
     assert run.progress({"step": 20, "elapsed_s": 20.0}) == (pytest.approx(share), left)
     assert run.progress({}) == (0.0, None)
+    assert run.position({"step": 20, "elapsed_s": 20.0}) == words
 
 
 def test_a_run_is_started_by_a_preset_or_by_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

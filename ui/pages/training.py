@@ -31,9 +31,7 @@ def run_action(action: str, run: Run) -> None:
 def draw_head(run: Run, running: bool) -> None:
     """Progress and figures of a run, and the buttons to stop or resume it."""
     rows = run.rows()
-    total = run.total_steps()
     last = rows[-1] if rows else {}
-    step = int(last.get("step", 0))
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader(run.name, anchor=False, width="content")
         if running:
@@ -53,7 +51,7 @@ def draw_head(run: Run, running: bool) -> None:
     share, left_s = run.progress(last)
     if share:
         left = f", about {duration(left_s)} left" if running and left_s is not None else ""
-        st.progress(share, text=f"step {step:,}" + (f" of {total:,}" if total else "") + left)
+        st.progress(share, text=run.position(last) + left)
     vals = [row for row in rows if "val_loss" in row]
     best = min(vals, key=lambda row: row["val_loss"]) if vals else None
     trained = [row for row in rows if "train_loss" in row]
@@ -80,7 +78,7 @@ def draw_head(run: Run, running: bool) -> None:
 
 def draw_charts(runs: list[Run]) -> None:
     rows = {run.name: run.rows() for run in runs}
-    rows = {name: given for name, given in rows.items() if given}
+    rows = {name: given for name, given in rows.items() if len(given) > 1}  # one row makes no line
     if not rows:
         return
     frame = run_frame(rows)
