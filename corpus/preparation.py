@@ -55,7 +55,7 @@ from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer,
 STATE = "state.json"
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
 CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
-RECIPE = 5  # raise it whenever the same texts and settings give other shards
+RECIPE = 6  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
 

@@ -90,6 +90,7 @@ NOTE_MARK = re.compile(r"[\[(](?:\d{1,4}|[a-zA-Z]|[*†‡§¶]{1,3})[\])]")  # 
 ENTITY = re.compile(r"""<!ENTITY\s+([\w.-]+)\s+(?:"([^"%]{0,200})"|'([^'%]{0,200})')\s*>""")
 DOCTYPE = re.compile(r"<!DOCTYPE[^>\[]*(?:\[[^\]]*\]\s*)?>", re.IGNORECASE)
 BACK_ARROWS = {"↑", "↩", "↩︎", "↵", "^"}
+QUOTES = "\"'“”‘’„‚«»‹›—"  # what opens spoken words in books
 SCENE_BREAK = "* * *"
 CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 CHARSET = re.compile(
@@ -195,7 +196,7 @@ def markup_text(root: Any, keep_spaces: bool = False) -> str:
     """The text in `root` (an lxml element): paragraphs separated by a blank line; lines (`<br>`, verse, list items) by a newline.
 
     Left out are scripts, deleted text, ruby annotations, page numbers, marks of notes, soft hyphens and pictures. `<hr>`
-    becomes `* * *`, a picture of a letter (a drop capital) the letter; a table has a line a row with tabs between its cells.
+    becomes `* * *`, a picture of a letter (a drop capital) the letter, `<q>` quotation marks; a table has a line a row with tabs between its cells.
     keep_spaces: as in `<pre>`, runs of spaces, tabs and newlines are kept.
     """
     from lxml import etree
@@ -221,14 +222,15 @@ def markup_text(root: Any, keep_spaces: bool = False) -> str:
                 writer.line_break()
             elif name == "hr":
                 writer.write(SCENE_BREAK)
-            elif name == "img":
-                writer.write(_drop_capital(element))
+            elif name in ("img", "q"):
+                writer.write(_drop_capital(element) if name == "img" else _quotation_marks(element)[0])
             elif name == "tr":
                 writer.write_lines(_row_text(element, keep_spaces))
                 walk.skip_subtree()
                 continue
             writer.write_lines(element.text or "") if pre else writer.write(element.text or "")
         else:
+            writer.write(_quotation_marks(element)[1] if name == "q" else "")
             writer.newlines(_newlines_around(element, name))
             pre -= name == "pre"
             if element is not root:
@@ -376,6 +378,14 @@ def _is_note_mark(element: Any, name: str) -> bool:
 def _drop_capital(image: Any) -> str:
     letter = (image.get("alt") or "").strip()
     return letter if len(letter) == 1 and letter.isalpha() else ""
+
+
+def _quotation_marks(quotation: Any) -> tuple[str, str]:
+    """The marks that a browser draws around `<q>`, within each other in turn; none where the text brings its own."""
+    if "".join(quotation.itertext()).lstrip()[:1] in tuple(QUOTES):
+        return "", ""
+    outer = sum(tag_of(element) == "q" for element in quotation.iterancestors())
+    return ("‘", "’") if outer % 2 else ("“", "”")
 
 
 def _row_text(row: Any, keep_spaces: bool) -> str:

@@ -22,6 +22,8 @@ XHTML = (
     [
         ("<p>It is <b>a</b> truth</p>\n\n<p>univers<i>ally</i> known.</p>", "It is a truth\n\nuniversally known."),
         ("<p>one  two\n three <i> four</i> </p>", "one two three four"),
+        ("<p>He said <q>I will, <q>not</q> soon</q> and went.", "He said “I will, ‘not’ soon” and went."),
+        ("<p><q>“I will,”</q> he said, <q>soon.</q></p>", "“I will,” he said, “soon.”"),
         ("<h2>I</h2>One.<blockquote>Two.</blockquote>Three.", "I\n\nOne.\n\nTwo.\n\nThree."),
         (
             "<p>Tyger Tyger,<br/>\n   burning bright,<br></p><p>In the forests",
