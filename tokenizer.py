@@ -147,8 +147,11 @@ class Tokenizer:
             found = [name] if name in self.styles else [own for own in self.styles if words <= set(own.split("-"))]
             if len(found) != 1:
                 known = f"it has {', '.join(self.styles)}" if self.styles else "it was trained without --control"
-                reason = f"is several of this model's ({', '.join(found)})" if found else "is none of this model's"
-                raise StyleError(f"style {name!r} {reason}: {known}")
+                if found:
+                    raise StyleError(
+                        f"style {name!r} fits several of this model's ({', '.join(found)}): give more of it"
+                    )
+                raise StyleError(f"style {name!r}: this model has no such style; {known}")
             shares[self.styles[found[0]]] = shares.get(self.styles[found[0]], 0.0) + share
         return list(shares.items())
 

@@ -170,7 +170,7 @@ def choose_style(styles: Sequence[str]) -> None:
         key=key,
         format_func=lambda name: name or "no one in particular",
         accept_new_options=True,
-        help="Asks the model for this author's style. A blend can be typed in: dickens:0.7,austen:0.3",
+        help="The style that the model is asked for. A blend can be typed in: dickens:0.7,austen:0.3",
         persist_state="session",
     )
 

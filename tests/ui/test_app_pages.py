@@ -206,10 +206,13 @@ def test_a_style_is_chosen_only_where_the_model_has_some_and_goes_into_the_perma
 
 
 def test_a_reload_brings_the_story_back(page: Page) -> None:
+    page.run()
+    page.at.slider(key="set_temperature").set_value(0.35)
     page.run().click("opening_0").click("continue").settled()
     again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
     again.query_params["story"] = page.open_story().id
     assert Page(again).run().open_story() is page.open_story()
+    assert again.slider(key="set_temperature").value == 0.35 and again.number_input(key="set_seed").value is None
 
 
 def test_two_sessions_write_their_own_stories(page: Page, backend: Scripted) -> None:

@@ -198,7 +198,7 @@ def test_a_blend_is_chosen_and_carried_by_a_link(browser: Any, folder: Path) -> 
         page.fill("#max_tokens", "5")
         page.fill("#seed", "3")
         page.click("#continue")
-        wait(page, "“mary” is none of this model's: it has pip, joe")
+        wait(page, "This model has no style “mary”. It has: pip, joe")
         page.fill("#blend", "pip:1, joe:3")
         page.click("#continue")
         wait(page, "from seed 3")

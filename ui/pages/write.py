@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,18 @@ def follow_link() -> None:
     if recipe["index"]:
         told += f"; the linked text is version {recipe['index'] + 1}"
     st.session_state["told"] = told + "."
+
+
+def restore_settings() -> None:
+    """Once a session, set the controls as the open story's newest passage was written; the seed is new each time."""
+    if "settings_restored" in st.session_state:
+        return
+    st.session_state["settings_restored"] = True
+    passage = state.open_story().story.passage
+    if passage is not None:
+        values = {name: value for name, value in passage.params.items() if name in settings.SETTINGS and name != "seed"}
+        with suppress(ValueError):
+            settings.apply(GenerationParams.model_validate(values).model_dump())
 
 
 def draw_empty() -> None:
@@ -396,6 +409,7 @@ def draw_openings() -> None:
 def draw() -> None:
     state.history()
     settings.start(state.place(), state.history())
+    restore_settings()
     follow_link()
     with st.spinner(state.LOADING):
         backend = state.backend()

@@ -372,7 +372,7 @@ class Tokenizer {
     for (const [name, share] of shares) {
       const words = name.split("-");
       const fit = known.includes(name) ? [name] : known.filter((own) => words.every((word) => own.split("-").includes(word)));
-      if (fit.length !== 1) throw new Error(`Style “${name}” is ${fit.length ? "several" : "none"} of this model's: it has ${known.join(", ") || "none"}.`);
+      if (fit.length !== 1) throw new Error(fit.length ? `Style “${name}” fits several of this model's: ${fit.join(", ")}. Give more of the name.` : `This model has no style “${name}”. It has: ${known.join(", ") || "none"}.`);
       found.set(this.styles[fit[0]], (found.get(this.styles[fit[0]]) ?? 0) + share / total);
     }
     return [...found];
