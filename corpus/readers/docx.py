@@ -75,14 +75,20 @@ def _text_parts(data: bytes) -> dict[str, bytes]:
 
 
 def _package(parts: dict[str, bytes]) -> io.BytesIO:
-    """A document of `parts` for mammoth, with the elements that it ignores replaced: `cr`, `ruby` by its base text, others by what they hold."""
+    """A document of `parts` for mammoth, with the elements that it ignores replaced: `cr`, `ruby` by its base text, others by
+    what they hold; and without hidden text."""
     from lxml import etree
 
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as package:
         for name, data in parts.items():
-            if name.startswith("word/") and any(f":{tag}".encode() in data for tag in ("cr", "ruby", *PASSED_OVER)):
+            if name.startswith("word/") and any(
+                f":{tag}".encode() in data for tag in ("cr", "ruby", "vanish", *PASSED_OVER)
+            ):
                 root = etree.fromstring(data, etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True))
+                for mark in list(root.iterfind(f".//{WORD}r/{WORD}rPr/{WORD}vanish")):
+                    if mark.get(f"{WORD}val") not in ("0", "false", "off"):
+                        _replace(mark.getparent().getparent(), [])
                 for element in root.iter(f"{WORD}cr"):
                     element.tag = f"{WORD}br"
                 for element in list(root.iter(f"{WORD}ruby")):

@@ -77,6 +77,7 @@ PARAGRAPHS = frozenset(  # a blank line before and after
 LINES = frozenset(
     ["div", "li", "dt", "dd", "tr", "caption", "figcaption", "address", "summary", "details", "nav", "body", "html"]
 )
+INVISIBLE = re.compile(r"(?:^|;)\s*display\s*:\s*none", re.IGNORECASE)  # readers show such notes all the same
 LEFT_OUT = frozenset(["pagebreak", "doc-pagebreak", "noteref", "doc-noteref", "doc-backlink", "toc", "doc-toc"])
 LEFT_OUT_CLASSES = frozenset(  # page numbers, and the header and licence of Project Gutenberg's pages
     ["pagenum", "pageno", "page-number", "pagebreak", "x-ebookmaker-pageno", "pg-boilerplate", "fnanchor", "noteref"]
@@ -339,8 +340,13 @@ def classes(element: Any) -> set[str]:
 
 
 def _is_left_out(element: Any, name: str) -> bool:
-    if element.keys() and (LEFT_OUT & roles(element) or LEFT_OUT_CLASSES & classes(element)):
-        return True
+    if element.keys():
+        if LEFT_OUT & roles(element) or LEFT_OUT_CLASSES & classes(element):
+            return True
+        if (element.get("hidden") is not None or INVISIBLE.search(element.get("style") or "")) and not _is_note(
+            element
+        ):
+            return True
     return _is_note_mark(element, name)
 
 

@@ -45,6 +45,7 @@ BOX = (
         (paragraph("a", BOX), "a\n\nboxed"),
         (paragraph("on ", f"<w:r><w:ruby><w:rt>{run_of('kan')}</w:rt><w:rubyBase>{run_of('漢')}</w:rubyBase></w:ruby></w:r>", "字"), "on 漢字"),
         (paragraph("page ", "<w:r><w:fldChar w:fldCharType='begin'/><w:instrText>PAGE</w:instrText><w:fldChar w:fldCharType='separate'/></w:r>", "7", "<w:r><w:fldChar w:fldCharType='end'/></w:r>"), "page 7"),
+        (paragraph("seen", "<w:r><w:rPr><w:vanish/></w:rPr><w:t> unseen</w:t></w:r>", "<w:r><w:rPr><w:vanish w:val='0'/></w:rPr><w:t>, too</w:t></w:r>"), "seen, too"),
         (paragraph("on ", f"<w:fldSimple w:instr=' DATE '>{run_of('the first of May')}</w:fldSimple>", " we went"), "on the first of May we went"),
         (paragraph("see ", f"<w:fldSimple w:instr='REF'><w:fldSimple w:instr='REF'>{run_of('below')}</w:fldSimple></w:fldSimple>"), "see below"),
         (paragraph("so ", f"<w:dir w:val='rtl'>{run_of('it ')}<w:bdo w:val='ltr'>{run_of('was')}</w:bdo></w:dir>"), "so it was"),

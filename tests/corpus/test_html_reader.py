@@ -61,6 +61,14 @@ XHTML = (
         ),
         (XHTML + "<p>a <![CDATA[<b> & c]]></p><script>//<![CDATA[\nx < y\n//]]></script></body></html>", "a <b> & c"),
         (XHTML + "<p>not <b>well-formed</p><p>but read</p></body></html>", "not well-formed\n\nbut read"),
+        (
+            "<p>a <span hidden>no</span>b</p><div style='color:red; DISPLAY: none'><p>no</p></div><p style='x-display:none'>c</p>",
+            "a b\n\nc",
+        ),
+        (
+            "<p>a<a epub:type='noteref' href='#n'>1</a></p><aside epub:type='footnote' id='n' hidden>The note.</aside>",
+            "a\n\nThe note.",
+        ),
         ("plain words", "plain words"),
         ("", ""),
     ],
