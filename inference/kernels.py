@@ -45,12 +45,14 @@ BIAS = 4  # after each matrix
 SCALE = 8  # after each int8 matrix: a scale for each output, then the sum of its weights
 LN_1, LN_1_BIAS, LN_2, LN_2_BIAS = 12, 13, 14, 15
 FIELDS = 16
+LOOKS = 10_000  # times that a thread looks for the others before it sleeps, some 20 µs
 
 if os.name == "posix":
     lock = types.ExternalFunction("pthread_mutex_lock", types.int32(types.int64))
     unlock = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.int64))
     wait = types.ExternalFunction("pthread_cond_wait", types.int32(types.int64, types.int64))
     broadcast = types.ExternalFunction("pthread_cond_broadcast", types.int32(types.int64))
+    look = types.ExternalFunction("pthread_self", types.int64())
     COMPILED_BARRIER = True
 else:
     COMPILED_BARRIER = False
@@ -73,18 +75,28 @@ def exp(x):
 
 @compiled
 def meet(team, threads):
-    """Wait, asleep, until all threads are here. team: [arrived, round, 16 numbers of mutex, 16 of condition]."""
+    """Wait until all threads are here. team: [arrived, round, 16 numbers of mutex, 16 of condition].
+
+    A thread that waits looks LOOKS times whether the others have come, and then sleeps: to be woken takes longer than most
+    of these waits, and longer looking would be in vain where another program has a core (docs/experiments.md).
+    """
     if COMPILED_BARRIER and threads > 1:
         mutex = team.ctypes.data + 16
         condition = mutex + 128
         lock(mutex)
+        round = team[1]
         team[0] += 1
         if team[0] == threads:
             team[0] = 0
             team[1] += 1
             broadcast(condition)
         else:
-            round = team[1]
+            unlock(mutex)
+            looks = 0
+            while looks < LOOKS and team[1] == round:
+                look()  # does nothing, but the compiler cannot know, so that `team` is read again
+                looks += 1
+            lock(mutex)
             while team[1] == round:
                 wait(condition, mutex)
         unlock(mutex)
