@@ -13,11 +13,12 @@ N ids the tokenizer has (N <= V; rows between N and V only pad the matrix and st
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -78,10 +79,13 @@ def zeros_on_demand(shape: tuple[int, ...], device: torch.device, dtype: torch.d
     """Zeros whose memory a CPU takes only as it is written to; `torch.zeros` writes to all of it at once."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + 64, dtype=np.uint8)  # from calloc: pages that the system fills when they are first used
-    start = -memory.ctypes.data % 64  # vector instructions read aligned memory faster
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    # A mapping of its own: what the C library hands out may have been used before, and would be cleared at once.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class KVCache:

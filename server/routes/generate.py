@@ -40,6 +40,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def invocations(request: Request, body: schemas.InvocationBody) -> Response:
         """SageMaker's entry: as `/generate`, but a stream is JSON lines; or, by its `action`, as `/settings`."""
         if body.action == "settings":
+            service.check_prompt(body.prompt, "prompt")  # nothing is written, but what is out of bounds is an error
+            body.params(service.settings, service.defaults)
             return JSONResponse(described(service))
         return await answer(service, request, body, LINES_TYPE, json_line)
 

@@ -163,4 +163,4 @@ def test_schemathesis_finds_nothing(engine: Engine) -> None:
                 case.call_and_validate()
 
             check()
-    assert len(operations) == 32
+    assert len(operations) == 33
