@@ -292,9 +292,9 @@ class EncodingPlan:
             if not (self.roles[chunk.document : chunk.document + chunk.documents] == SKIP).all():
                 yield chunk
 
-    def training_texts(self) -> Iterator[str]:
-        """The text that trains, or VOCABULARY_BYTES of it taken evenly, read in this process."""
-        step = max(1, round(self.corpus.size * float(np.mean(self.roles != SKIP)) / VOCABULARY_BYTES))
+    def training_texts(self, most: float = VOCABULARY_BYTES) -> Iterator[str]:
+        """The text that trains, or about `most` bytes of it taken evenly, read in this process."""
+        step = max(1, round(self.corpus.size * float(np.mean(self.roles != SKIP)) / most))
         for chunks, roles, cut, _ in islice(self.batches(), 0, None, step):
             read = 0
             for chunk in chunks:

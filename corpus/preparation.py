@@ -36,6 +36,7 @@ from corpus.encoding import (
     SKIP,
     TRAIN,
     VAL,
+    VOCABULARY_BYTES,
     EncodingPlan,
     distinct_characters,
     encode,
@@ -55,6 +56,7 @@ from tokenizer import Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer,
 STATE = "state.json"
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
 CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
+SLOWEST = 1.2e6  # bytes a second that are read for a vocabulary, at the least
 RECIPE = 6  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
@@ -120,7 +122,7 @@ def prepare(flags: PrepareFlags, out: Path, learning_s: float = 0.0) -> Manifest
     """Prepare the texts that `flags` name into `out` and return its manifest.
 
     A folder made from the same texts with the same settings is kept; any other is replaced at the very end. learning_s: seconds
-    after which a new vocabulary is learned from what has been read so far; 0: no limit. Raises
+    for reading what a new vocabulary is learned from, 0: no limit. Raises
     ConfigError (what to change in the flags), DocumentError (what is wrong with the texts), OSError.
     """
     begun = time.monotonic()
@@ -427,7 +429,9 @@ def _make_tokenizer(
 
 def learn_vocabulary(plan: EncodingPlan, vocab_size: int, folder: Path, seconds: float = 0.0) -> None:
     """Learn a vocabulary from the training text, or from what is read of it in so many seconds, and save it in `folder`."""
-    train_bpe(_in_time(plan.training_texts(), seconds), vocab_size).save(folder)
+    # taken evenly, as much as a slow machine reads; the clock would cut off the last texts
+    most = min(VOCABULARY_BYTES, SLOWEST * seconds) if seconds else VOCABULARY_BYTES
+    train_bpe(_in_time(plan.training_texts(most), seconds), vocab_size).save(folder)
 
 
 def _in_time(texts: Iterable[str], seconds: float) -> Iterator[str]:

@@ -149,3 +149,20 @@ def test_a_vocabulary_is_learned_from_what_is_read_in_time(
     assert not capsys.readouterr().err
     assert list(preparation._in_time(iter(["one", "two", "three"]), 1.5)) == ["one", "two"]
     assert "its time is over" in capsys.readouterr().err
+
+
+def test_a_short_time_takes_text_for_a_vocabulary_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Plan:
+        def training_texts(self, most: float) -> list[str]:
+            asked.append(most)
+            return ["so much depends upon a red wheel barrow "]
+
+    class Saved:
+        def save(self, folder: Path) -> None: ...
+
+    monkeypatch.setattr(preparation, "train_bpe", lambda texts, size: [*texts] and Saved())
+    for seconds in (0.0, 10.0, 1e6):
+        preparation.learn_vocabulary(Plan(), 300, Path(), seconds)
+    assert asked == [preparation.VOCABULARY_BYTES, 10 * preparation.SLOWEST, preparation.VOCABULARY_BYTES]
