@@ -466,7 +466,7 @@ class Outline:
     grad_accum_steps: int
     tokens_per_step: int
     estimated_bytes: int  # of memory on one device
-    steps: int  # 0: only time limits the run
+    steps: int  # 0: only time limits the run, or passes over texts that are not prepared yet
     corpus: int  # training tokens, 0 if unknown
     val_tokens: int
     data: Path  # where the prepared texts are, or would be
@@ -546,7 +546,8 @@ def outline(preset: str, config: Config, data: Path | None, target: str) -> Outl
 
     # 3 the number of steps
     per_epoch = max(1, math.ceil(corpus / model.block_size))
-    steps = total_steps(train, per_epoch, tokens_per_step // model.block_size, model.block_size)
+    counted = train if corpus else train.model_copy(update={"epochs": 0.0})  # of texts that are not there yet
+    steps = total_steps(counted, per_epoch, tokens_per_step // model.block_size, model.block_size)
     return Outline(
         preset,
         config,

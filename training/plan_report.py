@@ -48,7 +48,8 @@ def print_outline(plan: Outline) -> None:
         passes = f" = {tokens / plan.corpus:.1f} passes over {plan.corpus:,} tokens" if plan.corpus else ""
         print(f"length: {plan.steps:,} steps, {tokens:,} tokens{passes}")
     if not plan.corpus:
-        print(f"note: no prepared texts in {plan.data} yet, so epochs are not counted")
+        passes = f"the {plan.config.train.epochs:g} passes over them" if plan.config.train.epochs else "passes"
+        print(f"note: no prepared texts in {plan.data} yet, so {passes} are not counted")
     print(end="", flush=True)
 
 
@@ -59,9 +60,13 @@ def print_costs(plan: Plan, price_per_hour: float) -> None:
         estimate, room = gigabytes(plan.estimated_bytes), gigabytes(plan.machine.memory)
         print(f"memory: {gigabytes(costs.peak_bytes)} measured of {room} free (estimated {estimate})")
     print(f"speed: {plan.tokens_per_s:,.0f} tokens/s ({plan.basis})")
-    if not plan.steps:
+    if not plan.steps and train.max_minutes:
         tokens = plan.tokens_per_s * train.max_minutes * 60
         print(f"time limit: {train.max_minutes:g} minutes, about {tokens:,.0f} tokens")
+        return
+    if not plan.steps:
+        seconds = train.epochs * 1e6 / plan.tokens_per_s
+        print(f"time: {duration(seconds)} for each million tokens of text (some 4 MB), read {train.epochs:g} times")
         return
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.non_training_s.items() if seconds >= 1)
     including = f" (including {parts})" if parts else ""

@@ -181,6 +181,24 @@ def test_unprepared_data_uses_known_figures() -> None:
     assert load_config("starter").model.vocab_size == 0
 
 
+def test_passes_over_texts_that_are_not_there_yet_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were taken as passes over a single window: ten of them in two steps and one second."""
+    monkeypatch.setattr(plan, "measure_here", lambda *given, **more: plan.Costs(1.0))
+    show_plan("starter", load_config("starter"), tmp_path / "none", "here")
+    text = capsys.readouterr().out
+    assert (
+        "so the 10 passes over them are not counted" in text
+        and "steps" not in text.split("speed: ")[1].split("time: ")[1]
+    )
+    assert "time: 1h21m for each million tokens of text (some 4 MB), read 10 times" in text  # 2,048 tokens a second
+    limited = load_config("starter").model_copy(deep=True)
+    limited = limited.model_copy(update={"train": limited.train.model_copy(update={"max_steps": 500})})
+    show_plan("starter", limited, tmp_path / "none", "here")
+    assert "length: 500 steps, 1,024,000 tokens" in capsys.readouterr().out
+
+
 def test_overhead_of_evaluation_samples_and_checkpoints() -> None:
     costs = plan.Costs(step_s=1.0, eval_s=0.01, sample_s=0.5, save_s=2.0, counting_s=3.0)
     settings = TrainConfig(
