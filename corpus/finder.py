@@ -89,20 +89,21 @@ def find(inputs: Iterable[str]) -> list[tuple[Path, str]]:
     return search(inputs).files
 
 
-def search(inputs: Iterable[str], unpack_into: Path | None = None) -> Found:
+def search(inputs: Iterable[str], unpack_into: Path | None = None, skip_bad: bool = False) -> Found:
     """Each file of `inputs` (files, folders, globs) once. Archives and lists of rows are unpacked into `unpack_into`.
 
     Folders are searched through, and sorted; hidden files, and those that are no texts, are skipped there. Raises
-    ConfigError with every input that holds nothing, DocumentError for a file given by name, or the only one, if that cannot be
-    unpacked.
+    ConfigError with every input that holds nothing, DocumentError for a file given by name (unless `skip_bad`), or the only one,
+    if that cannot be unpacked.
     """
     found: dict[Path, tuple[Path, str]] = {}
     skipped: list[tuple[str, str]] = []
-    named: set[Path] = set()
+    named: set[Path] = set()  # files that are not skipped
     errors = []
     for item in inputs:
         path = Path(item).expanduser()
-        named.add(path)
+        if not skip_bad:
+            named.add(path)
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             errors.append(f"--input {item}: no such file or folder, and no file matches it")
@@ -136,8 +137,10 @@ def _unpacked(
         try:
             members = list(archive.unpack(path, name, folder))
         except DocumentError as error:
-            if len(files) == 1 or path in named or not error.kind:
+            if len(files) == 1 or not error.kind:
                 raise
+            if path in named:
+                raise DocumentError(f"{error}, or leave it out with --skip-bad-files", error.kind) from None
             print(error, file=sys.stderr)
             skipped.append((name, error.kind))
             continue

@@ -220,7 +220,7 @@ def _input_files(
     if flags.input:
         unpacked = out.with_name(f".{out.name}.{os.getpid()}.unpacked")
         stack.callback(shutil.rmtree, unpacked, ignore_errors=True)
-        found, skipped = search((item for item in flags.input if item != "-"), unpacked)
+        found, skipped = search((item for item in flags.input if item != "-"), unpacked, flags.skip_bad_files)
         found += [_save_standard_input(out, stack)] if "-" in flags.input else []
     elif flags.source.endswith(SUFFIXES):
         found = [(path, path.name) for path in sorted(ROOT.glob(flags.source))]

@@ -3,7 +3,7 @@
 # tokenizers, and decode(encode(text)) is the text: the ranks hold all 256 bytes.
 # Seen with tiktoken 0.14.0: what the pattern does not match is thrown away, without an error. A pattern of words and signs loses all spaces, one of
 # letters and spaces the dates and the dashes. An own vocabulary needs a pattern that ends in "anything else" (`|\s+|.` with (?s)), and a round trip of
-# real text in its test. js-tiktoken 1.0.21 drops the same.
+# real text in its test.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

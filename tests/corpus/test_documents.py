@@ -226,3 +226,16 @@ def test_an_input_given_twice_is_both(tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.txt" for name in "abc")
     assert run("--input", a, b, "--tokenizer", "char", f"--input={c}", "--out", out) == 0
     assert sorted(told(out, "train") + told(out, "val")) == [f"The text of {name}." for name in "abc"]
+
+
+def test_a_damaged_archive_that_was_named_stops_everything_unless_told_to_leave_it_out(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(b"PK\x03\x04 and no more")
+    given = ("--input", texts, broken, "--tokenizer", "char", "--out", tmp_path / "out")
+    assert run(*given) == 1
+    assert "broken.zip: a damaged or incomplete archive" in (error := capsys.readouterr().err)
+    assert "or leave it out with --skip-bad-files" in error
+    assert run(*given, "--skip-bad-files") == 0
+    assert "1 skipped: broken.zip (damaged)" in capsys.readouterr().err

@@ -356,6 +356,10 @@ def test_statistics_training_and_model_pages_draw(page: Page, tmp_path: Path) ->
         {"step": s, "tokens": s * 9, "train_loss": 5 - s / 50, "val_loss": 5.0, "lr": 1e-3, "elapsed_s": s}
         for s in (10, 20)
     ]
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    page.at.switch_page("ui/pages/training.py")
+    page.run()
+    assert not charts(page)  # one row makes no line
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "samples.jsonl").write_text(
         '{"step": 0, "prompt": "P", "text": " <i>x</i>", "seed": 1}\n{"step": 20, "prompt": "P", "text": " y"}\n'
