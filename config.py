@@ -159,7 +159,7 @@ class DataConfig(FrozenSettings):
     shard_tokens: int = Field(100_000_000, ge=1024)
     """Tokens per shard file."""
     unwrap: bool = True
-    """Join hard-wrapped lines of Gutenberg-style texts into paragraphs."""
+    """Join hard-wrapped lines of Gutenberg-style texts into paragraphs; in prose, close double spaces between words."""
     strip_licence: bool = True
     """Remove Project Gutenberg's headers and licences."""
     strip_notes: bool = True
@@ -221,6 +221,8 @@ class TrainConfig(FrozenSettings):
     """Start a new model from counted bigrams of the training text: embedding, an untied head, two heads that look back."""
     ngram_teacher: float = Field(0.0, ge=0.0)
     """Training tokens after which a counted 3-gram's share of the targets has fallen from 1 to one half; 0: no teacher."""
+    sampled_softmax: int = Field(0, ge=0)
+    """Ids that a training step's softmax computes, about, drawn by counted bigrams for every few hundred positions; 0: all."""
     seed: int = Field(1337, ge=0)
     """Seed of initialisation, data order and dropout."""
     compile: Literal["auto", "on", "off"] = "auto"

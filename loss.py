@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 IGNORE = -1  # targets with this value are ignored
+SAMPLED_ROWS = 256  # positions that share the ids of a sampled softmax
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The K ids that a sampled softmax computes for some positions: their targets, and others drawn at random."""
+
+    ids: Tensor
+    """int64 [K], ascending."""
+    inclusion: Tensor
+    """Probability with which each was drawn, float32 [K]; 1 for targets."""
+    targets: Tensor
+    """Place of each position's target in `ids`, int64 [m]."""
+    soft: Tensor | None
+    """The distribution beside the targets, estimated from the ids drawn: float32 [m, K], rows sum to 1. None: without."""
 
 
 class SoftTargets(Protocol):
@@ -15,6 +31,11 @@ class SoftTargets(Protocol):
 
     weight: float
     """Share of the distribution, 0 to 1; the rest is the usual one-hot target."""
+    sampled: int
+    """Ids that a chunk's softmax computes, about; 0: all of them."""
+
+    def candidates(self, start: int, stop: int) -> Candidates:
+        """The ids that are computed for positions start .. stop-1, if `sampled`."""
 
     def subtract(self, probs: Tensor, start: int) -> None:
         """Take weight times the distribution of positions start .. start+m-1 off `probs` [m, N], in place."""
@@ -91,6 +112,56 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scaled_x = grad_x * grads[0].to(grad_x.dtype) if grad_x.dtype == torch.float32 else grad_x.float() * grads[0]
         return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None, None
+
+
+class SampledCrossEntropy(torch.autograd.Function):
+    """`LinearCrossEntropy` whose softmax computes some of the ids, different ones for every chunk (Jean et al. 2015).
+
+    Each exponential is divided by the probability with which its id was drawn, so the sum over all ids is estimated
+    without bias (Horvitz & Thompson 1952); the targets are always among them. For training alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, soft: SoftTargets) -> Tensor:
+        """x [M, C], weight [V, C], targets [M]. Returns the estimated sum of cross-entropies, float32, on average a little low."""
+        grad_x = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), device=x.device, dtype=torch.float32)
+        for start in range(0, x.size(0), SAMPLED_ROWS):
+            x_chunk, target = x[start : start + SAMPLED_ROWS].to(dtype), targets[start : start + SAMPLED_ROWS]
+            drawn = soft.candidates(start, start + len(target))
+            rows = weight.index_select(0, drawn.ids).to(dtype)  # [K, C]
+            logits = torch.mm(x_chunk, rows.t()).float().sub_(drawn.inclusion.log())
+            norm, index = logits.logsumexp(dim=1, keepdim=True), drawn.targets[:, None]
+            counts = (target != IGNORE)[:, None]
+            total += ((norm - logits.gather(1, index)) * counts).sum()
+            dlogits = logits.sub_(norm).exp_()
+            dlogits.scatter_add_(1, index, torch.full_like(norm, soft.weight - 1.0))
+            if drawn.soft is not None:
+                dlogits.sub_(drawn.soft, alpha=soft.weight)
+            dlogits = dlogits.mul_(counts).to(dtype)
+            grad_x[start : start + SAMPLED_ROWS] = dlogits @ rows
+            grad_weight.index_add_(0, drawn.ids, (dlogits.t() @ x_chunk).float())
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return (grad_x * grads[0]).to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+
+
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, used: int, dtype: torch.dtype, soft: SoftTargets | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of `x @ weight.T`, as LinearCrossEntropy; of some ids only if `soft` says so and gradients are wanted."""
+    if soft is not None and not torch.is_grad_enabled():
+        soft = None  # it is for the gradients alone
+    if soft is not None and soft.sampled:
+        return SampledCrossEntropy.apply(x, weight, targets, dtype, soft)  # type: ignore[no-untyped-call,no-any-return]
+    rows = chunk_rows(weight.size(0), x.device)
+    return LinearCrossEntropy.apply(x, weight, targets, used, dtype, rows, soft)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from loss import IGNORE, LinearCrossEntropy, SoftTargets, chunk_rows
+from loss import IGNORE, SoftTargets, head_loss
 
 # On CPUs torch has no fused attention with dropout, so the [T, T] weights exist. From this context on they are computed
 # again in the backward pass instead of being kept, this many numbers at a time.
@@ -319,12 +319,9 @@ class GPT(nn.Module):
         # head and loss in one, in the number format of autocast: the logits of the whole batch are never materialized
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        flat, rows = targets.reshape(-1), chunk_rows(self.config.vocab_size, x.device)
-        weight = cast(Tensor, self.lm_head.weight)
-        total = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x.view(B * T, -1), weight, flat, self.config.tokens, dtype, rows, soft
-        )
-        return cast(Tensor, total / (flat != IGNORE).sum().clamp(min=1))  # the sum's mean over the targets that count
+        flat, weight = targets.reshape(-1), cast(Tensor, self.lm_head.weight)
+        total = head_loss(x.view(B * T, -1), weight, flat, self.config.tokens, dtype, soft)
+        return total / (flat != IGNORE).sum().clamp(min=1)  # the sum's mean over the targets that count
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:

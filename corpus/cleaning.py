@@ -32,6 +32,9 @@ BLANK_AFTER_LINE = re.compile(rb"\n[ \t]*\n")
 PAGE_BREAK = re.compile(rb"\x0c+(?=[a-z])")  # within a paragraph
 LEADERS = (b".....", b". . . . .", b"\t", b"|")  # what lines of tables and contents hold, besides wide gaps
 WORD_END = re.compile(rb"[\r\n ]")
+SINGLE_WORD_END = re.compile(rb"[\r\n]| (?=[^ ])")  # not inside a double space
+DOUBLE_SPACE = re.compile(rb"  (?=[A-Za-z0-9\"'(\x80-\xff-])(?<=[^ \t\r\n]  )")  # between words
+COLUMN_GAP = re.compile(rb"   (?=[^ \t\r\n])(?<=[^ \t\r\n] {3})|    (?=[^ \t\r\n])(?<=[^ \t\r\n] {4})")
 BODY = rb"(?:[^\[\]]++|\[[^\[\]]*+\])*+\]"  # up to the closing bracket, with one level of brackets inside
 ILLUSTRATION = re.compile(rb"\[(?:Illustration|ILLUSTRATION)(?=[\]:.,;\s-])" + BODY)
 BRACKET_NOTE = re.compile(
@@ -70,6 +73,8 @@ class Layout:
     """Spaces at the beginning of every line."""
     double: bool = False
     """A blank line follows every line."""
+    gaps: bool = False
+    """Two spaces stand between words here and there, and mean nothing: the text has no columns."""
 
 
 def normalise_newlines(data: bytes) -> bytes:
@@ -186,6 +191,17 @@ def _with_columns(data: bytes, buffer: np.ndarray, starts: np.ndarray) -> np.nda
     return lines[np.unique([middle - 1, middle, middle + 1])]
 
 
+def has_gaps(sample: bytes) -> bool:
+    """Whether a text that begins with `sample` has double spaces between words, at least ten for each gap as of columns."""
+    found = len(DOUBLE_SPACE.findall(sample)) if b"  " in sample else 0
+    return found > 0 and found >= 10 * len(COLUMN_GAP.findall(sample))
+
+
+def close_gaps(data: bytes, layout: Layout) -> tuple[bytes, int]:
+    """`data` with one space for two between words, as where a dash was lost or after "n't"; also returns how many."""
+    return DOUBLE_SPACE.subn(b" ", data) if layout.gaps else (data, 0)
+
+
 def strip_illustrations(data: bytes) -> tuple[bytes, int]:
     """`data` (LF line ends) without `[Illustration]` and `[Illustration: caption]`; also returns how many were removed."""
     if b"[" not in data or not (b"[Illustration" in data or b"[ILLUSTRATION" in data):
@@ -254,7 +270,8 @@ def cut_after(window: bytes, layout: Layout) -> int | None:
     well. None where `window` has no such place.
     """
     paragraphs = DOUBLE_PARAGRAPH_END if layout.double else PARAGRAPH_END
-    for found in (paragraphs if layout.width or layout.book else WORD_END).finditer(window):
+    words = SINGLE_WORD_END if layout.gaps else WORD_END
+    for found in (paragraphs if layout.width or layout.book else words).finditer(window):
         before = window[max(0, found.start() - 4) : found.start()].decode("utf-8", "ignore")[-1:]
         if before and not before.isspace():
             return found.start()

@@ -18,8 +18,10 @@ from corpus.cleaning import (
     BOM,
     LAYOUT_SAMPLE,
     Layout,
+    close_gaps,
     find_layout,
     fix_mojibake,
+    has_gaps,
     normalise_newlines,
     strip_illustrations,
     strip_italics,
@@ -217,7 +219,10 @@ def null_row(document: int) -> Piece:
 def layout_of(sample: bytes, options: ReadOptions, licence: bool) -> Layout:
     """The layout of a text that begins with `sample`. licence: it carried Project Gutenberg's."""
     found = find_layout(sample)
-    return replace(found, width=found.width if options.unwrap else 0, book=options.books or licence or found.width > 0)
+    book = options.books or licence or found.width > 0
+    return replace(
+        found, width=found.width if options.unwrap else 0, book=book, gaps=options.unwrap and has_gaps(sample)
+    )
 
 
 def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) -> tuple[str, int, dict[str, int]]:
@@ -231,6 +236,7 @@ def clean_part(data: bytes, layout: Layout, options: ReadOptions, last: bool) ->
     if layout.book and options.strip_illustrations:
         data, counts["illustrations"] = strip_illustrations(data)
     data, counts["joined_lines"] = unwrap(data, layout)
+    data, counts["closed_gaps"] = close_gaps(data, layout)
     text, size = data.decode("utf-8"), len(data)
     if layout.book and options.strip_italics:
         text, counts["italics"] = strip_italics(text)

@@ -57,7 +57,7 @@ STATE = "state.json"
 SMALL_BYTES = 4 << 20  # texts smaller than this are prepared in this process: starting others costs more than it saves
 CHILD_BYTES = 1 << 20  # a vocabulary is learned from longer texts in a process that can be left
 SLOWEST = 1.2e6  # bytes a second that are read for a vocabulary, at the least
-RECIPE = 6  # raise it whenever the same texts and settings give other shards
+RECIPE = 7  # raise it whenever the same texts and settings give other shards
 SAVE_SECONDS = 10.0  # between two saves of the state
 
 

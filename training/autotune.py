@@ -46,7 +46,10 @@ START_S = 2.0  # seconds for building the model and opening files
 COUNTED_FROM = 5e4  # bytes of text from which on n-grams are counted: the smallest that was tried (docs/experiments.md)
 COUNTED_SHARE = 0.4  # of the time at most, for counting and the start
 COUNTED_WIDTH = 128  # the fewest channels of a model that starts from counts: narrower ones cannot hold the bigrams
-COUNTED_VOCABULARY = 16384  # the most ids for which the start is worth its time
+COUNTED_VOCABULARY = 65536  # the most ids for which the start is worth its time
+SAMPLED = 2048  # ids that a step's softmax computes where it starts from counts, of twice as many or more
+SAMPLED_COST = 1.8  # what one of them takes, with drawing and gathering, of an id in a whole softmax
+MEASURED_IDS = 8192  # of the model that the machine is measured with, at most: it computes them all
 COUNTED_HALF = 4e6  # tokens after which the counted n-grams teach half as much
 COUNT_RATE = 3e6  # tokens counted in a second
 
@@ -88,22 +91,29 @@ def counting_s(model: ModelConfig, text: float, rate: float) -> float:
     from training.ngram import MOST_TOKENS
     from training.ngram_start import POLISH_CONTEXTS, POLISH_STEPS
 
-    steps = POLISH_STEPS * POLISH_CONTEXTS * 6.0 * model.vocab_size * model.n_embd
+    ids = SAMPLED_COST * sampled_ids(model) or model.vocab_size
+    steps = POLISH_STEPS * POLISH_CONTEXTS * 6.0 * ids * model.n_embd
     return min(MOST_TOKENS, text / BYTES_PER_TOKEN) / COUNT_RATE + 1.3 * steps / rate
 
 
+def sampled_ids(model: ModelConfig) -> int:
+    """Ids that the softmax computes in training, 0 for all: a model with a head of its own starts from counts, which can draw."""
+    return SAMPLED if not model.tied_head and model.vocab_size > 2 * SAMPLED else 0
+
+
 def flops_per_token(model: ModelConfig) -> float:
-    """FLOPs of training on one token: 6 N + 12 L C T without the position table (as GPT.flops_per_token)."""
-    matrices = 12 * model.n_layer * model.n_embd**2 + model.vocab_size * model.n_embd
+    """FLOPs of training on one token: 6 N + 12 L C T without the position table (as GPT.flops_per_token), or what takes as long."""
+    ids = SAMPLED_COST * sampled_ids(model) or model.vocab_size
+    matrices = 12 * model.n_layer * model.n_embd**2 + ids * model.n_embd
     return 6.0 * matrices + 12.0 * model.n_layer * model.n_embd * model.block_size
 
 
 def fitting_vocabulary(width: int, text: float, counted: bool = False) -> int:
     """Ids of a new vocabulary: 4096, or 32 per channel if that is more, but each should occur some fifty times in the text.
 
-    Counted n-grams reach further with longer tokens: 8192 with them.
+    With counted n-grams 32,768: they reach further with longer tokens, and a sampled softmax makes a large vocabulary cheap.
     """
-    most = min(max(8192 if counted else 4096, 32 * width), text / BYTES_PER_TOKEN / 50)
+    most = min(VOCABULARIES[-1] if counted else max(4096, 32 * width), text / BYTES_PER_TOKEN / 50)
     return max([size for size in VOCABULARIES if size <= most], default=VOCABULARIES[0])
 
 
@@ -155,6 +165,7 @@ def choose_training(model: ModelConfig, budget: Budget, minutes: float, fits: in
         "weight_decay": 0.1,
         "ngram_start": not model.tied_head,
         "ngram_teacher": 0.0 if model.tied_head else COUNTED_HALF,
+        "sampled_softmax": sampled_ids(model),
         "log_interval": max(1, round(steps / 100)),
         "eval_interval": max(10, round(steps / 10)),
         "eval_tokens": max(2048, min(1_000_000, int(tokens / 200))),
@@ -300,6 +311,7 @@ def autotune(
 
     # 1 the machine, with a model of about the size that will be chosen
     guess = choose_model(Budget(ASSUMED_RATE[device.type == "cuda"] * seconds, text), vocab, counted)
+    guess = guess.model_copy(update={"vocab_size": min(guess.vocab_size, MEASURED_IDS)})
     rate = measured_rate(device, precision, guess)
 
     # 2 the texts, with the vocabulary of the model that the time left after preparing will allow

@@ -154,10 +154,14 @@ def counted_for(train: TrainConfig) -> str | None:
     """What a run has used the counted 3-grams of its training text for, as a card says it; None: for nothing."""
     uses = [
         use
-        for use, used in (("the first weights", train.ngram_start), ("a part of the targets", train.ngram_teacher))
+        for use, used in (
+            ("the first weights", train.ngram_start),
+            ("a part of the targets", train.ngram_teacher),
+            ("which ids a softmax computes", train.sampled_softmax),
+        )
         if used
     ]
-    return " and ".join(uses) or None
+    return ", ".join(uses[:-1]) + " and " * (len(uses) > 1) + uses[-1] if uses else None
 
 
 def bits_per_byte(loss: float, data: TokenData) -> float:

@@ -66,7 +66,10 @@ def counted_trial(
     data, device = TokenData.open(folder), model.wte.weight.device
     counts = Counting.of(data).model
     if train.ngram_start:
-        counted_start(model, counts, train.seed)
+        counted_start(model, counts, train.seed, train.sampled_softmax)
     sampler = WindowSampler(len(data.train), model.config.block_size, train.seed)
     batches = training_batches(data.train, sampler, batch_size=batch, grad_accum_steps=1, device=device)
-    return functools.partial(Teacher(counts, device).targets, weight=0.5) if train.ngram_teacher else None, batches
+    if not (train.ngram_teacher or train.sampled_softmax):
+        return None, batches
+    teacher = Teacher(counts, device, sampled=train.sampled_softmax)
+    return functools.partial(teacher.targets, weight=0.5 if train.ngram_teacher else 0.0), batches

@@ -60,7 +60,7 @@ def start_model(config: Config, data: TokenData, tokenizer: Tokenizer, counting:
         if config.train.ngram_start:
             from training.ngram_start import counted_start
 
-            counted_start(model, counting.model, config.train.seed)
+            counted_start(model, counting.model, config.train.seed, config.train.sampled_softmax)
         return model
     from checkpoint import fetch_model, load_model
 

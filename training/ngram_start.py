@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loss import LinearCrossEntropy, chunk_rows
+from loss import head_loss
 from training.ngram import NgramModel
 from training.ngram_teacher import Teacher
 from training.optimizer import AdamW
@@ -96,8 +96,11 @@ def turned_positions(angles: Tensor, first: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def counted_start(model: GPT, counts: NgramModel, seed: int) -> None:
-    """Set the weights of a new model: embedding, positions, head, final LayerNorm, residual projections, first layer's heads."""
+def counted_start(model: GPT, counts: NgramModel, seed: int, sampled: int = 0) -> None:
+    """Set the weights of a new model: embedding, positions, head, final LayerNorm, residual projections, first layer's heads.
+
+    sampled: ids that a softmax computes, about; 0: all.
+    """
     C, V = model.config.n_embd, model.config.tokens
     positions = POSITIONS if model.config.positions == "learned" else 0
     rank = min(C - 2 - positions, V)
@@ -140,7 +143,7 @@ def counted_start(model: GPT, counts: NgramModel, seed: int) -> None:
         table = turned_positions(angles, 0, model.config.block_size).float() / math.sqrt(positions / 2)
         model.wpe.weight.copy_(amplitude * table @ places.t())
         look_back(model, angles, places, tokens, amplitude / room * math.sqrt(C))
-    polish(model, Teacher(bigrams, torch.device("cpu"), leave_out=False), frequency, seed)
+    polish(model, Teacher(bigrams, torch.device("cpu"), leave_out=False, sampled=sampled), frequency, seed)
 
 
 def look_back(model: GPT, angles: Tensor, places: Tensor, tokens: Tensor, amplitude: float) -> None:
@@ -179,17 +182,9 @@ def polish(model: GPT, teacher: Teacher, frequency: Tensor, seed: int) -> None:
         ids = torch.multinomial(frequency, POLISH_CONTEXTS, replacement=True, generator=generator)[:, None]
         at = torch.randint(len(middle), (POLISH_CONTEXTS,), generator=generator)
         x = model.ln_f(model.wte(ids[:, 0]) + middle[at].detach())
-        soft = teacher.targets(ids, torch.zeros_like(ids), 1.0)
-        loss = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x,
-            model.lm_head.weight,
-            torch.zeros_like(ids[:, 0]),
-            model.config.tokens,
-            x.dtype,
-            chunk_rows(model.config.vocab_size, x.device),
-            soft,
-        )
+        soft = teacher.targets(ids, torch.zeros_like(ids), 1.0, seed=step)
+        loss = head_loss(x, parts[1], torch.zeros_like(ids[:, 0]), model.config.tokens, x.dtype, soft)
         optimizer.param_groups[0]["lr"] = POLISH_RATE * (1 - step / POLISH_STEPS)
-        (loss / POLISH_CONTEXTS).backward()
+        (loss / POLISH_CONTEXTS).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

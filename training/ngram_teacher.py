@@ -9,10 +9,14 @@ being taught is left out of the counts (count minus one), since the teacher woul
 
 from __future__ import annotations
 
+import zlib
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from loss import Candidates
 from training.ngram import Level, NgramModel
 
 FREQUENT = 1 << 24  # numbers in the kept distributions after the most frequent ids, 64 MB
@@ -53,38 +57,61 @@ class Table:
         """What remains of counts [m] after the discount, float32."""
         return counts - self.discounts[counts.clamp(max=3)]
 
-    def add(self, rows: Tensor, place: Tensor, factor: Tensor) -> None:
-        """Add factor [m] times what is kept of the n-grams of the contexts at `place` [m] to `rows` [m, vocab]."""
+    def entries(self, place: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, id, factor times what is kept) of each n-gram of the contexts at `place` [m]; rows count from 0 to m - 1."""
         begin = self.starts[place]
         lengths = self.starts[place + 1] - begin
         row = torch.repeat_interleave(torch.arange(len(place), device=place.device), lengths)
         offset = begin - lengths.cumsum(0) + lengths  # of a row's first entry, from its number in all of them
         entry = offset.index_select(0, row).add_(torch.arange(len(row), device=place.device))
         values = self.kept.index_select(0, entry).mul_(factor.index_select(0, row))
-        at = self.keys.index_select(0, entry).bitwise_and_(self.mask).add_(row, alpha=rows.size(1))
-        rows.view(-1).index_add_(0, at, values)
+        return row, self.keys.index_select(0, entry).bitwise_and_(self.mask), values
+
+    def add(self, rows: Tensor, place: Tensor, factor: Tensor) -> None:
+        """Add factor [m] times what is kept of the n-grams of the contexts at `place` [m] to `rows` [m, vocab]."""
+        row, ids, values = self.entries(place, factor)
+        rows.view(-1).index_add_(0, ids.add_(row, alpha=rows.size(1)), values)
+
+
+def inclusion(score: Tensor, expected: float) -> Tensor:
+    """min(1, c score) [V] with the c for which the sum is `expected`; all that score at all, if there are not so many."""
+    found = (score > 0).to(score.dtype)
+    if expected >= float(found.sum()):
+        return found
+    factor = expected / score.sum()
+    for _ in range(6):  # those that reach 1 stay there, and the others share what is left
+        full = score * factor >= 1.0
+        factor = (expected - full.sum()) / score.masked_fill(full, 0.0).sum()
+    return (score * factor).clamp_(max=1.0)
 
 
 class Teacher:
     """An n-gram model (of order 2 or 3) as tensors; `targets` makes the soft targets of one micro-batch.
 
-    leave_out: the occurrence that is taught does not count (of 3-grams).
+    leave_out: the occurrence that is taught does not count (of 3-grams). sampled: ids that a chunk's softmax computes,
+    about; 0: all.
     """
 
-    def __init__(self, model: NgramModel, device: torch.device, leave_out: bool = True):
+    def __init__(self, model: NgramModel, device: torch.device, leave_out: bool = True, sampled: int = 0):
         self.vocab, self.bits, self.leave_out = model.vocab, model.bits, leave_out
+        self.sampled = sampled if sampled < model.vocab else 0
         self.unigram = torch.from_numpy(model.unigram.astype(np.float32)).to(device)
         self.tables = [Table(level, model.bits, device) for level in model.levels]
+        if self.sampled:
+            return
         table, kept = self.tables[0], min(model.vocab, max(1, FREQUENT // model.vocab))
         frequent = table.contexts[table.totals[:-1].argsort(descending=True, stable=True)[:kept]]
         self.frequent = self._bigrams(frequent)
         self.row_of = torch.full((model.vocab,), -1, device=device)  # in `frequent`, by id
         self.row_of[frequent] = torch.arange(len(frequent), device=device)
 
-    def targets(self, x: Tensor, y: Tensor, weight: float) -> SoftTargets:
-        """Soft targets for x, y [B, T] in which the n-gram has the share `weight`."""
+    def targets(self, x: Tensor, y: Tensor, weight: float, seed: int = 0) -> SoftTargets:
+        """Soft targets for x, y [B, T] in which the n-gram has the share `weight`; `seed` and x decide what is sampled."""
         before = torch.cat((torch.full_like(x[:, :1], -1), x[:, :-1]), dim=1)  # -1: unknown, so only the bigram counts
-        return SoftTargets(self, before.reshape(-1), x.reshape(-1), y.reshape(-1).clamp(min=0), weight)
+        soft = SoftTargets(self, before.reshape(-1), x.reshape(-1), y.reshape(-1).clamp(min=0), weight)
+        if self.sampled:  # by the text and not by a counter, so that threads and ranks each draw their own
+            soft.generator.manual_seed(zlib.crc32(x.cpu().numpy().tobytes(), seed & 0xFFFFFFFF))
+        return soft
 
     def bigrams(self, ids: Tensor) -> Tensor:
         """The distributions after each of `ids` alone, [len(ids), vocab]."""
@@ -107,7 +134,8 @@ class SoftTargets:
 
     def __init__(self, teacher: Teacher, before: Tensor, ids: Tensor, targets: Tensor, weight: float):
         self.teacher, self.ids, self.targets, self.weight = teacher, ids, targets, weight
-        if len(teacher.tables) == 1:
+        self.sampled, self.generator = teacher.sampled, torch.Generator()
+        if len(teacher.tables) == 1 or not weight:
             return
         bigrams, trigrams = teacher.tables
         pair = torch.where(before < 0, -1, (before << teacher.bits) | ids)
@@ -146,6 +174,8 @@ class SoftTargets:
     def subtract(self, probs: Tensor, start: int) -> None:
         """probs [m, vocab], of positions start .. start+m-1: take weight times the n-gram's distribution off, in place."""
         teacher, rows = self.teacher, slice(start, start + len(probs))
+        if not self.weight:
+            return
         bigrams = teacher.bigrams(self.ids[rows])  # [m, vocab]
         if len(teacher.tables) == 1:
             probs.sub_(bigrams, alpha=self.weight)
@@ -153,3 +183,40 @@ class SoftTargets:
         probs.addcmul_(bigrams, self.share[rows, None], value=-self.weight)
         teacher.tables[1].add(probs, self.place[rows], self.factor[rows] * -self.weight)
         probs.scatter_add_(1, self.targets[rows, None], self.correction[rows, None] * -self.weight)
+
+    def candidates(self, start: int, stop: int) -> Candidates:
+        """About `sampled` ids for positions start .. stop-1: their targets, and others by how probable the bigrams call them.
+
+        The estimated softmax varies least if each is drawn in proportion to the root of the sum of its squared probabilities
+        over the positions; the bigrams stand in for the network, and the unigram keeps every id possible.
+        """
+        teacher, table, targets = self.teacher, self.teacher.tables[0], self.targets[start:stop]
+        contexts, inverse, times = torch.unique(self.ids[start:stop], return_inverse=True, return_counts=True)
+        place = found_in(table.contexts, contexts)
+        total = table.totals[place]
+        row, column, kept = table.entries(place, 1.0 / total.clamp(min=1.0))
+        score = teacher.unigram.square() * len(targets)
+        score.index_add_(0, column, kept.square().mul_(times.index_select(0, row))).sqrt_()
+        certain = torch.unique(targets)
+        score[certain] = 0.0
+        chance = inclusion(score, max(1, self.sampled - len(certain)))
+        chance[certain] = 1.0
+        draws = torch.rand(teacher.vocab, generator=self.generator).to(chance.device)
+        ids = (draws < chance).nonzero()[:, 0]
+        where = torch.full((teacher.vocab,), len(ids), device=ids.device)  # those not drawn share one more column
+        where[ids] = torch.arange(len(ids), device=ids.device)
+        drawn = Candidates(ids, chance[ids], where[targets], None)
+        if not self.weight:
+            return drawn
+        unigram = torch.cat((teacher.unigram[ids], teacher.unigram.new_zeros(1)))
+        bigrams = torch.where(total > 0, table.held_back[place] / total, 1.0)[:, None] * unigram
+        bigrams.view(-1).index_add_(0, where.index_select(0, column).add_(row, alpha=len(unigram)), kept)
+        soft = bigrams.index_select(0, inverse)  # [m, K + 1]
+        if len(teacher.tables) > 1:
+            rows = slice(start, stop)
+            soft.mul_(self.share[rows, None])
+            row, column, kept = teacher.tables[1].entries(self.place[rows], self.factor[rows])
+            soft.view(-1).index_add_(0, where.index_select(0, column).add_(row, alpha=len(unigram)), kept)
+            soft.scatter_add_(1, drawn.targets[:, None], self.correction[rows, None])
+        soft = soft[:, :-1].div(drawn.inclusion)
+        return replace(drawn, soft=soft.div_(soft.sum(1, keepdim=True)))

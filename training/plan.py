@@ -123,7 +123,8 @@ def counts_memory(train: TrainConfig, tokens: int, kind: str) -> int:
     from training.ngram_teacher import FREQUENT
 
     counted = min(tokens, MOST_TOKENS)
-    teacher = counted * TEACHER_BYTES + 4 * FREQUENT if counted and train.ngram_teacher else 0
+    teacher = counted * TEACHER_BYTES if train.ngram_teacher or train.sampled_softmax else 0
+    teacher += 4 * FREQUENT if counted and train.ngram_teacher and not train.sampled_softmax else 0
     return teacher + (counted * COUNTS_BYTES if kind == "cpu" else 0)
 
 
@@ -221,7 +222,9 @@ def measure_here(
 
     accumulate: micro-batches in a step. data: prepared texts, whose n-grams are counted if the settings say so. Raises ConfigError if the process runs out of memory.
     """
-    taught = str(data) if data and (config.train.ngram_start or config.train.ngram_teacher) else ""
+    train = config.train
+    counts = train.ngram_start or train.ngram_teacher or train.sampled_softmax
+    taught = str(data) if data and counts else ""
     job = {"config": config.model_dump(), "batch": batch, "precision": precision, "steps": steps, "taught": taught}
     done = subprocess.run(
         [sys.executable, "-m", "training.plan"],

@@ -39,7 +39,7 @@ from training.resume import schedule_notes
 from training.run_folder import Stop
 from training.schedule import clamp_schedule, time_limited_end_step, total_steps
 from training.split import with_parts
-from training.step import grad_accum_steps, validate
+from training.step import grad_accum_steps, step_seed, validate
 
 COMPARED_TOKENS = 50_000  # tokens at most that the model and counting are compared on at the end of a run
 MAX_LOGITS = 1 << 26  # numbers of logits in memory at once
@@ -135,8 +135,9 @@ class TrainState:
     teacher: Teacher | None = field(init=False, default=None)  # set as long as it has a share in the targets
 
     def __post_init__(self) -> None:
-        if self.teacher_weight:
-            self.teacher = Teacher(self.counting.model, self.distributed.device)
+        if self.teacher_weight or self.train.sampled_softmax:
+            sampled = self.train.sampled_softmax
+            self.teacher = Teacher(self.counting.model, self.distributed.device, sampled=sampled)
         self.energy_before, self.saved_s = self.progress.energy_j, self.meter.elapsed_s()
 
     @property
@@ -150,12 +151,13 @@ class TrainState:
         return teacher_weight(self.progress.windows * self.sizes.block_size, self.train.ngram_teacher)
 
     def soft_targets(self) -> Callable[[torch.Tensor, torch.Tensor], SoftTargets] | None:
-        """What makes the soft targets of a micro-batch in the next step; None if the n-grams no longer teach."""
+        """What makes the soft targets of a micro-batch in the next step; None if the n-grams neither teach nor sample any more."""
         weight = self.teacher_weight
-        if self.teacher is None or not weight:
+        if self.teacher is None or not (weight or self.teacher.sampled):
             self.teacher = None  # gives its memory back
             return None
-        return functools.partial(self.teacher.targets, weight=weight)
+        seed = step_seed(self.train.seed, self.progress.step, 0)
+        return functools.partial(self.teacher.targets, weight=weight, seed=seed)
 
     @property
     def is_time_limited(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from corpus import cleaning
-from corpus.cleaning import Layout, cut_after, find_layout, normalise_newlines, unwrap
+from corpus.cleaning import Layout, close_gaps, cut_after, find_layout, has_gaps, normalise_newlines, unwrap
 from corpus.documents import ReadOptions, clean_document
 from corpus.gutenberg import spans
 from corpus.readers.text import TextFile
@@ -244,6 +244,53 @@ def test_pieces_give_the_tokens_of_the_whole(text: str) -> None:
     assert len(pieces) > 10
     assert b"".join(clean) == whole
     assert [i for piece in clean for i in tokenizer.encode(piece.decode())] == tokenizer.encode(whole.decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I don't  know him  -  no.", "I don't know him - no."),
+        ('She said  "Go" and  \'twas  (near) 1859  “ended”', 'She said "Go" and \'twas (near) 1859 “ended”'),
+        ("  An indented line\n  and  another\t  here.  \nEnd", "  An indented line\n  and another\t  here.  \nEnd"),
+        ("three   stay and  two go", "three   stay and two go"),
+        ("x = 1  # a remark  | a cell", "x = 1  # a remark  | a cell"),
+    ],
+)
+def test_double_spaces_between_words_become_one(text: str, expected: str) -> None:
+    found, count = close_gaps(text.encode(), Layout(gaps=True))
+    assert found.decode() == expected and count == len(text) - len(expected)
+    assert close_gaps(text.encode(), Layout()) == (text.encode(), 0)
+
+
+def test_columns_are_not_gaps() -> None:
+    prose = "He had a  word with her, and they  went home.\n" * 20
+    table = "name      born  in\nAusten    1775  Steventon\nDickens   1812  Landport\n" * 20
+    assert has_gaps(prose.encode()) and not has_gaps(table.encode())
+    assert not has_gaps(b"One space everywhere.\n    indented\n") and not has_gaps((prose + table).encode())
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_no_chunk_begins_inside_a_gap(ends: str, tmp_path: Path) -> None:
+    """Cut everywhere it may be cut, the text is cleaned as in one piece."""
+    data = ends.join("I don't  know,  and  he won't say  so.  Go" for _ in range(200)).encode()
+    layout = Layout(gaps=True)
+    assert cut_after(b"don't  know him", layout) == len(b"don't  know") and cut_after(b"don't ", layout) is None
+    pieces, begin = [], 0
+    while (cut := cut_after(data[begin + 3 :], layout)) is not None:
+        pieces.append(data[begin : begin + 3 + cut])
+        begin += 3 + cut
+    pieces.append(data[begin:])
+    clean = [close_gaps(normalise_newlines(piece), layout)[0] for piece in pieces]
+    whole, count = close_gaps(normalise_newlines(data), layout)
+    assert len(pieces) > 500 and count == 1000 and b"".join(clean) == whole and b"  " not in whole
+
+
+def test_gaps_are_closed_in_books_and_kept_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join("It is  so, and  he does not  mind it." for _ in range(400)))
+    for flags, count in (((), 1200), (("--no-unwrap",), None)):
+        out = tmp_path / f"data{len(flags)}"
+        assert run("--input", tmp_path / "a.txt", "--out", out, "--tokenizer", "char", *flags) == 0
+        assert Manifest.load(out).cleaning.get("closed_gaps") == count
 
 
 def test_wrapped_lines_are_cut_at_the_end_of_a_paragraph_only() -> None:

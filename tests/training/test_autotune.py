@@ -87,18 +87,28 @@ def test_a_model_that_starts_from_counts_is_wide_and_has_a_head_of_its_own() -> 
     budget = Budget(3e12, 6e7)
     plain, counted = choose_model(budget), choose_model(budget, counted=True)
     assert plain.tied_head and plain.n_embd < 128 and plain.vocab_size == 4096
-    assert not counted.tied_head and counted.n_embd == 128 and counted.vocab_size == 8192
+    assert not counted.tied_head and counted.n_embd == 128 and counted.vocab_size == 32768
     tables = [choose_training(model, budget, 1, fits=64)[0] for model in (plain, counted)]
     assert [table["ngram_start"] for table in tables] == [False, True]
     assert not tables[0]["ngram_teacher"] and tables[1]["ngram_teacher"] > 0
+    assert not tables[0]["sampled_softmax"] and 0 < tables[1]["sampled_softmax"] < 32768 / 4
     config = {"model": counted.model_dump(), "train": tables[1]}
     assert not build(Config, config).faults()
+
+
+def test_a_sampled_softmax_makes_a_large_vocabulary_cheap() -> None:
+    few, many, all_of_them = (choose_model(Budget(3e12, 6e7), vocab, counted=True) for vocab in (8192, 32768, 2048))
+    assert flops_per_token(many) == flops_per_token(
+        few.model_copy(update={"n_layer": many.n_layer, "n_embd": many.n_embd})
+    )
+    assert not autotune.sampled_ids(all_of_them) and autotune.sampled_ids(many)
+    assert not autotune.sampled_ids(many.model_copy(update={"tied_head": True}))  # nothing is counted for it
 
 
 def test_counting_is_for_texts_that_are_large_enough() -> None:
     assert counting_helps("cpu", 6e7, 0) and counting_helps("cpu", 6e7, 8192)
     assert not counting_helps("cpu", 1e4, 0)  # too little to count
-    assert not counting_helps("cpu", 6e7, 50257)  # a start that takes minutes
+    assert counting_helps("cpu", 6e7, 50257) and not counting_helps("cpu", 6e7, 1 << 17)  # a start that takes minutes
     assert not counting_helps("cuda", 6e7, 0)
     assert counting_s(choose_model(Budget(3e12, 6e7), counted=True), 6e7, 5e10) < 30
 

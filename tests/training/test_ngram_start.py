@@ -26,6 +26,7 @@ from training.ngram_start import counted_start
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = ["--model.n-embd", "64", "--model.no-tied-head"]
 COUNTED = [*WIDE, "--train.ngram-start", "--train.ngram-teacher", "2000"]
+SAMPLED = [*COUNTED, "--train.sampled-softmax", "24"]  # of some fifty characters
 LONG = ["--train.max-steps", "20"]
 
 
@@ -98,20 +99,40 @@ def test_start_and_teacher_change_what_is_learned(undisturbed: Path, tiny_data: 
     assert not same(weights(tmp_path / "taught"), weights(tmp_path / "plain"))
 
 
+@pytest.fixture(scope="module")
+def sampled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("sampled") / "whole"
+    assert run(tiny_data, out, *LONG, *SAMPLED) == 0
+    return out
+
+
+def test_a_softmax_of_some_ids_learns_nearly_as_well(undisturbed: Path, sampled: Path) -> None:
+    assert not same(weights(undisturbed), weights(sampled))
+    losses = [rows(out, "val_loss")[-1]["val_loss"] for out in (undisturbed, sampled)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.1)
+
+
+@pytest.mark.parametrize(("whole", "flags"), [("undisturbed", COUNTED), ("sampled", SAMPLED)], ids=["all", "sampled"])
 def test_a_counted_run_is_resumed_exactly(
-    undisturbed: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: str,
+    flags: list[str],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """The teacher's weight depends on the tokens seen, and the start is not made again."""
+    """The teacher's weight depends on the tokens seen, draws on step and text; the start is not made again."""
     ends = training_step.training_ends
     monkeypatch.setattr(
         training_step, "training_ends", lambda t, p, *a: "interrupted" if p.step == 7 else ends(t, p, *a)
     )
     out = tmp_path / "run"
-    assert run(tiny_data, out, *LONG, *COUNTED) == 0
+    assert run(tiny_data, out, *LONG, *flags) == 0
     assert load_training(out / "last")["progress"]["step"] == 7
     monkeypatch.setattr(training_step, "training_ends", ends)
     assert train.main(["--resume", "--out", str(out)]) == 0
-    assert_equal_runs(out, undisturbed)
+    assert_equal_runs(out, request.getfixturevalue(whole))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
