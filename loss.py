@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -1  # targets with this value are ignored
-SAMPLED_ROWS = 256  # positions that share the ids of a sampled softmax
+SAMPLED_ROWS = 512  # positions that share the ids of a sampled softmax
 
 
 @dataclass(frozen=True)
