@@ -109,9 +109,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        scaled_x = grad_x * grads[0].to(grad_x.dtype) if grad_x.dtype == torch.float32 else grad_x.float() * grads[0]
-        return scaled_x.to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None, None, None
+        return *scaled(ctx, grads[0]), None, None, None, None, None
+
+
+def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight that forward has saved unscaled, times the incoming one."""
+    grad_x, grad_weight = ctx.saved_tensors
+    return (grad_x.float() * grad).to(ctx.x_dtype), (grad_weight * grad).to(ctx.weight_dtype)
 
 
 class SampledCrossEntropy(torch.autograd.Function):
@@ -148,8 +152,7 @@ class SampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * grads[0]).to(ctx.x_dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None, None
+        return *scaled(ctx, grads[0]), None, None, None
 
 
 def head_loss(

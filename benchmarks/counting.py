@@ -55,8 +55,8 @@ def trained(folder: Path, counted: bool, seconds: float, seed: int, rate: float,
     teacher = None
     if counted:
         counts = Counting.of(data).model
-        counted_start(model, counts, seed)
-        teacher = Teacher(counts, cpu)
+        counted_start(model, counts, seed, train.sampled_softmax)
+        teacher = Teacher(counts, cpu, sampled=train.sampled_softmax)
     before = time.process_time() - began
     train = train.model_copy(update={"max_minutes": (seconds - before) / 60})
     optimizer, alone = Optimizer(model, train), DistributedContext(0, 1, "none", cpu)
@@ -76,7 +76,8 @@ def trained(folder: Path, counted: bool, seconds: float, seed: int, rate: float,
         optimizer.set_lr(lr_scale(step, total, train))
         model.train()
         weight = teacher_weight(step * train.tokens_per_step, train.ngram_teacher)
-        soft = functools.partial(teacher.targets, weight=weight) if teacher and weight else None
+        taught = teacher is not None and (weight or teacher.sampled)
+        soft = functools.partial(teacher.targets, weight=weight, seed=step_seed(seed, step, 0)) if taught else None
         take_step(model, optimizer, scaler, source, accumulate, train, precision, alone, soft)
         spent, step = spent + time.process_time() - began, step + 1
     nats = validate(model, data.val, shape.block_size, 32, precision, alone, eval_tokens)

@@ -50,7 +50,7 @@ COUNTED_VOCABULARY = 65536  # the most ids for which the start is worth its time
 SAMPLED = 2048  # ids that a step's softmax computes where it starts from counts, of twice as many or more
 SAMPLED_COST = 1.8  # what one of them takes, with drawing and gathering, of an id in a whole softmax
 MEASURED_IDS = 8192  # of the model that the machine is measured with, at most: it computes them all
-COUNTED_HALF = 4e6  # tokens after which the counted n-grams teach half as much
+COUNTED_HALF = 1.5e6  # tokens after which the counted n-grams teach half as much
 COUNT_RATE = 3e6  # tokens counted in a second
 
 

@@ -59,9 +59,13 @@ def factors(model: NgramModel, rank: int, seed: int) -> tuple[np.ndarray, np.nda
     left, right = (torch.from_numpy(side.astype(np.float32))[:, None] for side in (row * log_weight, column))
 
     def times(x: Tensor) -> Tensor:
+        x = (
+            x.contiguous()
+        )  # QR returns columns one after the other, with which a sparse product takes seven times as long
         return cast(Tensor, torch.sparse.mm(sparse, x) + left * (right.t() @ x))
 
     def times_turned(x: Tensor) -> Tensor:
+        x = x.contiguous()
         return cast(Tensor, torch.sparse.mm(turned, x) + right * (left.t() @ x))
 
     generator = torch.Generator().manual_seed(seed)

@@ -144,7 +144,9 @@ def take_step(
     # the step or skip it together, and so do the ranks.
     mean = distributed.sum_over_ranks([float(total)])[0] / distributed.size
     finite = math.isfinite(mean) and math.isfinite(float(norm))
-    if finite:
+    if finite and isinstance(module, SplitModel):
+        module.each(scaler.step, optimizer.parts)  # AdamW moves memory, Muon multiplies: at once on two threads
+    elif finite:
         for part in optimizer.parts:
             scaler.step(part)
     # fp16: the scale is halved after an overflow and doubled after 2,000 good steps. In fp32 and bf16, which have the

@@ -113,6 +113,13 @@ def test_a_softmax_of_some_ids_learns_nearly_as_well(undisturbed: Path, sampled:
     assert losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
+def test_a_softmax_of_some_ids_needs_no_teacher(tiny_data: Path, tmp_path: Path) -> None:
+    for name, flags in (("some", ["--train.sampled-softmax", "24"]), ("all", [])):
+        assert run(tiny_data, tmp_path / name, "--train.max-steps", "3", *flags) == 0
+    some, whole = (rows(tmp_path / name)[-1]["val_loss"] for name in ("some", "all"))
+    assert some != whole and some == pytest.approx(whole, abs=0.05)
+
+
 @pytest.mark.parametrize(("whole", "flags"), [("undisturbed", COUNTED), ("sampled", SAMPLED)], ids=["all", "sampled"])
 def test_a_counted_run_is_resumed_exactly(
     whole: str,

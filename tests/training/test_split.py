@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -151,6 +153,29 @@ def test_a_step_in_parts_trains_like_a_step_in_one(precision: str) -> None:
             ]
     assert losses[1][-1] < losses[1][0] - 0.3
     assert losses[2] == pytest.approx(losses[1], rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_both_optimizers_step_at_once_and_change_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one after the other in one thread; each of two threads takes one of them."""
+    config, train = shape(), TrainConfig(max_steps=3, lr=1e-2, optimizer="muon")
+    found, threads = [], set[str]()
+    for threaded in (True, False):
+        model = made(config)
+        module, optimizer = SplitModel(model, 2), Optimizer(model, train)
+        for part in optimizer.parts:
+            update = part.step
+            names = threads if threaded else set[str]()
+            monkeypatch.setattr(part, "step", lambda u=update, n=names: n.add(threading.current_thread().name) or u())
+        batches = itertools.cycle([batch(config, 4, seed) for seed in range(2)])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        if not threaded:
+            torch.set_num_threads(1)
+        with module.threads() if threaded else contextlib.nullcontext():
+            for _ in range(3):
+                take_step(module, optimizer, scaler, batches, 1, train, "fp32", ALONE)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+    assert len(threads) == 2 and len(optimizer.parts) == 2
 
 
 def test_threads_compute_in_the_callers_number_format_and_gradient_mode() -> None:
