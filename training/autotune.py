@@ -42,7 +42,7 @@ PREPARE_RATE = 1.2e6  # bytes of text per second and core for training a vocabul
 PREPARE_SHARE = 0.3  # of the time at most, for preparing
 LEARNING_SHARE = 0.6  # of that, for reading what a vocabulary is learned from
 ASSUMED_RATE = (5e10, 5e13)  # FLOP/s of a processor and of a GPU, to choose the model that the machine is measured with
-START_S = 2.0  # seconds for building the model and opening files
+START_S = 5.0  # seconds for building the model and opening files, and at the end for the last folders and charts
 COUNTED_FROM = 5e4  # bytes of text from which on n-grams are counted: the smallest that was tried (docs/experiments.md)
 COUNTED_SHARE = 0.4  # of the time at most, for counting and the start
 COUNTED_WIDTH = 128  # the fewest channels of a model that starts from counts: narrower ones cannot hold the bigrams
@@ -52,6 +52,7 @@ SAMPLED_COST = 1.8  # what one of them takes, with drawing and gathering, of an 
 MEASURED_IDS = 8192  # of the model that the machine is measured with, at most: it computes them all
 COUNTED_HALF = 1.5e6  # tokens after which the counted n-grams teach half as much
 COUNT_RATE = 3e6  # tokens counted in a second
+EMBEDDING_S = 1.2e-6  # seconds that the start takes for each number of an embedding, besides its steps' products
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def counting_s(model: ModelConfig, text: float, rate: float) -> float:
 
     ids = SAMPLED_COST * sampled_ids(model) or model.vocab_size
     steps = POLISH_STEPS * POLISH_CONTEXTS * 6.0 * ids * model.n_embd
-    return min(MOST_TOKENS, text / BYTES_PER_TOKEN) / COUNT_RATE + 1.3 * steps / rate
+    embedding_s = EMBEDDING_S * model.vocab_size * model.n_embd
+    return min(MOST_TOKENS, text / BYTES_PER_TOKEN) / COUNT_RATE + embedding_s + 1.3 * steps / rate
 
 
 def sampled_ids(model: ModelConfig) -> int:
