@@ -76,8 +76,9 @@ def trained(folder: Path, counted: bool, seconds: float, seed: int, rate: float,
         optimizer.set_lr(lr_scale(step, total, train))
         model.train()
         weight = teacher_weight(step * train.tokens_per_step, train.ngram_teacher)
-        taught = teacher is not None and (weight or teacher.sampled)
-        soft = functools.partial(teacher.targets, weight=weight, seed=step_seed(seed, step, 0)) if taught else None
+        soft = None
+        if teacher and (weight or teacher.sampled):
+            soft = functools.partial(teacher.targets, weight=weight, seed=step_seed(seed, step, 0))
         take_step(model, optimizer, scaler, source, accumulate, train, precision, alone, soft)
         spent, step = spent + time.process_time() - began, step + 1
     nats = validate(model, data.val, shape.block_size, 32, precision, alone, eval_tokens)
