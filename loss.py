@@ -1,4 +1,6 @@
-"""The training loss: cross-entropy of a linear head in chunks, so that the logits of a whole batch are never materialized."""
+"""The training loss: cross-entropy of a linear head in chunks, so that the logits of a whole batch are never materialized;
+of all ids, or of some that are drawn.
+"""
 
 from __future__ import annotations
 

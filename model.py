@@ -303,7 +303,7 @@ class GPT(nn.Module):
         """ids [B, T] -> logits [B, T, N]; with targets [B, T] the mean loss in nats a token, float32.
 
         Targets of -1 are ignored; if all are, the loss is 0. T beyond block_size raises ValueError. soft: distributions
-        beside the targets, for the gradients alone.
+        beside the targets, for the gradients alone; with `soft.sampled` the loss is an estimate where gradients are on.
         """
         B, T = ids.shape
         if T > self.config.block_size:

@@ -178,7 +178,8 @@ def look_back(model: GPT, angles: Tensor, places: Tensor, tokens: Tensor, amplit
 @torch.enable_grad()
 def polish(model: GPT, teacher: Teacher, frequency: Tensor, seed: int) -> None:
     """A few steps of embedding, head and final LayerNorm towards the counted bigrams, without any text."""
-    parts: list[Any] = [model.wte.weight, model.lm_head.weight, *model.ln_f.parameters()]
+    head = cast(Tensor, model.lm_head.weight)
+    parts: list[Any] = [model.wte.weight, head, *model.ln_f.parameters()]
     optimizer = AdamW(parts, lr=POLISH_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
     middle = model._positions(0, model.config.block_size)
@@ -187,7 +188,7 @@ def polish(model: GPT, teacher: Teacher, frequency: Tensor, seed: int) -> None:
         at = torch.randint(len(middle), (POLISH_CONTEXTS,), generator=generator)
         x = model.ln_f(model.wte(ids[:, 0]) + middle[at].detach())
         soft = teacher.targets(ids, torch.zeros_like(ids), 1.0, seed=step)
-        loss = head_loss(x, parts[1], torch.zeros_like(ids[:, 0]), model.config.tokens, x.dtype, soft)
+        loss = head_loss(x, head, torch.zeros_like(ids[:, 0]), model.config.tokens, x.dtype, soft)
         optimizer.param_groups[0]["lr"] = POLISH_RATE * (1 - step / POLISH_STEPS)
         (loss / POLISH_CONTEXTS).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

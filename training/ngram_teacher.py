@@ -3,7 +3,8 @@
 >>> teacher = Teacher(NgramModel.counted(data.train, vocab), device)
 >>> loss = model(x, y, teacher.targets(x, y, weight=0.5))
 
-One-hot targets say one bit of what counting knows about a context; the distribution says all of it. The occurrence that is
+One-hot targets say one bit of what counting knows about a context; the distribution says all of it. It can
+also draw the ids that a sampled softmax computes (`SoftTargets.candidates`). The occurrence that is
 being taught is left out of the counts (count minus one), since the teacher would otherwise recite it.
 """
 
@@ -173,9 +174,9 @@ class SoftTargets:
 
     def subtract(self, probs: Tensor, start: int) -> None:
         """probs [m, vocab], of positions start .. start+m-1: take weight times the n-gram's distribution off, in place."""
-        teacher, rows = self.teacher, slice(start, start + len(probs))
         if not self.weight:
             return
+        teacher, rows = self.teacher, slice(start, start + len(probs))
         bigrams = teacher.bigrams(self.ids[rows])  # [m, vocab]
         if len(teacher.tables) == 1:
             probs.sub_(bigrams, alpha=self.weight)

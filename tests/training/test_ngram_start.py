@@ -83,12 +83,16 @@ def test_a_started_model_is_a_plain_gpt2_folder(words: TokenData, tmp_path: Path
         torch.testing.assert_close(load_model(tmp_path / "m")[0](x), model(x))
 
 
+def trained(data: Path, folder: Path, flags: list[str]) -> Path:
+    """A run of 20 steps with `flags`, in one thread."""
+    torch.set_num_threads(1)
+    assert run(data, folder / "whole", *LONG, *flags) == 0
+    return folder / "whole"
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("counted") / "whole"
-    assert run(tiny_data, out, *LONG, *COUNTED) == 0
-    return out
+    return trained(tiny_data, tmp_path_factory.mktemp("counted"), COUNTED)
 
 
 def test_start_and_teacher_change_what_is_learned(undisturbed: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -101,10 +105,7 @@ def test_start_and_teacher_change_what_is_learned(undisturbed: Path, tiny_data: 
 
 @pytest.fixture(scope="module")
 def sampled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("sampled") / "whole"
-    assert run(tiny_data, out, *LONG, *SAMPLED) == 0
-    return out
+    return trained(tiny_data, tmp_path_factory.mktemp("sampled"), SAMPLED)
 
 
 def test_a_softmax_of_some_ids_learns_nearly_as_well(undisturbed: Path, sampled: Path) -> None:
