@@ -100,10 +100,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Ampere and newer)."""
+    """Whether the device multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, Ampere and newer).
+
+    Not where ATEN_CPU_CAPABILITY holds torch to AVX2, as for measuring what a processor without bfloat16 would do.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+            return False
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, test)() for test in tests if hasattr(torch.cpu, test))
     return device.type == "xla"

@@ -25,8 +25,9 @@ from pydantic import Field
 from checkpoint import fetch_model, find_model
 from cli import parse_flags, run_main
 from config import ROOT, ConfigError, FrozenSettings, GenerationParams
-from corpus.documents import ReadOptions
+from corpus.documents import DocumentError, ReadOptions, SourceFile
 from corpus.finder import inspect, search
+from corpus.styles import as_text
 from corpus.workers import Progress
 from storage.catalogue import author_of
 
@@ -89,11 +90,19 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
             file = inspect(path, name, ReadOptions())
             if isinstance(file, str):
                 raise ConfigError([f"--input {file}"])
-            authors = [] if file.has_rows else [str(author) for author in file.style_values("author") or ()]
+            authors = _authors(file)
             for number, text in _whole(file.chunks(0), ReadOptions()):
                 if text.strip():
                     own = f"{name}, row {number + 1}" if file.has_rows else name
-                    yield own, authors[number] if authors else author_of(own, text), text
+                    yield own, authors[number] if authors and authors[number] else author_of(own, text), text
+
+
+def _authors(file: SourceFile) -> list[str]:
+    """What `file` itself tells of each document's author, empty where it does not; an empty list where it has no such field."""
+    try:
+        return [as_text(value) for value in file.style_values("author") or ()]
+    except DocumentError:
+        return []
 
 
 def _whole(chunks: Iterator[Any], options: Any) -> Iterator[tuple[int, str]]:

@@ -3,8 +3,8 @@
     python benchmarks/busy.py --beside 0 2
     python benchmarks/busy.py --shapes 2/64 4/192 --beside 0 1 2 4 --nanogpt ../nanoGPT --seconds 40
 
-The candidates are those of benchmarks/train_step.py, and ours once more with its steps not split over threads; they take
-steps alternately. Each busy loop is a process that counts, and ends by itself.
+The candidates are those of benchmarks/train_step.py, and ours once more with its steps not split over threads. They take
+turns of a second, in which steps follow each other as in a run. Each busy loop is a process that counts, and ends by itself.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["2/64", "2/128", "4/192", "6/384"])
     parser.add_argument("--beside", nargs="+", type=int, default=[0, 1, 2, 4], help="busy processes")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each shape and number of busy processes")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of steps in a turn; 0: one step")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--without-transformers", action="store_true")
     args = parser.parse_args(argv)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         for count in args.beside:
             commands = {name: [*step, "--shapes", shape, "--play", name] for name in names(args)}
             with busy(count):
-                times = interleaved_timing(commands, args.seconds)
+                times = interleaved_timing(commands, args.seconds, turn=args.turn)
             took = {name: middle(spent) for name, spent in times.items()}
             print(
                 f"{shape} beside {count}:",
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                     "ms a step": 1000 * seconds,
                     "of its own idle speed": idle[name] / seconds if args.beside[0] == 0 else None,
                     "ours is faster by": seconds / took["ours fp32"],
-                    "steps": len(times[name]),
+                    "turns": len(times[name]),
                 }
                 for name, seconds in took.items()
             ]

@@ -3,9 +3,9 @@
     times = interleaved_timing({name: command_of(name) for name in names}, seconds=30)
     report("train_step", rows)
 
-Machines are shared and noisy. So the candidates run alternately, one step each, until the time is up, and the published
-figure is the ratio of their medians: what slows the machine for a while slows all of them. Each runs in its own process,
-so that none has the settings or the idling threads of another.
+Machines are shared and noisy. So the candidates run alternately, one step or a second of steps each, until the time is up,
+and the published figure is the ratio of their medians: what slows the machine for a while slows all of them. Each runs in
+its own process, so that none has the settings or the idling threads of another.
 """
 
 from __future__ import annotations
@@ -28,20 +28,31 @@ if str(ROOT) not in sys.path:
 
 
 def worker_loop(step: Callable[[], Any], warm_up: int = 2) -> None:
-    """Loop of a candidate's process: one step for each line on standard input, answered with its seconds."""
+    """Loop of a candidate's process: steps for the seconds that a line on standard input says, answered with those of one.
+
+    At least one step is taken, and the answer is their mean.
+    """
     for _ in range(warm_up):
         step()
     print("ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        turn, steps, spent = float(line), 0, 0.0
         begin = time.perf_counter()
-        step()
-        print(time.perf_counter() - begin, flush=True)
+        while not steps or spent < turn:
+            step()
+            steps += 1
+            spent = time.perf_counter() - begin
+        print(spent / steps, flush=True)
 
 
-def interleaved_timing(commands: dict[str, list[str]], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each step by candidate; they alternate for `seconds` in all, but at least `rounds` times.
+def interleaved_timing(
+    commands: dict[str, list[str]], seconds: float, rounds: int = 5, turn: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of a step in each turn by candidate; they alternate for `seconds` in all, but at least `rounds` times.
 
-    commands: what starts each candidate, which then calls `worker_loop`.
+    commands: what starts each candidate, which then calls `worker_loop`. turn: seconds of a turn, 0 for one step. Steps
+    that follow each other, as in a run, are another thing than steps after a pause: threads sleep, and a scheduler
+    favours who has waited.
     """
     processes: dict[str, subprocess.Popen[str]] = {}
     times: dict[str, list[float]] = {name: [] for name in commands}
@@ -59,7 +70,7 @@ def interleaved_timing(commands: dict[str, list[str]], seconds: float, rounds: i
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
             for name, process in processes.items():
-                process.stdin.write("\n")  # type: ignore[union-attr]
+                process.stdin.write(f"{turn}\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
                 times[name].append(float(answer(name)))
     finally:

@@ -99,11 +99,14 @@ def document_styles(file: SourceFile, control: StyleSource) -> list[str]:
     return [_style_of(value, control.word) for value in values]
 
 
+def as_text(value: Any) -> str:
+    """The value of a field as text: a list joined by commas, empty for None."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
 def _style_of(value: Any, word: str) -> str:
     if word != "decade":
-        return style_name(
-            ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-        )
+        return style_name(as_text(value))
     year = YEAR.search(str(value))
     return f"{year[1][:3]}0s" if year else ""
 

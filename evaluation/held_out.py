@@ -41,8 +41,13 @@ class HeldOutTexts:
 
 
 def prepared_texts(folder: Path) -> Iterator[HeldOutText]:
-    """The validation documents of prepared data, one at a time."""
-    stream, tokenizer = TokenData.open(folder).val, load_tokenizer(folder)
+    """The validation documents of prepared data, one at a time.
+
+    Where no name tells the author, as of rows, it is the style, if the styles are authors.
+    """
+    data, tokenizer = TokenData.open(folder), load_tokenizer(folder)
+    stream = data.val
+    told = data.manifest.source.settings.get("control", {}).get("word") == "author"
     begins = [0]
     for first in range(0, len(stream), 1 << 20):
         part = stream.read(first, min(first + (1 << 20), len(stream)))
@@ -58,7 +63,8 @@ def prepared_texts(folder: Path) -> Iterator[HeldOutText]:
         text = tokenizer.decode(ids)
         name = catalogue.name("val", number) if catalogue is not None and named else f"document {number + 1}"
         author = catalogue.author(name, text) if catalogue is not None else author_of(name, text)
-        yield HeldOutText(name, author, text, style_of_id.get(ids[0], ""))
+        style = style_of_id.get(ids[0], "")
+        yield HeldOutText(name, author or (style if told else ""), text, style)
 
 
 def file_texts(documents: Iterable[tuple[str, str, str]]) -> Iterator[HeldOutText]:

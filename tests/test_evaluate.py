@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -202,6 +204,34 @@ def test_texts_of_files_are_cleaned_and_named(tmp_path: Path) -> None:
         ("rows.jsonl, row 1", ""),
         ("rows.jsonl, row 3", ""),
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_have_the_authors_of_their_field(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{author or 'Nobody'} wrote it.", "author": author} for author in ("Jane Austen", None, "H. James")
+    ]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = [(one.author, one.style) for one in file_texts(read_files([str(path)]))]
+    assert found == [("Jane Austen", "jane-austen"), ("", ""), ("H. James", "h-james")]
+
+
+@pytest.mark.parametrize(("control", "expected"), [("author", {"ann", "ben", "cat"}), ("genre", {""})])
+def test_prepared_rows_have_the_authors_that_are_their_styles(control: str, expected: set[str], tmp_path: Path) -> None:
+    rows = [
+        {"text": nonsense(300, number), "author": ("Ann", "Ben", "Cat")[number % 3], "genre": "novel"}
+        for number in range(30)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["--input", str(tmp_path / "rows.jsonl"), "--control", control, "--out", str(tmp_path / "data")]
+    assert prepare_data.main([*words, "--val-fraction", "0.5"]) == 0
+    texts = list(prepared_texts(tmp_path / "data"))
+    assert {one.author for one in texts} == expected
+    assert {one.style for one in texts} == (expected if control == "author" else {"novel"})
 
 
 def test_two_models_side_by_side(data: Path, data_model: Path, model_folder: Path, tmp_path: Path, capsys: Any) -> None:

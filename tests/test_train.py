@@ -707,3 +707,18 @@ def test_shakespeare_by_characters_has_its_known_split(shared_data: Path, tmp_pa
 
 def test_nonsense_is_deterministic() -> None:
     assert nonsense(100) == nonsense(100) and len(nonsense(777)) == 777
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "expected"),
+    [("AVX512", True, "bf16"), ("AVX512", False, "fp32"), ("AVX2", True, "fp32"), ("DEFAULT", False, "fp32")],
+)
+def test_auto_is_bf16_only_where_torch_may_use_its_instructions(
+    capability: str, has: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import devices
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert devices.pick_precision("auto", torch.device("cpu")) == (expected, "")
