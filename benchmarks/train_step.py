@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --shapes wide --device cuda --compile
 
 A step is forward, backward, clipping and update of one random batch; dropout 0. Every candidate has the same shape, AdamW
-with its project's own settings, and the candidates are timed alternately. nanoGPT computes in float32 on CPUs, as its train.py does.
+with its project's own settings, and the candidates take turns of a second. nanoGPT computes in float32 on CPUs, as its train.py does.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def ours(shape: tuple[int, ...], precision: str, device: Any, compile: bool, par
     model = GPT(config).to(device)
     train, _ = with_parts(train, config, batch, distributed)
     module = wrapped(model, Config(model=config, train=train), distributed, device)
-    step_threads(module).__enter__()  # until the process ends
+    threads = contextlib.ExitStack()
+    threads.enter_context(step_threads(module))
     optimizer = Optimizer(model, train)
     optimizer.set_lr(1e-3)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     x, y = batch_of(vocab, batch, block, device)
 
-    def step() -> None:
+    def step(threads: contextlib.ExitStack = threads) -> None:  # which end with the last reference to it
         take_step(module, optimizer, scaler, iter([(x, y)]), 1, train, precision, distributed)
 
     return step
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=STANDARD)
     parser.add_argument("--seconds", type=float, default=40.0, help="for each shape")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of steps in a turn; 0: one step")
     parser.add_argument("--nanogpt", type=Path, help="folder of a nanoGPT checkout")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.shapes:
         n_layer, n_head, n_embd, block, vocab, batch = SHAPES[name]
         script = [sys.executable, __file__, *words, "--shapes", name, "--play"]
-        times = interleaved_timing({who: [*script, who] for who in names(args, device)}, args.seconds)
+        times = interleaved_timing({who: [*script, who] for who in names(args, device)}, args.seconds, turn=args.turn)
         config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block, vocab_size=vocab)
         flops = GPT(config).flops_per_token() * batch * block
         best = min(middle(spent) for who, spent in times.items() if who.startswith("ours"))
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
                     "tokens/s": batch * block / took,
                     "GFLOP/s": flops / took / 1e9,
                     "our best is faster by": took / best if not math.isclose(took, best) else None,
-                    "steps": len(spent),
+                    "turns": len(spent),
                 }
             )
     report("train_step", rows)

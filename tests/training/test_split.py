@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from config import ModelConfig, TrainConfig
 from devices import DistributedContext, autocast
 from loss import IGNORE
 from model import GPT
+from support.helpers import ROOT
 from training.optimizer import Optimizer
 from training.split import SplitModel, step_threads, with_parts
 from training.step import seed_step, take_step
@@ -237,3 +240,16 @@ def test_the_number_of_parts(train: dict[str, Any], model: dict[str, Any], mode:
     assert found.parts == parts
     assert said in warning
     assert bool(warning) == bool(said)
+
+
+def test_a_step_of_the_benchmark_is_computed_by_threads_as_in_a_run() -> None:
+    code = (
+        "import threading, train_step, torch\n"
+        "torch.set_num_threads(2)\n"
+        "step = train_step.ours((1, 1, 32, 8, 64, 4), 'fp32', torch.device('cpu'), False)\n"
+        "step()\n"
+        "print([thread.name for thread in threading.enumerate()], torch.get_num_threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "['MainThread', 'step_0'] 1\n"
