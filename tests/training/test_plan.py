@@ -137,7 +137,7 @@ def test_counted_n_grams_need_memory_up_to_a_bound() -> None:
 
 def test_the_estimate_of_a_plan_has_the_counts(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "measure_here", lambda *args, **more: plan.Costs(1.0))
-    config = load_config(values={"train": {"max_steps": 10, "device": "cpu"}})
+    config = load_config(values={"train": {"max_steps": 10, "device": "cpu", "precision": "fp32"}})
     text = plan.make_plan("sample", config, tiny_data, "here")
     bare = plan.memory_needed(text.config.model, config.train, text.batch_size, "fp32", "cpu").total
     assert text.estimated_bytes >= bare + plan.COUNTS_BYTES * text.corpus > bare

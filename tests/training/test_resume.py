@@ -404,7 +404,7 @@ def test_killed_at_random_moments_ends_bitwise_equal(
     import torch._dynamo  # noqa: F401 - which optimizers need: else every forked session would load it anew
 
     soak = float(request.config.getoption("--soak"))
-    kills, steps = (20, 150) if not soak else (10_000, 10_000)
+    kills, steps = (20, 400) if not soak else (10_000, 10_000)
     flags = ["--train.max-steps", str(steps), "--train.checkpoint-interval", "3", "--train.keep-last", "2"]
     flags += ["--train.eval-interval", "10"]
     if soak:  # where it will end is not known yet, and other schedules depend on that
