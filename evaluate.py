@@ -94,7 +94,7 @@ def read_files(inputs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
             for number, text in _whole(file.chunks(0), ReadOptions()):
                 if text.strip():
                     own = f"{name}, row {number + 1}" if file.has_rows else name
-                    yield own, authors[number] if authors and authors[number] else author_of(own, text), text
+                    yield own, (authors[number] if authors else "") or author_of(own, text), text
 
 
 def _authors(file: SourceFile) -> list[str]:
